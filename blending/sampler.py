@@ -1,0 +1,163 @@
+"""Blended Diffusion (Avrahami, Lischinski and Fried, CVPR 2022): text-driven editing of one region.
+
+The code follows the paper's Algorithms 1 and 2, on any model that a host offers: in pixel space it is the published
+method; with an autoencoder, CLIP sees the decoded estimate and the blending happens in latent space.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..hosts.protocol import DiffusionHost
+from .guidance import Guidance
+from .paste import latent_mask
+from .settings import BlendSettings
+from .steps import Schedule, ddim_step, ddpm_step
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """One finished step, for previews and plots.
+
+    `number` counts from 0 of `total`; `x` and `x0` are [B, C, h, w]; `losses` are unweighted, [B] each, and empty for
+    a step that was not guided.
+    """
+
+    number: int
+    total: int
+    x: Tensor
+    x0: Tensor
+    losses: dict[str, Tensor]
+
+
+class CandidateNoise:
+    """Gaussian noise where each candidate draws from a generator of its own.
+
+    Drawn on the CPU, so a seed gives the same noise in every batch size and on every device.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.device = device
+
+    def like(self, shape: torch.Size) -> Tensor:
+        """Noise [B, *shape] float32."""
+        rows = [torch.randn(shape, generator=generator) for generator in self.generators]
+        return torch.stack(rows).to(self.device)
+
+
+def blended_diffusion(
+    host: DiffusionHost,
+    guidance: Guidance,
+    seeds: Sequence[int],
+    settings: BlendSettings,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> Tensor:
+    """Edits `guidance.source` within `guidance.mask`, one candidate per seed.
+
+    Returns pictures [B, 3, H, W] in -1..1, without the final paste: outside the mask they are the source as the
+    model's autoencoder gives it back. Paste with `exact_paste`.
+
+    Raises:
+        ValueError: more steps than the model has timesteps.
+        FloatingPointError: the model, or the guide, gave NaN or infinite values.
+    """
+    schedule = Schedule.respaced(host.train_sigmas, settings.steps)
+    noise = CandidateNoise(seeds, host.device)
+    with torch.no_grad():
+        source = host.encode(guidance.source)
+    mask = latent_mask(guidance.mask, host.downscale).to(source)
+    shape, total = source.shape[1:], settings.steps - settings.start
+    if mask.shape[-2:] != shape[-2:]:
+        raise ValueError(
+            f"the picture is {tuple(guidance.source.shape[-2:])} pixels, which does not divide into the model's "
+            f"{tuple(shape[-2:])} latent cells of {host.downscale} pixels; resize it to a multiple"
+        )
+
+    x = schedule.add_noise(source, noise.like(shape), total - 1)
+    for number, index in enumerate(reversed(range(total))):
+        guided = guidance.active and number % settings.every == 0
+        x0, variance, gradient, losses = (
+            _guided_prediction(host, guidance, settings, schedule, x, index) if guided
+            else _plain_prediction(host, schedule, x, index)
+        )
+        _check_finite(x0, gradient, number)
+        with torch.no_grad():
+            if settings.sampler == "ddpm":
+                foreground = ddpm_step(schedule, x, x0, variance, gradient, noise.like(shape), index)
+            else:
+                foreground = ddim_step(schedule, x, x0, gradient, index)
+            if settings.blend:
+                level = index - 1 if settings.background_level == "next" else index
+                background = schedule.add_noise(source, noise.like(shape), level)
+                x = foreground * mask + background * (1 - mask)
+            else:
+                x = foreground
+        if on_step is not None:
+            on_step(StepReport(number, total, x, x0, losses))
+    with torch.no_grad():
+        return host.decode(x).clamp(-1, 1)
+
+
+def _plain_prediction(host: DiffusionHost, schedule: Schedule, x: Tensor, index: int):
+    with torch.no_grad():
+        prediction = host.predict(x / schedule.alpha(index) ** 0.5, schedule.sigma(index))
+    return prediction.x0, prediction.variance, None, {}
+
+
+def _guided_prediction(
+    host: DiffusionHost, guidance: Guidance, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int
+):
+    """One forward pass that serves both the step and the gradient ∂L/∂x_t, and at most one backward pass.
+
+    CLIP's part of the graph is walked first, chunk by chunk, down to the picture; what comes out is then pulled back
+    through decoder and model in one go.
+    """
+    alpha = schedule.alpha(index)
+    through = settings.gradient == "through_model"
+    with torch.set_grad_enabled(through):
+        leaf = x.detach().requires_grad_(through)
+        prediction = host.predict(leaf / alpha**0.5, schedule.sigma(index))
+        estimate = prediction.x0
+    if not torch.isfinite(estimate).all():
+        return estimate.detach(), prediction.variance, None, {}
+    if not through:
+        # ∂x̂0/∂x_t is taken as 1/sqrt(ᾱ): the estimate moves with x_t as if the predicted noise stayed.
+        estimate = estimate.detach().requires_grad_()
+    with torch.enable_grad():
+        seen = estimate
+        if settings.guided_input == "mixed":
+            share = (1 - alpha) ** 0.5
+            noisy = leaf if through else x.detach()
+            seen = estimate * share + noisy * (1 - share)
+        # Decode once where both losses look at the same picture.
+        picture = host.decode(seen)
+        ranged = picture if seen is estimate else host.decode(estimate)
+    by_picture, by_range, losses = guidance.gradient(picture.detach(), ranged.detach())
+    outputs, gradients = [picture], [by_picture]
+    if by_range is not None and ranged is picture:
+        gradients = [by_picture + by_range]
+    elif by_range is not None:
+        outputs, gradients = [picture, ranged], [by_picture, by_range]
+    (gradient,) = torch.autograd.grad(outputs, leaf if through else estimate, gradients)
+    if not through:
+        gradient = gradient / alpha**0.5
+    variance = None if prediction.variance is None else prediction.variance.detach()
+    return prediction.x0.detach(), variance, gradient.detach(), losses
+
+
+def _check_finite(x0: Tensor, gradient: Tensor | None, number: int) -> None:
+    if not torch.isfinite(x0).all():
+        raise FloatingPointError(
+            f"The MODEL gave NaN or infinite values at step {number + 1}. If its weights are fp16, load it in bf16 or "
+            "fp32; otherwise the checkpoint, or a patch on the MODEL, is damaged."
+        )
+    if gradient is not None and not torch.isfinite(gradient).all():
+        raise FloatingPointError(
+            f"The guidance gradient became NaN or infinite at step {number + 1}. Load the MODEL and the CLIP_GUIDE in "
+            "bf16 or fp32, or lower guidance."
+        )

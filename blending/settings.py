@@ -1,0 +1,154 @@
+"""The dials of Blended Diffusion and its presets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+SAMPLERS = ("ddpm", "ddim")
+DISTANCES = ("cosine", "spherical")
+GUIDED_INPUTS = ("x0", "mixed")
+GRADIENTS = ("through_model", "direct")
+BACKGROUND_LEVELS = ("next", "current")
+BACKGROUND_LOSSES = ("paper", "official")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlendSettings:
+    """How an edit is made. The defaults are the paper's.
+
+    Attributes:
+        steps: length of the respaced schedule (paper: 100).
+        start: how many of them are skipped, that is, how much of the source is kept as a start (paper: 25).
+        sampler: "ddpm" (paper; better at 100 steps) or "ddim" (η = 0; better below 50).
+        guidance: weight of D_CLIP (paper: 1000).
+        range_weight: weight of the loss that keeps x̂0 within -1..1 (published code: 50).
+        distance: D_c, "cosine" (paper) or "spherical" (published code: 2·arcsin(‖u-v‖/2)²).
+        guided_input: what CLIP sees: "x0", the estimate x̂0 (paper), or "mixed", x̂0·sqrt(1-ᾱ) +
+            x_t·(1-sqrt(1-ᾱ)) (published code).
+        every: guidance at every n-th step only.
+        gradient: "through_model" (paper) differentiates through the model; "direct" takes ∂x̂0/∂x_t as that
+            of x_t / sqrt(ᾱ), which spares the backward pass.
+        blend: mix with the noised source after every step (Algorithm 2); off gives Local CLIP-guided
+            diffusion (Algorithm 1).
+        background_level: the source is noised to the level that the step arrives at, "next" (paper), or to
+            the one that it came from, "current" (published code).
+        background_weight: λ of D_bg; 0 leaves it out.
+        background_loss: "paper", λ·½(MSE + LPIPS) of both backgrounds; "official", λ·(10·MSE + LPIPS) of the
+            masked result against the unmasked source.
+        chunk: copies that CLIP sees at once; 0 for all. Only memory depends on it.
+    """
+
+    steps: int = 100
+    start: int = 25
+    sampler: str = "ddpm"
+    guidance: float = 1000.0
+    range_weight: float = 50.0
+    distance: str = "cosine"
+    guided_input: str = "x0"
+    every: int = 1
+    gradient: str = "through_model"
+    blend: bool = True
+    background_level: str = "next"
+    background_weight: float = 0.0
+    background_loss: str = "paper"
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        choices = {
+            "sampler": SAMPLERS,
+            "distance": DISTANCES,
+            "guided_input": GUIDED_INPUTS,
+            "gradient": GRADIENTS,
+            "background_level": BACKGROUND_LEVELS,
+            "background_loss": BACKGROUND_LOSSES,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if not 1 <= self.steps <= 1000:
+            raise ValueError(f"steps is {self.steps}; it must be 1 to 1000")
+        if not 0 <= self.start < self.steps:
+            raise ValueError(
+                f"start is {self.start} of {self.steps} steps, which leaves none to run; choose 0 to "
+                f"{self.steps - 1}"
+            )
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; guidance at every n-th step needs n of 1 or more")
+        for name in ("guidance", "range_weight", "background_weight", "chunk"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Named settings, with the number of augmented copies that go with them when no AUGMENT is connected.
+
+    `dials` are the fields of BlendSettings that the preset fixes.
+    """
+
+    dials: dict[str, object]
+    copies: int
+
+
+PRESETS: dict[str, Preset] = {
+    "paper": Preset(
+        dict(
+            steps=100,
+            start=25,
+            sampler="ddpm",
+            range_weight=50.0,
+            distance="cosine",
+            guided_input="x0",
+            every=1,
+            gradient="through_model",
+            blend=True,
+            background_level="next",
+            background_weight=0.0,
+        ),
+        copies=16,
+    ),
+    "official": Preset(
+        dict(
+            steps=100,
+            start=25,
+            sampler="ddpm",
+            range_weight=50.0,
+            distance="spherical",
+            guided_input="mixed",
+            every=1,
+            gradient="through_model",
+            blend=True,
+            background_level="current",
+            background_weight=0.0,
+        ),
+        copies=8,
+    ),
+    "fast": Preset(
+        dict(
+            steps=50,
+            start=12,
+            sampler="ddpm",
+            range_weight=50.0,
+            distance="cosine",
+            guided_input="x0",
+            every=1,
+            gradient="direct",
+            blend=True,
+            background_level="next",
+            background_weight=0.0,
+        ),
+        copies=4,
+    ),
+}
+
+
+def preset_settings(name: str, settings: BlendSettings) -> tuple[BlendSettings, dict[str, object]]:
+    """Lays a preset over `settings`. Returns the result and the dials whose value the preset changed.
+
+    The guidance weight stays a dial under every preset, because it depends on the CLIP and the model in use.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")
+    dials = PRESETS[name].dials
+    changed = {key: value for key, value in dials.items() if getattr(settings, key) != value}
+    return dataclasses.replace(settings, **dials), changed

@@ -1,0 +1,1 @@
+"""Training of the demo models. Run through `python run.py train`."""

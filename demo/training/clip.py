@@ -1,0 +1,143 @@
+"""The demo CLIP: open_clip's own classes, a modified ResNet (Radford et al. 2021) at 64 pixels.
+
+What a guide sees is not what a photographer sees: regions on grey, warped copies, half-made pictures. So half of
+the inputs are masked, and they are zoomed, warped, blurred and noised. A caption may leave attributes out; every
+picture that it fits counts as its positive.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...blending.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
+from .. import world
+from .common import Pictures, Run, fit, write_json
+
+SHAPES, COLOURS, PATTERNS = world.SHAPES, tuple(world.COLOURS), world.PATTERNS
+KINDS, GROUND_COLOURS = world.GROUND_KINDS, tuple(world.GROUND_COLOURS)
+TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}")
+ANY = -1
+
+
+def model_config(vocab_size: int) -> dict:
+    return {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": world.SIZE, "layers": [1, 1, 1, 1], "width": 20, "head_width": 64},
+        "text_cfg": {"context_length": 16, "vocab_size": vocab_size, "width": 128, "heads": 4, "layers": 2},
+    }
+
+
+def vocabulary() -> list[int]:
+    words = [*SHAPES, *COLOURS, *PATTERNS, *KINDS, *GROUND_COLOURS, "a photo of picture and on background empty"]
+    return compact_vocabulary(words)
+
+
+def attributes(scene: world.Scene) -> np.ndarray:
+    """What is true of a scene: int [2, 5], a row per object: shape, colour, pattern, ground kind, ground colour."""
+    ground = (KINDS.index(scene.ground.kind), GROUND_COLOURS.index(scene.ground.colour))
+    rows = [(SHAPES.index(t.shape), COLOURS.index(t.colour), PATTERNS.index(t.pattern), *ground)
+            for t in scene.things] or [(-2, -2, -2, *ground)]
+    return np.array([rows[0], rows[-1]], np.int64)
+
+
+def caption(row: np.ndarray, rng: np.random.Generator, whole: bool) -> tuple[str, np.ndarray]:
+    """A caption of one object that says only some of its attributes, and what it says ([5], ANY where silent)."""
+    said = row.copy()
+    if not whole or rng.uniform() < 0.6:
+        said[3:] = ANY
+    if rng.uniform() < 0.15:
+        said[1] = ANY
+    if rng.uniform() < 0.45 or said[2] == 0:  # solid has no word
+        said[2] = ANY
+    words = []
+    if said[1] >= 0:
+        words.append(COLOURS[said[1]])
+    if said[2] >= 0:
+        words.append(PATTERNS[said[2]])
+    text = str(rng.choice(TEMPLATES)).format(" ".join([*words, SHAPES[said[0]]]))
+    if said[3] >= 0:
+        kind = "" if said[3] == 0 else KINDS[said[3]] + " "
+        text += f" on a {kind}{GROUND_COLOURS[said[4]]} background"
+    return text, said
+
+
+def warp(pictures: Tensor, theta: Tensor) -> Tensor:
+    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+
+
+def train(run: Run) -> nn.Module:
+    pictures = Pictures(run.work, seed=11, count=100_000)
+    truths = np.stack([attributes(scene) for scene in pictures.scenes])
+    tokenizer = CompactTokenizer(vocabulary(), context_length=16)
+    config = model_config(tokenizer.vocab_size)
+    centre, half = 31.5, world.SIZE / 2
+
+    def loss(clip: nn.Module, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        clean = pictures.batch(indices)
+        count = len(clean)
+        theta, texts, said = torch.zeros(count, 2, 3), [], np.zeros((count, 5), np.int64)
+        truth = truths[indices].copy()
+        for row, index in enumerate(indices):
+            things = pictures.scenes[index].things
+            chosen = int(rng.integers(len(things)))
+            thing = things[chosen]
+            way = rng.uniform()
+            x = y = 0.0
+            scale = 1.0
+            if way < 0.6:  # an object alone: masked or zoomed at, the other one out of sight
+                reach = thing.radius * 1.08 + rng.uniform(1, 7)
+                if way < 0.45:
+                    keep = torch.zeros(world.SIZE, world.SIZE, dtype=torch.bool)
+                    left, top = max(int(thing.x - reach), 0), max(int(thing.y - reach), 0)
+                    keep[top:math.ceil(thing.y + reach), left:math.ceil(thing.x + reach)] = True
+                    clean[row] = torch.where(keep, clean[row], torch.zeros(()))
+                if way > 0.3:
+                    scale = min(reach / half * rng.uniform(1, 1.4), 1.0)
+                    x, y = (thing.x - centre) / half, (thing.y - centre) / half
+                    x, y = (float(np.clip(c, scale - 1, 1 - scale)) for c in (x, y))
+                if way < 0.45 or scale < 0.8:
+                    truth[row] = truth[row, chosen]
+            angle = math.radians(rng.normal(0, 8))
+            shear = rng.normal(0, 0.08, 2)
+            x, y = x + rng.normal(0, 0.05), y + rng.normal(0, 0.05)
+            c, s = scale * math.cos(angle), scale * math.sin(angle)
+            theta[row] = torch.tensor([[c * rng.uniform(.9, 1.1), -s + shear[0], x],
+                                       [s + shear[1], c * rng.uniform(.9, 1.1), y]])
+            text, said[row] = caption(truths[index, chosen], rng, whole=way >= 0.6)
+            texts.append(text)
+        clean = warp(clean, theta)
+        rough = torch.from_numpy(rng.uniform(0, 1, count) < 0.35)
+        if rough.any():
+            sigma = torch.from_numpy(rng.uniform(0, 0.3, count)).float().view(-1, 1, 1, 1)
+            soft = F.avg_pool2d(F.pad(clean, (1, 1, 1, 1), mode="replicate"), 3, 1)
+            soft = soft + sigma * torch.randn(clean.shape, generator=generator)
+            clean = torch.where(rough.view(-1, 1, 1, 1), soft, clean)
+
+        fits = ((said[None, None] == ANY) | (said[None, None] == truth[:, :, None])).all(-1).any(1)  # [image, text]
+        fits = torch.from_numpy(fits).float().to(run.device)
+        clean = clean.to(run.device).to(memory_format=torch.channels_last)
+        with torch.autocast(run.device, torch.bfloat16):
+            images = clip.encode_image(clean, normalize=True)
+            words = clip.encode_text(tokenizer(texts).to(run.device), normalize=True)
+        logits = clip.logit_scale.exp().clamp(max=60) * images.float() @ words.float().T
+        by_image = -(logits.log_softmax(1) * fits / fits.sum(1, keepdim=True)).sum(1).mean()
+        by_text = -(logits.log_softmax(0) * fits / fits.sum(0, keepdim=True)).sum(0).mean()
+        best = fits.gather(1, logits.argmax(1, keepdim=True)).mean()
+        return (by_image + by_text) / 2, {"hit": best.item()}
+
+    def export(average: nn.Module, facts: dict) -> None:
+        folder = run.out / "clip"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_demo_clip(average, config, tokenizer, folder / "model.safetensors")
+        write_json(folder / "training.json", facts)
+
+    torch.manual_seed(run.seed)
+    clip = build_demo_clip(config).to(memory_format=torch.channels_last)
+    return fit("clip", run, clip, len(pictures), loss, export, average=0.998, weight_decay=0.05)

@@ -1,0 +1,81 @@
+"""The unconditional pixel prior: an ADM-style UNet in pixel space (Dhariwal and Nichol 2021), made small.
+
+`PixelUnshuffle(2)` in front of the network and `PixelShuffle(2)` behind it make 64 pixels affordable; noise stays
+independent under that permutation, so for a sampler it is a pixel-space model like any other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import world
+from .common import Pictures, Run, fit, half, write_json, write_weights
+
+STEPS = 1000
+UNSHUFFLE = 2
+
+
+def linear_alphas_cumprod() -> Tensor:
+    """ᾱ [1000] of the linear schedule 1e-4..0.02 (Ho et al. 2020)."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64), 0).float()
+
+
+def build() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=world.SIZE // UNSHUFFLE, in_channels=3 * UNSHUFFLE**2, out_channels=3 * UNSHUFFLE**2,
+        layers_per_block=1, block_out_channels=(48, 96, 128),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        resnet_time_scale_shift="scale_shift", attention_head_dim=32, norm_num_groups=16,
+    )
+
+
+def min_snr_weight(alphas_cumprod: Tensor, gamma: float = 5.0) -> Tensor:
+    """Weight of the ε loss per timestep: min(SNR, γ) / SNR (Hang et al. 2023)."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / snr
+
+
+def noised(clean: Tensor, generator: torch.Generator, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise for a training batch: (x_t, ε, t). Timesteps are spread evenly over the batch (less variance)."""
+    count = clean.shape[0]
+    spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    t = (spread * STEPS).long().clamp(max=STEPS - 1)
+    eps = torch.randn(clean.shape, generator=generator)
+    alpha = alphas_cumprod[t].view(-1, *[1] * (clean.dim() - 1))
+    return (clean * alpha.sqrt() + eps.to(clean) * (1 - alpha).sqrt(), eps.to(clean), t)
+
+
+def train(run: Run) -> nn.Module:
+    pictures = Pictures(run.work, seed=11, count=100_000)
+    alphas_cumprod = linear_alphas_cumprod()
+    weight = min_snr_weight(alphas_cumprod)
+
+    def loss(unet: nn.Module, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        clean = pictures.batch(indices)
+        flip = torch.rand(len(clean), 1, 1, 1, generator=generator) < 0.5
+        clean = F.pixel_unshuffle(torch.where(flip, clean.flip(-1), clean), UNSHUFFLE)
+        x, eps, t = noised(clean, generator, alphas_cumprod)
+        x = x.to(run.device).to(memory_format=torch.channels_last)
+        with torch.autocast(run.device, torch.bfloat16):
+            predicted = unet(x, t.to(run.device)).sample
+        error = (predicted.float() - eps.to(run.device)).square().mean((1, 2, 3))
+        return (error * weight[t].to(run.device)).mean(), {"mse": error.mean().item()}
+
+    def export(average: nn.Module, facts: dict) -> None:
+        folder = run.out / "prior"
+        write_weights(folder / "diffusion_pytorch_model.safetensors", half(average), {"format": "pt"})
+        write_json(folder / "config.json", {
+            "_class_name": "UNet2DModel", **{k: v for k, v in average.config.items() if not k.startswith("_")},
+            "sample_size": world.SIZE, "pixel_unshuffle": UNSHUFFLE,
+            "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
+        })
+        write_json(folder / "training.json", facts)
+
+    torch.manual_seed(run.seed)
+    return fit("prior", run, build().to(memory_format=torch.channels_last), len(pictures), loss, export,
+               average=0.9995)

@@ -1,0 +1,251 @@
+"""ComfyUI as a host: its MODEL, CONDITIONING and VAE behind the protocol, with gradients.
+
+A run happens inside a CFGGuider, so whatever composes with a KSampler (LoRA, ControlNet, regional conditioning, model
+patches) composes here. The caller's MODEL is never touched: a private clone carries what a run needs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from .gradients import repair_inference_tensors
+from .protocol import Prediction
+
+logger = logging.getLogger(__name__)
+
+VARIANCE_KEY = "blendswap_variance"
+ATTENTION_KEY = "optimized_attention_override"
+
+# Activations that a backward pass keeps, in units of what ComfyUI reckons for a plain forward pass.
+GRADIENT_MEMORY = 4.0
+
+Result = TypeVar("Result")
+
+
+class UnsupportedModel(ValueError):
+    """A MODEL that the method does not work on; the message says why and what to use instead."""
+
+
+@dataclasses.dataclass
+class ComfyHost:
+    """A ComfyUI MODEL, its conditioning and its VAE during one run. See `DiffusionHost`; made by `run`."""
+
+    guider: comfy.samplers.CFGGuider
+    vae: Any
+    extra_args: dict[str, Any]
+    device: torch.device
+    downscale: int
+
+    @property
+    def _model(self) -> Any:
+        return self.guider.inner_model
+
+    @property
+    def train_sigmas(self) -> Tensor:
+        return self._model.model_sampling.sigmas
+
+    def encode(self, image: Tensor) -> Tensor:
+        pixels = ((image + 1) / 2).clamp(0, 1).movedim(1, -1)
+        latent = self.vae.encode(pixels.cpu())
+        return self._model.process_latent_in(latent.detach().clone().to(self.device, torch.float32))
+
+    def decode(self, x0: Tensor) -> Tensor:
+        # `VAE.decode` clamps and detaches; the network behind it does neither.
+        network = self.vae.first_stage_model
+        latent = self._model.process_latent_out(x0).to(self.device, self.vae.vae_dtype)
+        return network.decode(latent).float()
+
+    def predict(self, x: Tensor, sigma: float) -> Prediction:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        variance: collections.deque[Tensor] = collections.deque()
+        options = dict(self.extra_args["model_options"])
+        options["transformer_options"] = {**options.get("transformer_options", {}), VARIANCE_KEY: variance}
+        if torch.is_grad_enabled():
+            options["transformer_options"][ATTENTION_KEY] = _differentiable_attention(
+                options["transformer_options"].get(ATTENTION_KEY)
+            )
+        sigmas = torch.full((len(x),), sigma, device=x.device, dtype=torch.float32)
+        x0 = self.guider(x, sigmas, model_options=options, seed=self.extra_args.get("seed"))
+        rows = torch.cat(list(variance)).float() if variance else None
+        # With cfg the unconditional half comes along; both halves share the network's variance of the first rows.
+        return Prediction(x0.float(), None if rows is None else rows[: len(x)])
+
+
+class _Body(comfy.samplers.Sampler):
+    """A SAMPLER that hands the loop to a function instead of stepping itself."""
+
+    def __init__(self, body: Callable[[dict[str, Any]], Tensor]):
+        self.body = body
+
+    def max_denoise(self, model_wrap, sigmas):
+        return True
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False):
+        return self.body(extra_args)
+
+
+def check_model(model: Any) -> None:
+    """Raises UnsupportedModel where a MODEL is not a discrete ε- or v-prediction diffusion model."""
+    sampling = model.get_model_object("model_sampling")
+    family = type(model.model).__name__
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        raise UnsupportedModel(
+            f"The MODEL is a flow model ({family}). Blended Diffusion needs a diffusion model with a noise schedule: "
+            "load SD 1.x, SD 2.x, SDXL, or a pixel-space prior through GuidedDiffusionLoader."
+        )
+    if not isinstance(sampling, comfy.model_sampling.EPS) or getattr(sampling, "sigmas", None) is None:
+        raise UnsupportedModel(
+            f"The MODEL ({family}) does not predict noise or v on a discrete schedule. Load SD 1.x, SD 2.x, SDXL, or a "
+            "pixel-space prior through GuidedDiffusionLoader."
+        )
+
+
+def needs_conditioning(model: Any) -> bool:
+    """Whether a MODEL takes text; the pixel-space priors do not."""
+    return not hasattr(model.model, "size_multiple")
+
+
+def size_multiple(model: Any, vae: Any) -> int:
+    """What a picture's sides must be divisible by, in pixels."""
+    own = getattr(model.model, "size_multiple", None)
+    # Latent UNets pad odd sizes themselves; eight latent cells keep their deepest level whole.
+    return own if own is not None else _downscale(vae) * 8
+
+
+def training_size(model: Any) -> int | None:
+    """The size in pixels that a MODEL was trained at, where it says so."""
+    return getattr(model.model, "image_size", None)
+
+
+def latent_shape(model: Any, vae: Any, height: int, width: int) -> torch.Size:
+    """[C, h, w] of the latent of a picture of `height` × `width` pixels."""
+    channels = model.get_model_object("latent_format").latent_channels
+    if channels != vae.latent_channels:
+        raise UnsupportedModel(
+            f"The MODEL works on latents of {channels} channels, the VAE makes {vae.latent_channels}: connect the VAE that "
+            "belongs to the MODEL."
+        )
+    return torch.Size([channels, height // _downscale(vae), width // _downscale(vae)])
+
+
+def run(
+    model: Any,
+    vae: Any,
+    positive: Any,
+    negative: Any,
+    cfg: float,
+    noise: Tensor,
+    seed: int,
+    body: Callable[[ComfyHost], Result],
+    *,
+    gradients: bool,
+    beside: Sequence[Any] = (),
+) -> Result:
+    """Runs `body(host)` with everything loaded on ComfyUI's device and returns what it returns.
+
+    noise: [B, C, h, w]; says how large the run is, and draws the class of class-conditional priors.
+    gradients: whether `body` differentiates through the model or the VAE.
+    beside: further ModelPatchers that must be loaded at the same time.
+
+    The caller's MODEL and CONDITIONING stay as they are, also after an error or an interrupt.
+    """
+    check_model(model)
+    # ComfyUI executes nodes in inference mode, whose tensors autograd refuses: what is made in here is made
+    # outside of it, what came in is copied.
+    with torch.inference_mode(False), torch.no_grad():
+        private = model.clone()
+        guider = comfy.samplers.CFGGuider(private)
+        if positive is None:
+            positive = negative = [[torch.zeros(1, 1, 8), {}]]
+            cfg = 1.0
+        elif negative is None:
+            negative = positive
+            cfg = 1.0
+        guider.set_conds(_ordinary(positive), _ordinary(negative))
+        guider.set_cfg(cfg)
+        results: list[Result] = []
+
+        def inside(extra_args: dict[str, Any]) -> Tensor:
+            network = guider.inner_model.diffusion_model
+            if gradients:
+                _refuse_partial_load(private)
+                repair_inference_tensors(network)
+                repair_inference_tensors(vae.first_stage_model)
+            guider.conds = _ordinary(guider.conds)
+            host = ComfyHost(guider, vae, extra_args, private.load_device, _downscale(vae))
+            results.append(body(host))
+            return torch.zeros_like(noise)
+
+        shape = list(noise.shape)
+        needed = private.memory_required([shape[0] * 2, *shape[1:]]) * (GRADIENT_MEMORY if gradients else 1)
+        patchers = [private, vae.patcher, *beside]
+        comfy.model_management.load_models_gpu(patchers, memory_required=needed, force_full_load=gradients)
+        sigmas = private.get_model_object("model_sampling").sigmas.flip(0)[:2].detach().clone()
+        guider.sample(
+            noise.detach().clone(), torch.zeros_like(noise), _Body(inside), sigmas, disable_pbar=True, seed=seed
+        )
+        return results[0]
+
+
+def _downscale(vae: Any) -> int:
+    ratio = vae.downscale_ratio
+    if not isinstance(ratio, int):
+        raise UnsupportedModel("The VAE is a video VAE. Use the image VAE that belongs to the MODEL.")
+    return ratio
+
+
+def _refuse_partial_load(patcher: Any) -> None:
+    if getattr(patcher.model, "model_lowvram", False) and patcher.model.lowvram_patch_counter >= 0:
+        total, loaded = patcher.model_size(), patcher.loaded_size()
+        if loaded < total:
+            raise torch.OutOfMemoryError(
+                f"Guidance needs the whole MODEL on the device ({total / 2**30:.1f} GiB), but only "
+                f"{loaded / 2**30:.1f} GiB of it fit beside the rest. Set gradient to direct, lower batch_size or "
+                "resolution, or start ComfyUI without --lowvram and --novram."
+            )
+
+
+def _differentiable_attention(previous: Callable | None) -> Callable:
+    """An attention override for the time of a gradient: torch's own kernel, which has a backward pass.
+
+    Some of the kernels that ComfyUI may have chosen (SageAttention, the split ones with in-place steps) have none.
+    Another pack's override stays in front.
+    """
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    # Its own wrapper would look for the override again.
+    plain = getattr(attention_pytorch, "__wrapped__", attention_pytorch)
+
+    def override(function: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        if previous is not None:
+            return previous(plain, *args, **kwargs)
+        return plain(*args, **kwargs)
+
+    return override
+
+
+def _ordinary(value: Any) -> Any:
+    """A copy of nested conditioning in which no tensor is an inference tensor. Objects (ControlNets, …) are shared."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _ordinary(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_ordinary(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_ordinary(item) for item in value)
+    if hasattr(value, "cond") and isinstance(getattr(value, "cond"), Tensor) and hasattr(value, "_copy_with"):
+        return value._copy_with(value.cond.detach().clone())
+    return value

@@ -1,0 +1,315 @@
+"""The Blended Diffusion sampler as a node."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy_api.latest import io, ui
+
+from .convert import mask_for, paste_into, to_bchw
+from .report import NONE, load_perceptual, lpips_choices
+from .sockets import AugmentIO, ClipGuideIO
+
+if TYPE_CHECKING:
+    from ..blending.augment import ExtendingAugmentations
+    from ..blending.ranking import Score
+    from ..hosts.comfy_guide import ComfyGuide
+
+logger = logging.getLogger(__name__)
+
+CUSTOM = "custom"
+LARGEST_SEED = 2**64 - 1
+
+
+def _dial(dial: Any) -> Any:
+    """Marks an input as one for those who look under "advanced"; 0.3.64 has no argument for it."""
+    dial.extra_dict["advanced"] = True
+    return dial
+
+
+class CLIPBlendSampler(io.ComfyNode):
+    """Change one region of a picture to match a sentence; every pixel outside the mask stays as it is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CLIPBlendSampler",
+            display_name="CLIP Blend Sampler (Blended Diffusion)",
+            category="BlendSwap/blend",
+            description=(
+                "Blended Diffusion (CVPR 2022): CLIP guides the masked region towards the prompt, at every step the "
+                "rest is replaced by the source noised to the same level, and the background ends bit for bit as it "
+                "was. Works on pixel-space priors and on latent models (SD 1.x, SD 2.x, SDXL). Makes several "
+                "candidates and returns them best first."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A pixel-space prior (GuidedDiffusionLoader) or SD 1.x, SD 2.x, SDXL."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the MODEL; the loader of a prior gives one too."),
+                io.Image.Input("image", tooltip="The picture to edit, of any size. A batch is edited one by one."),
+                io.Mask.Input("mask", tooltip="White is changed, black stays exactly as it is. One, or one per picture."),
+                ClipGuideIO.Input("clip_guide", tooltip="The CLIP that steers (CLIPGuideLoader)."),
+                io.String.Input(
+                    "prompt", multiline=True, default="",
+                    tooltip="What the masked region is to show. Empty: nothing steers, the region is made up anew.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=True,
+                    tooltip="Candidate i uses seed + i, so each can be made again alone, in any batch size.",
+                ),
+                io.Int.Input("candidates", default=4, min=1, max=256,
+                             tooltip="How many pictures are made and ranked. The paper made 64."),
+                io.Int.Input("batch_size", default=4, min=1, max=64,
+                             tooltip="How many candidates run at once. Only memory and speed depend on it."),
+                io.Combo.Input(
+                    "preset", options=[CUSTOM, "paper", "official", "fast"], default=CUSTOM,
+                    tooltip="custom: the dials below, whose defaults are the paper's. paper and official (the published "
+                    "code's arithmetic) and fast (half the steps, no gradient through the model) replace the dials "
+                    "from steps to background_weight, except guidance; what they changed is said in the summary.",
+                ),
+                io.Float.Input(
+                    "guidance", default=1000.0, min=0.0, max=100000.0, step=10.0,
+                    tooltip="Weight of the CLIP loss. 1000 for ViT-B/16 with the published priors; more follows the "
+                    "prompt more and looks less natural. The demo models want about 300.",
+                ),
+                io.Int.Input("steps", default=100, min=1, max=1000, tooltip="Length of the schedule."),
+                io.Int.Input(
+                    "start", default=25, min=0, max=999,
+                    tooltip="How many of the steps are skipped: the more, the more of the source shines through. Must "
+                    "be below steps.",
+                ),
+                _dial(io.Combo.Input("sampler", options=["ddpm", "ddim"], default="ddpm",
+                                     tooltip="ddpm is better at 100 steps, ddim below 50.")),
+                _dial(io.Float.Input("range_weight", default=50.0, min=0.0, max=100000.0, step=1.0,
+                                     tooltip="Weight of the loss that keeps the estimate's values in range.")),
+                _dial(io.Combo.Input("distance", options=["cosine", "spherical"], default="cosine",
+                                     tooltip="CLIP distance: cosine as in the paper, squared spherical as published.")),
+                _dial(io.Combo.Input("guided_input", options=["x0", "mixed"], default="x0",
+                                     tooltip="What CLIP sees: the clean estimate, or as published its mix with the "
+                                     "noisy picture.")),
+                _dial(io.Int.Input("guide_every", default=1, min=1, max=1000,
+                                   tooltip="Guidance at every n-th step only.")),
+                _dial(io.Combo.Input("gradient", options=["through_model", "direct"], default="through_model",
+                                     tooltip="through_model differentiates through the MODEL (exact; about twice the "
+                                     "time and much more memory), direct does not.")),
+                _dial(io.Boolean.Input("blend", default=True,
+                                       tooltip="Off gives the paper's baseline, Local CLIP-guided diffusion: the whole "
+                                       "picture is guided and background_weight alone holds the background.")),
+                _dial(io.Combo.Input("background_level", options=["next", "current"], default="next",
+                                     tooltip="Noise level of the blended source: that of the step's result, or as "
+                                     "published that of its input.")),
+                _dial(io.Float.Input("background_weight", default=0.0, min=0.0, max=1000000.0, step=10.0,
+                                     tooltip="Weight λ of the background loss ½(MSE + LPIPS); needs an LPIPS backbone.")),
+                _dial(io.Combo.Input("background_loss", options=["paper", "official"], default="paper",
+                                     tooltip="paper: ½(MSE + LPIPS) of both backgrounds. official: 10·MSE + LPIPS of "
+                                     "the masked result against the unmasked source.")),
+                _dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
+                                     tooltip="Backbone of LPIPS for the background loss.")),
+                _dial(io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
+                                   tooltip="Working size of the picture's shorter side. 0: the size that a prior was "
+                                   "trained at; for a latent model the picture's own. The result always has the "
+                                   "picture's own size.")),
+                _dial(io.Int.Input("clip_chunk", default=0, min=0, max=1024,
+                                   tooltip="Copies that CLIP sees at once; 0 for all. Only memory depends on it; when "
+                                   "memory runs out it is halved by itself.")),
+                _dial(io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1,
+                                     tooltip="Classifier-free guidance, for a MODEL that takes text.")),
+                AugmentIO.Input("augment", optional=True,
+                                tooltip="ExtendingAugment. Without it: 16 copies as in the paper, or the preset's."),
+                io.Conditioning.Input("positive", optional=True, tooltip="For a MODEL that takes text."),
+                io.Conditioning.Input("negative", optional=True, tooltip="For a MODEL that takes text."),
+                ClipGuideIO.Input("scorer", optional=True,
+                                  tooltip="Another CLIP that ranks the candidates. Better than the guide, which may "
+                                  "have been fooled by what it made itself."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The candidates, best first (per picture of a batch)."),
+                io.String.Output(display_name="scores", tooltip="Their CLIP similarities, in the same order."),
+                io.Image.Output(display_name="losses", tooltip="The losses step by step, as a plot."),
+                io.String.Output(display_name="summary", tooltip="What was run: settings, preset, sizes, models."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, vae, image, mask, clip_guide: ComfyGuide, prompt: str, seed: int, candidates: int, batch_size: int,
+        preset: str, guidance: float, steps: int, start: int, sampler: str = "ddpm", range_weight: float = 50.0,
+        distance: str = "cosine", guided_input: str = "x0", guide_every: int = 1, gradient: str = "through_model",
+        blend: bool = True, background_level: str = "next", background_weight: float = 0.0,
+        background_loss: str = "paper", lpips: str = NONE, resolution: int = 0, clip_chunk: int = 0, cfg: float = 4.0,
+        augment: ExtendingAugmentations | None = None, positive=None, negative=None, scorer: ComfyGuide | None = None,
+    ) -> io.NodeOutput:
+        from ..blending.augment import ExtendingAugmentations
+        from ..blending.plot import loss_plot
+        from ..blending.ranking import table
+        from ..blending.settings import PRESETS, BlendSettings, preset_settings
+
+        settings = BlendSettings(
+            steps=steps if preset == CUSTOM else 1000, start=start if preset == CUSTOM else 0, sampler=sampler,
+            guidance=guidance, range_weight=range_weight, distance=distance, guided_input=guided_input,
+            every=guide_every, gradient=gradient, blend=blend, background_level=background_level,
+            background_weight=background_weight, background_loss=background_loss, chunk=clip_chunk,
+        )
+        copies, said = 16, []
+        if preset != CUSTOM:
+            settings, _ = preset_settings(preset, settings)
+            copies = PRESETS[preset].copies
+            said.append(f"preset {preset}: " + ", ".join(f"{k} {v}" for k, v in PRESETS[preset].dials.items()))
+        if augment is None:
+            augment = ExtendingAugmentations(copies=copies, pooling="area" if preset == "official" else "bicubic")
+        if not prompt.strip():
+            said.append("the prompt is empty, so CLIP does not steer: the region is made up anew")
+            logger.warning("CLIPBlendSampler: %s.", said[-1])
+        job = _Job(
+            model, vae, positive, negative, cfg, clip_guide, scorer, prompt.strip(), settings, augment,
+            load_perceptual(lpips) if settings.background_weight > 0 else None, resolution, batch_size,
+        )
+        masks = mask_for(image, mask)
+        seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(candidates)]
+        progress = _Progress(model, len(image) * candidates * (settings.steps - settings.start))
+        images, tables, history = [], [], []
+        for row in range(len(image)):
+            made, scores, losses = job.edit(image[row:row + 1], masks[row:row + 1], seeds, progress)
+            images.append(made)
+            tables.append(table(scores) if scores else "not ranked: the prompt is empty")
+            history.append(losses)
+        said += job.said
+        shown = dataclasses.asdict(settings)
+        said.append("settings: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+        said.append(f"augmentation: {augment}")
+        ranked_by = (scorer or clip_guide).guide.name
+        scores = "\n\n".join(tables) + (f"\nranked by {ranked_by}" if prompt.strip() else "")
+        plot = torch.cat([loss_plot(losses, prompt.strip()) for losses in history])
+        summary = "\n".join(said)
+        return io.NodeOutput(
+            torch.cat(images), scores, plot, summary, ui=ui.PreviewText(f"{scores}\n\n{summary}")
+        )
+
+
+class _Progress:
+    """Progress and live preview over all candidates of all pictures."""
+
+    def __init__(self, model, total: int):
+        import latent_preview
+
+        self.callback, self.total, self.done = latent_preview.prepare_callback(model, total), total, 0
+
+    def step(self, report) -> None:
+        self.done += len(report.x)
+        with torch.inference_mode():
+            self.callback(self.done - 1, report.x0, report.x, self.total)
+
+    def rewind(self, count: int) -> None:
+        self.done -= count
+
+
+class _Job:
+    """What the edits of one execution share."""
+
+    def __init__(self, model, vae, positive, negative, cfg, guide, scorer, prompt, settings, augment, perceptual,
+                 resolution, batch_size):
+        from ..hosts import comfy_host
+
+        comfy_host.check_model(model)
+        if comfy_host.needs_conditioning(model):
+            if positive is None:
+                raise ValueError(
+                    "positive is not connected, but this MODEL takes text: connect a CLIPTextEncode (the same words as "
+                    "the prompt serve well), and one for negative."
+                )
+            if negative is None and cfg != 1.0:
+                raise ValueError("negative is not connected: connect an (empty) CLIPTextEncode, or set cfg to 1.")
+        else:
+            positive = negative = None
+        self.model, self.vae, self.positive, self.negative, self.cfg = model, vae, positive, negative, cfg
+        self.guide, self.scorer, self.prompt = guide, scorer, prompt
+        self.settings, self.augment, self.perceptual = settings, augment, perceptual
+        self.batch_size = batch_size
+        self.multiple = comfy_host.size_multiple(model, vae)
+        self.resolution = resolution or comfy_host.training_size(model)
+        self.said: list[str] = []
+
+    def edit(self, image, mask, seeds: list[int], progress: _Progress):
+        """One picture [1, H, W, C], its mask [1, 1, H, W] → results best first, their scores, losses by step."""
+        from ..blending.canvas import Canvas
+        from ..blending.ranking import rank
+
+        with torch.inference_mode(False), torch.no_grad():
+            picture, mask = to_bchw(image.clone()), mask.clone()
+            canvas = Canvas.make(picture, mask, self.multiple, self.resolution)
+            self._say_size(canvas)
+            made, history, position = [], [], 0
+            while position < len(seeds):
+                batch = seeds[position:position + self.batch_size]
+                losses: list[dict[str, torch.Tensor]] = []
+                before = progress.done
+                try:
+                    made.append(self._run(canvas, batch, losses, progress))
+                except torch.OutOfMemoryError as error:
+                    if len(batch) == 1:
+                        raise torch.OutOfMemoryError(
+                            f"Out of memory with one candidate at a time ({error}). Set gradient to direct, lower "
+                            "resolution, or lower clip_chunk."
+                        ) from error
+                    self.batch_size = max(len(batch) // 2, 1)
+                    self.said.append(f"out of memory: went on with batches of {self.batch_size}")
+                    logger.warning("CLIPBlendSampler: %s.", self.said[-1])
+                    progress.rewind(progress.done - before)
+                    _free_memory()
+                    continue
+                position += len(batch)
+                history.append(losses)
+            results = canvas.restore(torch.cat(made).cpu())
+            pasted = paste_into(image.clone(), results, mask)
+            scores: list[Score] = []
+            if self.prompt:
+                judge = (self.scorer or self.guide).load()
+                scores = rank(to_bchw(pasted[..., :3]), mask, self.prompt, judge)
+                pasted = pasted[[score.index for score in scores]]
+        steps = zip(*history)
+        joined = [
+            {name: torch.cat([losses[name].cpu() for losses in step]) for name in step[0]} for step in steps
+        ]
+        return pasted, scores, joined
+
+    def _say_size(self, canvas) -> None:
+        height, width = canvas.source.shape[-2:]
+        self.said.append(f"worked at {width}×{height} pixels for a picture of {canvas.size[1]}×{canvas.size[0]}")
+
+    def _run(self, canvas, seeds: list[int], losses: list, progress: _Progress) -> torch.Tensor:
+        from ..blending.guidance import Guidance
+        from ..blending.sampler import CandidateNoise, blended_diffusion
+        from ..hosts import comfy_host
+
+        height, width = canvas.source.shape[-2:]
+        cells = comfy_host.latent_shape(self.model, self.vae, height, width)
+        noise = CandidateNoise(seeds, torch.device("cpu")).like(cells)
+        guided = self.prompt and self.settings.guidance > 0 or self.settings.background_weight > 0
+
+        def body(host) -> torch.Tensor:
+            guide = self.guide.ready()
+            guidance = Guidance(
+                self.settings, guide, guide.embed_text([self.prompt])[0] if self.prompt else None,
+                canvas.source.to(host.device), canvas.mask.to(host.device), self.augment,
+                self.augment.generators(seeds),
+                self.perceptual.to(host.device) if self.perceptual is not None else None,
+            )
+
+            def on_step(report) -> None:
+                losses.append(report.losses)
+                progress.step(report)
+
+            return blended_diffusion(host, guidance, seeds, self.settings, on_step)
+
+        return comfy_host.run(
+            self.model, self.vae, self.positive, self.negative, self.cfg, noise, seeds[0], body,
+            gradients=bool(guided), beside=[self.guide.patcher],
+        )
+
+
+def _free_memory() -> None:
+    import comfy.model_management
+
+    comfy.model_management.soft_empty_cache()

@@ -1,0 +1,106 @@
+"""The pack's model folders in ComfyUI's folder lists: what is in them, and the way from a name to a path."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import folder_paths
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder under models/: which files it lists, which file marks a sub-folder as one model, what belongs
+    there."""
+
+    extensions: frozenset[str]
+    marker: str | None
+    wanted: str
+
+
+FOLDERS = {
+    "guided_diffusion": ModelFolder(
+        extensions=frozenset({".pt", ".pth", ".bin", ".safetensors"}),
+        marker="config.json",
+        wanted="an ADM checkpoint of openai/guided-diffusion (256x256_diffusion_uncond.pt or 512x512_diffusion.pt), "
+        "or the folder of a diffusers UNet2DModel (config.json and diffusion_pytorch_model.safetensors)",
+    ),
+    "clip_guidance": ModelFolder(
+        extensions=frozenset({".pt", ".pth", ".bin", ".safetensors"}),
+        marker="open_clip_config.json",
+        wanted="the weights of a CLIP model that open_clip knows (ViT-B-16.pt of OpenAI, or open_clip's own .safetensors "
+        "or .bin)",
+    ),
+    "lpips": ModelFolder(
+        extensions=frozenset({".pt", ".pth", ".safetensors"}),
+        marker=None,
+        wanted="torchvision's weights of the LPIPS backbone under their own name (alexnet-owt-7be5be79.pth, "
+        "vgg16-397923af.pth or squeezenet1_1-b8a52dc0.pth)",
+    ),
+}
+
+
+def register() -> None:
+    """Add the folders to ComfyUI's lists; calling it again changes nothing."""
+    for name, folder in FOLDERS.items():
+        folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
+        paths, extensions = folder_paths.folder_names_and_paths[name]
+        # A new set: the one there may be shared with other folders. ComfyUI makes a folder with an empty one.
+        folder_paths.folder_names_and_paths[name] = (paths, set(extensions) | folder.extensions)
+
+
+def model_names(name: str) -> list[str]:
+    """What can be chosen from a registered folder: files and model sub-folders, relative to it, sorted.
+
+    A folder with nothing in it gives one entry that says what to do, so that the node's list is never empty.
+    """
+    directories = _model_directories(name)
+    inside = tuple(directory + "/" for directory in directories)
+    files = [
+        file
+        for file in folder_paths.get_filename_list(name)
+        if not file.replace(os.sep, "/").startswith(inside)
+    ]
+    return sorted([*directories, *files]) or [nothing_there(name)]
+
+
+def nothing_there(name: str) -> str:
+    """The entry that stands for an empty folder."""
+    return f"(put a checkpoint into models/{name})"
+
+
+def resolve(name: str, choice: str) -> Path:
+    """Path of a file or model sub-folder chosen from a registered folder.
+
+    Raises FileNotFoundError, saying what goes where, if it is not there, and ValueError if it leads outside.
+    """
+    folder, roots = FOLDERS[name], folder_paths.get_folder_paths(name)
+    if choice == nothing_there(name):
+        raise FileNotFoundError(
+            f"models/{name} is empty: put {folder.wanted} into {roots[0]}, then reload the page."
+        )
+    for root in map(os.path.abspath, roots):
+        path = os.path.abspath(os.path.join(root, choice))
+        # Judged by name, not by where links lead: models are often linked in from another disk.
+        if path == root or os.path.commonpath([root, path]) != root:
+            raise ValueError(f"{choice!r} is not inside models/{name}: choose a name from the list.")
+        if os.path.isfile(path) or (folder.marker and os.path.isfile(os.path.join(path, folder.marker))):
+            return Path(path)
+    raise FileNotFoundError(
+        f"There is no {choice!r} in models/{name} (looked in {', '.join(roots)}). There belongs "
+        f"{folder.wanted}."
+    )
+
+
+def _model_directories(name: str) -> list[str]:
+    """Sub-folders, at any depth, that hold the marker file of their kind; relative, with forward slashes."""
+    marker, found = FOLDERS[name].marker, set()
+    if marker is None:
+        return []
+    for root in folder_paths.get_folder_paths(name):
+        for directory, below, files in os.walk(root, followlinks=True):
+            if marker in files and directory != root:
+                found.add(os.path.relpath(directory, root).replace(os.sep, "/"))
+                below.clear()
+    return sorted(found)

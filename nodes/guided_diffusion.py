@@ -1,0 +1,99 @@
+"""The node that loads an ADM pixel-space prior."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import folders
+
+FOLDER = "guided_diffusion"
+DTYPES = ("default", "fp16", "bf16", "fp32")
+
+
+class GuidedDiffusionLoader(io.ComfyNode):
+    """Load an ADM checkpoint or a UNet2DModel as a native MODEL, with the pixel-space VAE it works on."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        image_size = io.Int.Input(
+            "image_size",
+            default=0,
+            min=0,
+            max=4096,
+            tooltip="Size in pixels that the model was trained at. 0 reads it from the checkpoint; needed only for "
+            "ADM checkpoints whose layout is not one of the published 256 or 512 px ones.",
+        )
+        head_channels = io.Int.Input(
+            "head_channels",
+            default=64,
+            min=1,
+            max=1024,
+            tooltip="Width of an attention head of an ADM checkpoint. It cannot be read from the weights; the "
+            "published 256 and 512 px checkpoints have 64. A wrong value gives wrong pictures, not an error.",
+        )
+        for dial in (image_size, head_channels):
+            dial.extra_dict["advanced"] = True
+        return io.Schema(
+            node_id="GuidedDiffusionLoader",
+            display_name="Load Guided Diffusion Prior",
+            category="BlendSwap/loaders",
+            description="Loads a pixel-space diffusion model (ADM): the checkpoints of openai/guided-diffusion that "
+            "Blended Diffusion uses, or a diffusers UNet2DModel. The MODEL works in CLIPBlendSampler and in "
+            "a stock KSampler (cfg 1: text conditioning is ignored).",
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=folders.model_names(FOLDER),
+                    tooltip="A file (.pt, .pth, .bin, .safetensors) or a diffusers folder in models/guided_diffusion.",
+                ),
+                image_size,
+                head_channels,
+                io.Int.Input(
+                    "class_label",
+                    default=0,
+                    min=-1,
+                    max=999,
+                    tooltip="Class of a class-conditional checkpoint, such as 512x512_diffusion.pt (ImageNet's "
+                    "numbers). -1 draws one for each picture from its noise, so that a seed repeats. "
+                    "Without effect on unconditional checkpoints.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    tooltip="Precision of the weights. default lets ComfyUI choose for your device.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL"),
+                io.Vae.Output(
+                    display_name="VAE", tooltip="Pixel-space VAE: the latent is the picture itself."
+                ),
+                io.Conditioning.Output(
+                    display_name="unconditional",
+                    tooltip="An empty conditioning for samplers that ask for one; no text encoder needed.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        checkpoint: str,
+        image_size: int = 0,
+        head_channels: int = 64,
+        class_label: int = 0,
+        dtype: str = "default",
+    ) -> io.NodeOutput:
+        import torch
+
+        from ..hosts import adm_comfy
+
+        model = adm_comfy.load_native_model(
+            folders.resolve(FOLDER, checkpoint),
+            head_channels=head_channels,
+            image_size=image_size,
+            class_label=class_label,
+            dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype),
+        )
+        return io.NodeOutput(model, adm_comfy.pixel_space_vae(), adm_comfy.unconditional())

@@ -1,0 +1,147 @@
+"""The node that measures what an edit kept and changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from comfy_api.latest import io, ui
+
+from . import folders
+from .convert import mask_for, split_alpha
+from .sockets import ClipGuideIO
+
+if TYPE_CHECKING:
+    from ..blending.perceptual import Perceptual
+    from ..hosts.comfy_guide import ComfyGuide
+
+FOLDER = "lpips"
+NONE = "none"
+DEMO = "demo"
+DEMO_FILE = Path(__file__).parents[1] / "demo" / "models" / "lpips" / "model.safetensors"
+BACKBONES = ("alex", "vgg", "squeeze")
+
+
+def lpips_choices() -> list[str]:
+    """ "none", "demo" where the demo backbone is there, and the published backbones (a missing file is an
+    error then)."""
+    return [NONE, *([DEMO] if DEMO_FILE.is_file() else []), *BACKBONES]
+
+
+def load_perceptual(choice: str) -> Perceptual | None:
+    """The LPIPS of `choice`; FileNotFoundError, saying which file goes where, if its backbone is not
+    there."""
+    from ..blending.perceptual import BACKBONE_FILES, Perceptual
+
+    if choice == NONE:
+        return None
+    return Perceptual(
+        choice, DEMO_FILE if choice == DEMO else folders.resolve(FOLDER, BACKBONE_FILES[choice])
+    )
+
+
+class EditReport(io.ComfyNode):
+    """Measure what an edit kept outside its mask and what it reached inside, as text, JSON and a picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditReport",
+            display_name="Edit Report",
+            category="BlendSwap/measure",
+            description=(
+                "Measures edits: largest difference and share of identical pixels outside the mask (as saved "
+                "in 8 bits), PSNR, SSIM and LPIPS there, CLIP similarity before and after, and a picture "
+                "that shows the difference. Score with a CLIP that did not guide the edit."
+            ),
+            inputs=[
+                io.Image.Input("source", tooltip="The picture before. One, or one per result."),
+                io.Image.Input("result", tooltip="The picture after; each picture of a batch is measured."),
+                io.Mask.Input(
+                    "mask", tooltip="Where the picture was allowed to change (white). One, or one per result."
+                ),
+                io.Combo.Input(
+                    "lpips",
+                    options=lpips_choices(),
+                    default=NONE,
+                    tooltip=(
+                        "Backbone of LPIPS. alex, vgg and squeeze need torchvision's file of that name in "
+                        "models/lpips; demo is the small one of the demo world, whose values compare only "
+                        "with its own."
+                    ),
+                ),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="What the edit asked for. Used when a CLIP_GUIDE is connected.",
+                ),
+                ClipGuideIO.Input(
+                    "clip_guide",
+                    optional=True,
+                    tooltip=(
+                        "A CLIP that measures how well the picture fits the prompt. Not the one that guided."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="text"),
+                io.String.Output(display_name="json", tooltip="A list with one object per result."),
+                io.Image.Output(
+                    display_name="picture", tooltip="source | mask | result | difference, a row per result."
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        source: torch.Tensor,
+        result: torch.Tensor,
+        mask: torch.Tensor,
+        lpips: str = NONE,
+        prompt: str = "",
+        clip_guide: ComfyGuide | None = None,
+    ) -> io.NodeOutput:
+        from ..blending.report import edit_report, picture
+
+        if clip_guide is not None and not prompt.strip():
+            raise ValueError("prompt is empty, but a clip_guide is connected: say what the edit asked for.")
+        if clip_guide is None and prompt.strip():
+            raise ValueError(
+                "prompt is given, but clip_guide is not connected: connect one, or clear the prompt."
+            )
+        source, result = split_alpha(source, "source")[0], split_alpha(result, "result")[0]
+        count = len(result)
+        if source.shape[1:] != result.shape[1:]:
+            raise ValueError(
+                f"source is {source.shape[2]}×{source.shape[1]} (width×height), result "
+                f"{result.shape[2]}×{result.shape[1]}: resize one to the other before reporting."
+            )
+        if len(source) not in (1, count):
+            raise ValueError(
+                f"source holds {len(source)} pictures for {count} results: give one, or one per result."
+            )
+        masks = mask_for(result, mask)
+        sources = source.expand(count, -1, -1, -1)
+        perceptual = load_perceptual(lpips)
+        guide = clip_guide.load() if clip_guide is not None else None
+        reports = [
+            edit_report(
+                *(tensor[index : index + 1] for tensor in (sources, result, masks)), perceptual, guide, prompt
+            )
+            for index in range(count)
+        ]
+        text = "\n\n".join(
+            f"result {number} of {count}\n{report.to_text()}" if count > 1 else report.to_text()
+            for number, report in enumerate(reports, start=1)
+        )
+        sheet = picture(source, result, masks)
+        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
+        return io.NodeOutput(
+            text, json.dumps([report.to_dict() for report in reports], indent=2), sheet, ui=shown
+        )

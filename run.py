@@ -1,0 +1,476 @@
+#!/usr/bin/env python3
+"""Set-up and everyday commands of BlendSwap, with nothing but Python's standard library.
+
+    python run.py demo      edit pictures in a real ComfyUI and judge the result
+    python run.py comfyui   start ComfyUI with this pack and its workflows
+    python run.py test      run the tests
+    python run.py bench     measure time and memory
+    python run.py train     train the demo models again
+
+The first call makes .venv beside this file and installs what is needed; later calls start at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit("BlendSwap needs Python 3.10 or newer, this is {}.{}. Start run.py with a newer one.".format(
+        *sys.version_info[:2]))
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+
+PREFERRED = "0.8.0"
+FLOOR = "0.3.64"
+REPOSITORY = "https://github.com/comfyanonymous/ComfyUI.git"
+
+# These three are built for one another, and their own requirements do not say so: torch 2.15 with torchaudio 2.11,
+# the last one, fails on import. Raise the limits together, after trying.
+TORCH = ("torch>=2.6,<2.15", "torchvision>=0.21,<0.30", "torchaudio>=2.6,<2.12")
+TOOLS = ("pytest>=8,<10", "setuptools>=77")
+
+# What pip or git say, and what to do about it.
+_HINTS = (
+    (r"No space left on device|Errno 28|not enough space", "The disk is full. About 8 GB are needed; make room, then"
+     " start again."),
+    (r"Could not resolve host|Temporary failure in name resolution|Failed to establish a new connection|Max retries"
+     r"|getaddrinfo|timed out|Network is unreachable|ConnectionError|Could not connect|unable to access",
+     "There seems to be no network. Connect, or set your proxy (HTTPS_PROXY) or package index (PIP_INDEX_URL),"
+     " then start again."),
+    (r"CERTIFICATE_VERIFY_FAILED|SSLError", "The secure connection failed. Behind a proxy with its own certificate, set"
+     " PIP_CERT to it, then start again."),
+    (r"Permission denied|Access is denied|Errno 13", "A file could not be written. Is another program (a running"
+     " server?) using .venv, or does the folder belong to another user?"),
+    (r"No matching distribution|Could not find a version", "A package has no release for this Python and system."
+     " Python 3.10 to 3.13 on 64-bit Linux, Windows or macOS is known to have all of them."),
+)
+
+
+class SetupError(Exception):
+    """Something the user has to do; the message says what."""
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+# -- finding ComfyUI
+
+
+def cache_folders(environ: Mapping[str, str] = os.environ, platform: str = sys.platform) -> list[Path]:
+    """Folders that may hold ``ComfyUI-VERSION``; the first is the one to write to."""
+    home = Path(environ.get("USERPROFILE" if platform == "win32" else "HOME") or Path.home())
+    if platform == "win32":
+        bases = [Path(environ.get("LOCALAPPDATA") or home / "AppData" / "Local")]
+    elif platform == "darwin":
+        bases = [home / "Library" / "Caches", home / ".cache"]
+    else:
+        bases = [Path(environ.get("XDG_CACHE_HOME") or home / ".cache")]
+    return [base / "blendswap" for base in bases]
+
+
+def comfy_version(path: Path) -> str | None:
+    """Version of the ComfyUI checkout at ``path``; None when there is no ComfyUI (or one too old to say)."""
+    try:
+        text = (path / "comfyui_version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"__version__\s*=\s*[\"']([^\"']+)", text)
+    return found.group(1) if found and (path / "main.py").is_file() and (path / "comfy").is_dir() else None
+
+
+def find_comfyui(version: str | None = None, *, clone: bool = True, environ: Mapping[str, str] = os.environ,
+                 pack: Path = Path(__file__).absolute().parent, caches: Sequence[Path] | None = None) -> Path | None:
+    """The ComfyUI to use, or None when there is none.
+
+    Looked for in this order: COMFYUI_PATH; the install that holds this pack; the user's cache folder; a clone of
+    the public repository into that folder. With ``version`` only that one counts, wherever it is.
+
+    Raises:
+        SetupError: COMFYUI_PATH is no ComfyUI, or one too old.
+    """
+    for path in _own_installs(environ, pack):
+        if version in (None, comfy_version(path)):
+            return path
+    caches = cache_folders(environ) if caches is None else caches
+    wanted = version or PREFERRED
+    if found := _cached(wanted, caches):
+        return found
+    if clone:
+        try:
+            return clone_comfyui(wanted, caches[0])
+        except SetupError as error:
+            say(f"ComfyUI {wanted} is not here and could not be fetched: {error}")
+    # Better the oldest supported version than none, unless one was asked for by name.
+    return _cached(FLOOR, caches) if version is None else None
+
+
+def _own_installs(environ: Mapping[str, str], pack: Path) -> list[Path]:
+    """ComfyUI of COMFYUI_PATH, and the one in whose custom_nodes this pack lies (linked or not)."""
+    found = []
+    if environ.get("COMFYUI_PATH"):
+        path = Path(environ["COMFYUI_PATH"]).expanduser().absolute()
+        version = comfy_version(path)
+        if version is None:
+            raise SetupError(f"COMFYUI_PATH is {path}, but there is no ComfyUI (main.py, comfy/, comfyui_version.py)."
+                             " Set it to the folder that holds main.py, or unset it.")
+        if _number(version) < _number(FLOOR):
+            raise SetupError(f"COMFYUI_PATH holds ComfyUI {version}; this pack needs {FLOOR} or newer. Update it, or"
+                             " unset COMFYUI_PATH.")
+        found.append(path)
+    for folder in (pack, pack.resolve()):
+        if folder.parent.name == "custom_nodes":
+            version = comfy_version(folder.parent.parent)
+            if version and _number(version) >= _number(FLOOR):
+                found.append(folder.parent.parent)
+    return found
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _cached(version: str, caches: Sequence[Path]) -> Path | None:
+    paths = (cache / f"ComfyUI-{version}" for cache in caches)
+    return next((path for path in paths if comfy_version(path)), None)
+
+
+def clone_comfyui(version: str, cache: Path, repository: str = REPOSITORY) -> Path:
+    """Clones tag ``v<version>`` to ``<cache>/ComfyUI-<version>``, which appears only when it is complete."""
+    if not shutil.which("git"):
+        raise SetupError("git is not installed. Install it (https://git-scm.com/downloads), or set COMFYUI_PATH to a"
+                         " ComfyUI you have.")
+    target = cache / f"ComfyUI-{version}"
+    say(f"Fetching ComfyUI {version} from {repository} ...")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".ComfyUI-{version}-", dir=cache))
+    except OSError as error:
+        raise SetupError(f"the cache folder {cache} cannot be written: {error}") from error
+    try:
+        result = subprocess.run(
+            ["git", "-c", "advice.detachedHead=false", "-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=30",
+             "clone", "--quiet", "--depth", "1", "--branch", f"v{version}", repository, str(unfinished)],
+            env={**os.environ, "GIT_TERMINAL_PROMPT": "0"}, capture_output=True, text=True, errors="replace")
+        if result.returncode:
+            raise SetupError(_with_hint(f"git said: {result.stderr.strip()[-500:]}", result.stderr))
+        if comfy_version(unfinished) is None:
+            raise SetupError(f"tag v{version} of {repository} holds no ComfyUI.")
+        if target.exists() and comfy_version(target) is None:
+            shutil.rmtree(target)  # left by something else, and no ComfyUI
+        with contextlib.suppress(OSError):  # another process was faster
+            unfinished.rename(target)
+        return target
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# -- the virtual environment
+
+
+def requirements(comfy: Path | None) -> list[str]:
+    """Everything that has to be in the virtual environment, as pip requirements."""
+    lines = [*TORCH, *TOOLS, *_lines(ROOT / "requirements.txt")]
+    if comfy is not None:
+        lines += [line for line in _lines(comfy / "requirements.txt")
+                  if _package(line) not in ("torch", "torchvision", "torchaudio") and line not in pages(comfy)]
+    return lines
+
+
+def pages(comfy: Path) -> list[str]:
+    """Requirements that hold the web pages of one ComfyUI version (front end, templates, help), pinned by it."""
+    return [line for line in _lines(comfy / "requirements.txt") if _package(line).startswith("comfyui-")]
+
+
+def _lines(path: Path) -> list[str]:
+    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line]
+
+
+def _package(requirement: str) -> str:
+    return re.match(r"[\w.-]*", requirement).group().lower().replace("_", "-")
+
+
+def venv_python(venv: Path = VENV) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def setup_key(wanted: Sequence[str], venv: Path = VENV) -> str:
+    """What an environment was set up for: requirements, Python, and the place of this checkout."""
+    parts = [sorted(wanted), _venv_version(venv), str(ROOT), (ROOT / "pyproject.toml").read_text(encoding="utf-8")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _venv_version(venv: Path) -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^version\S*\s*=\s*(\S+)", (venv / "pyvenv.cfg").read_text(encoding="utf-8"), re.M)
+        return found.group(1) if found else ""
+    return ""
+
+
+def ensure_venv(comfy: Path | None, venv: Path = VENV) -> Path:
+    """Makes or repairs the virtual environment where needed; returns its Python. Raises SetupError."""
+    stamp, unfinished = venv / "blendswap-ready", venv / "blendswap-unfinished"
+    wanted = requirements(comfy)
+    python = venv_python(venv)
+    if (stamp.is_file() and not unfinished.exists() and python.exists()
+            and stamp.read_text(encoding="utf-8") == setup_key(wanted, venv)):
+        return python
+    start = time.monotonic()
+    _make_venv(venv, unfinished)
+    say(f"Installing packages into {venv} (log: {venv / 'blendswap-install.log'}) ...")
+    stamp.unlink(missing_ok=True)
+    free = shutil.disk_usage(venv).free / 2**30
+    if free < 8 and importlib.util.find_spec("torch") is None:
+        say(f"  Only {free:.1f} GB are free on this disk; up to 8 GB may be needed.")
+    _pip(python, ["install", *wanted], venv, unfinished)
+    _pip(python, ["install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], venv)
+    stamp.write_text(setup_key(wanted, venv), encoding="utf-8")
+    say(f"Set up in {time.monotonic() - start:.0f} s.")
+    return python
+
+
+def _make_venv(venv: Path, unfinished: Path) -> None:
+    """A virtual environment that runs; one that was left half-installed or lost its Python is made anew."""
+    python = venv_python(venv)
+    if unfinished.exists():
+        say("The last set-up was broken off in the middle; starting it afresh.")
+    elif python.exists() and subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return
+    say(f"Making a virtual environment for Python {sys.version.split()[0]} in {venv} ...")
+    try:
+        if venv.exists():
+            shutil.rmtree(venv)
+    except OSError as error:
+        raise SetupError(f"{venv} cannot be replaced ({error}). Close what uses it, or delete it yourself.") from error
+    result = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True, errors="replace")
+    if result.returncode:
+        shutil.rmtree(venv, ignore_errors=True)
+        output = result.stdout + result.stderr
+        if "ensurepip" in output or "No module named venv" in output:
+            raise SetupError("this Python has no venv module. On Debian or Ubuntu: sudo apt install python3-venv."
+                             " Elsewhere use the Python from python.org.")
+        raise SetupError(_with_hint(f"the virtual environment could not be made: {output.strip()[-500:]}", output))
+
+
+def _pip(python: Path, arguments: Sequence[str], venv: Path, unfinished: Path | None = None) -> None:
+    """Runs pip, showing what it is busy with. ``unfinished`` exists for as long as an installation is half done."""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")}
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    with open(venv / "blendswap-install.log", "a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, env={**environment, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace")
+        output = []
+        try:
+            for line in process.stdout:
+                log.write(line)
+                output.append(line)
+                if unfinished and line.startswith("Installing collected packages"):
+                    unfinished.touch()
+                _show_pip(line.strip())
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            process.wait()
+    if process.returncode:
+        text = "".join(output)
+        end = "".join(output[-8:]).strip()
+        raise SetupError(_with_hint(f"packages could not be installed. pip said:\n{end}\n", text))
+    if unfinished:
+        unfinished.unlink(missing_ok=True)
+
+
+def _show_pip(line: str) -> None:
+    found = re.match(r"(?:Downloading|Processing) (?:\S*/)?(\S+?-[^-\s]+)-\S* \(([\d.]+ [GM]B)\)", line)
+    if found and (found.group(2).endswith("GB") or float(found.group(2).split()[0]) >= 10):
+        say(f"  fetching {found.group(1)} ({found.group(2)})")
+    elif line.startswith("Installing collected packages"):
+        say(f"  unpacking {line.count(',') + 1} packages")
+
+
+def _with_hint(message: str, output: str) -> str:
+    hint = next((hint for pattern, hint in _HINTS if re.search(pattern, output)), "")
+    return f"{message} {hint}".strip()
+
+
+def pages_environment(python: Path, comfy: Path) -> dict[str, str]:
+    """Environment variables with which ``comfy`` finds the web pages of its own version.
+
+    Every version pins other ones, so that each has a folder of its own, put first on Python's path.
+    Raises SetupError when they cannot be installed.
+    """
+    pinned = pages(comfy)
+    name = f"ComfyUI-{comfy_version(comfy)}-{hashlib.sha256(json.dumps(pinned).encode()).hexdigest()[:8]}"
+    venv = python.parent.parent
+    folder = venv / "pages" / name
+    if pinned and not folder.is_dir():
+        say(f"Installing the web pages of ComfyUI {comfy_version(comfy)} ...")
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            _pip(python, ["install", "--target", unfinished, *pinned], venv)
+            with contextlib.suppress(OSError):  # another process was faster
+                Path(unfinished).rename(folder)
+            Path(unfinished).mkdir(exist_ok=True)  # TemporaryDirectory wants something to remove
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), before)))}
+
+
+# -- commands
+
+
+def server_module() -> ModuleType:
+    """demo/server.py, which needs no package either."""
+    spec = importlib.util.spec_from_file_location("blendswap_demo_server", ROOT / "demo" / "server.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _child(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> int:
+    """Runs a command to its end, also when Ctrl-C is pressed; returns its exit code."""
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env={**os.environ, **(env or {})})
+    try:
+        return process.wait()
+    except BaseException:
+        # Ctrl-C reaches the child too: give it time to leave in its own way.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        if process.poll() is None:
+            process.kill()
+        raise
+
+
+def _need_comfyui(version: str | None) -> Path:
+    comfy = find_comfyui(version)
+    if comfy is None:
+        raise SetupError(f"there is no ComfyUI{' ' + version if version else ''}. Connect to the network so that it can"
+                         " be fetched, or set COMFYUI_PATH to a ComfyUI you have.")
+    say(f"ComfyUI {comfy_version(comfy)} in {comfy}")
+    return comfy
+
+
+def demo(options: argparse.Namespace, extra: list[str]) -> int:
+    comfy = _need_comfyui(options.comfyui)
+    python = ensure_venv(comfy)
+    environment = pages_environment(python, comfy)
+    out = Path(options.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="blendswap-") as base:
+        log = Path(base) / "server.log"
+        code = 1
+        try:
+            say("Starting a ComfyUI server ...")
+            with server_module().start_server(comfy, base, python, env=environment) as server:
+                say(f"It runs at {server.url}.")
+                code = _child([python, "-m", "blendswap.demo.edits", "--server", server.url, "--out", out, *extra])
+        finally:
+            if code and log.exists():
+                shutil.copy(log, out / "server.log")
+                say(f"The server's log is in {out / 'server.log'}.")
+    return code
+
+
+def comfyui(options: argparse.Namespace, extra: list[str]) -> int:
+    comfy = _need_comfyui(options.comfyui)
+    python = ensure_venv(comfy)
+    base = ROOT / ".comfyui"
+    with server_module().start_server(comfy, base, python, options.port, extra, pages_environment(python, comfy),
+                                      foreground=True) as server:
+        say(f"\nComfyUI with BlendSwap: {server.url}\n"
+            "Example workflows: Workflow > Browse Templates > Extensions > blendswap\n"
+            f"Models go in {base / 'models'}, pictures are saved in {base / 'output'}\n"
+            "Ctrl-C stops it.\n")
+        return server.process.wait()
+
+
+def test(options: argparse.Namespace, extra: list[str]) -> int:
+    comfy = find_comfyui(options.comfyui)
+    python = ensure_venv(comfy)
+    environment = {}
+    if comfy is not None:
+        environment["COMFYUI_PATH"] = str(comfy)
+        say(f"ComfyUI {comfy_version(comfy)} in {comfy}")
+        if floor := find_comfyui(FLOOR):
+            environment["BLENDSWAP_COMFYUI_FLOOR"] = str(floor)
+    return _child([python, "-m", "pytest", *(extra or ["tests"])], environment)
+
+
+def bench(options: argparse.Namespace, extra: list[str]) -> int:
+    return _module("blendswap.benchmarks.run", options, extra)
+
+
+def train(options: argparse.Namespace, extra: list[str]) -> int:
+    return _module("blendswap.demo.train", options, extra)
+
+
+def _module(name: str, options: argparse.Namespace, extra: list[str]) -> int:
+    comfy = find_comfyui(options.comfyui, clone=False)
+    python = ensure_venv(comfy)
+    return _child([python, "-m", name, *extra], {"COMFYUI_PATH": str(comfy)} if comfy else None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,comfyui,test,bench,train}")
+    for command, help_text in (
+            (demo, "edit pictures in a real ComfyUI and judge the result"),
+            (comfyui, "start ComfyUI with this pack; arguments after -- go to ComfyUI"),
+            (test, "run the tests; further arguments go to pytest"),
+            (bench, "measure time and memory; further arguments go to benchmarks/run.py"),
+            (train, "train the demo models; further arguments go to demo/train.py")):
+        sub = commands.add_parser(command.__name__, help=help_text, description=help_text, allow_abbrev=False,
+                                  add_help=command in (demo, comfyui))
+        sub.set_defaults(function=command)
+        sub.add_argument("--comfyui", metavar="VERSION", default=os.environ.get("BLENDSWAP_COMFYUI"),
+                         help=f"ComfyUI version to use, {FLOOR} or newer (otherwise what is there, else {PREFERRED})")
+        if command is demo:
+            sub.add_argument("--out", metavar="DIR", default="demo_output", help="where pictures and report.json go")
+        if command is comfyui:
+            sub.add_argument("--port", type=int, default=8188)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    after = []
+    if "--" in argv:
+        argv, after = argv[:argv.index("--")], argv[argv.index("--") + 1:]
+    parser = _parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown and options.function is comfyui:
+        parser.error(f"unknown arguments {' '.join(unknown)}; put what is for ComfyUI after --")
+    try:
+        return options.function(options, unknown + after)
+    except SetupError as error:
+        say(f"\n{options.command}: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("\nStopped.")
+        return 130
+    except (RuntimeError, TimeoutError) as error:
+        # What demo/server.py raises when the server does not start.
+        say(f"\n{options.command}: {error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
