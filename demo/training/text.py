@@ -63,7 +63,7 @@ def build(vocab_size: int) -> "TextModel":
     return TextModel(
         UNet2DConditionModel(
             sample_size=world.SIZE // 4, in_channels=8, out_channels=8, layers_per_block=1,
-            block_out_channels=(80, 128), cross_attention_dim=TEXT_WIDTH, attention_head_dim=4, norm_num_groups=16,
+            block_out_channels=(96, 96), cross_attention_dim=TEXT_WIDTH, attention_head_dim=4, norm_num_groups=32,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         ),

@@ -15,7 +15,7 @@ KL_WEIGHT = 1e-5
 
 def build() -> AutoencoderKL:
     return AutoencoderKL(
-        sample_size=world.SIZE, latent_channels=8, block_out_channels=(24, 48, 64), layers_per_block=1,
+        sample_size=world.SIZE, latent_channels=8, block_out_channels=(32, 64, 64), layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=8,
     )
 
