@@ -40,25 +40,29 @@ PREFERRED = "0.8.0"
 FLOOR = "0.3.64"
 REPOSITORY = "https://github.com/comfyanonymous/ComfyUI.git"
 
-# These three are built for one another, and their own requirements do not say so: torch 2.15 with torchaudio 2.11,
-# the last one, fails on import. Raise the limits together, after trying.
+# These three are built for one another, and their own requirements do not say so: torch 2.15 with
+# torchaudio 2.11, the last one, fails on import. Raise the limits together, after trying.
 TORCH = ("torch>=2.6,<2.15", "torchvision>=0.21,<0.30", "torchaudio>=2.6,<2.12")
 TOOLS = ("pytest>=8,<10", "setuptools>=77")
 
 # What pip or git say, and what to do about it.
 _HINTS = (
-    (r"No space left on device|Errno 28|not enough space", "The disk is full. About 8 GB are needed; make room, then"
-     " start again."),
-    (r"Could not resolve host|Temporary failure in name resolution|Failed to establish a new connection|Max retries"
-     r"|getaddrinfo|timed out|Network is unreachable|ConnectionError|Could not connect|unable to access",
-     "There seems to be no network. Connect, or set your proxy (HTTPS_PROXY) or package index (PIP_INDEX_URL),"
-     " then start again."),
-    (r"CERTIFICATE_VERIFY_FAILED|SSLError", "The secure connection failed. Behind a proxy with its own certificate, set"
-     " PIP_CERT to it, then start again."),
-    (r"Permission denied|Access is denied|Errno 13", "A file could not be written. Is another program (a running"
-     " server?) using .venv, or does the folder belong to another user?"),
-    (r"No matching distribution|Could not find a version", "A package has no release for this Python and system."
-     " Python 3.10 to 3.13 on 64-bit Linux, Windows or macOS is known to have all of them."),
+    (r"No space left on device|Errno 28|not enough space",
+     "The disk is full. About 8 GB are needed; make room, then start again."),
+    (r"CERTIFICATE_VERIFY_FAILED|SSLError",
+     "The secure connection failed. Behind a proxy with its own certificate set PIP_CERT to it, then start"
+     " again."),
+    (r"Could not resolve host|Temporary failure in name resolution|Failed to establish a new connection"
+     r"|getaddrinfo|Max retries|timed out|Network is unreachable|ConnectionError|Could not connect"
+     r"|unable to access",
+     "There seems to be no network. Connect, or set your proxy (HTTPS_PROXY) or package index"
+     " (PIP_INDEX_URL), then start again."),
+    (r"Permission denied|Access is denied|Errno 13",
+     "A file could not be written. Is another program (a running server?) using .venv, or does the folder"
+     " belong to another user?"),
+    (r"No matching distribution|Could not find a version",
+     "A package has no release for this Python and system. Use Python 3.10 to 3.13, 64 bit, on Linux, Windows"
+     " or macOS."),
 )
 
 
@@ -96,11 +100,12 @@ def comfy_version(path: Path) -> str | None:
 
 
 def find_comfyui(version: str | None = None, *, clone: bool = True, environ: Mapping[str, str] = os.environ,
-                 pack: Path = Path(__file__).absolute().parent, caches: Sequence[Path] | None = None) -> Path | None:
+                 pack: Path = Path(__file__).absolute().parent,
+                 caches: Sequence[Path] | None = None) -> Path | None:
     """The ComfyUI to use, or None when there is none.
 
-    Looked for in this order: COMFYUI_PATH; the install that holds this pack; the user's cache folder; a clone of
-    the public repository into that folder. With ``version`` only that one counts, wherever it is.
+    Looked for in this order: COMFYUI_PATH; the install that holds this pack; the user's cache folder; a clone
+    of the public repository into that folder. With ``version`` only that one counts, wherever it is.
 
     Raises:
         SetupError: COMFYUI_PATH is no ComfyUI, or one too old.
@@ -128,11 +133,11 @@ def _own_installs(environ: Mapping[str, str], pack: Path) -> list[Path]:
         path = Path(environ["COMFYUI_PATH"]).expanduser().absolute()
         version = comfy_version(path)
         if version is None:
-            raise SetupError(f"COMFYUI_PATH is {path}, but there is no ComfyUI (main.py, comfy/, comfyui_version.py)."
-                             " Set it to the folder that holds main.py, or unset it.")
+            raise SetupError(f"COMFYUI_PATH is {path}, but there is no ComfyUI (main.py, comfy/,"
+                             " comfyui_version.py). Set it to the folder that holds main.py, or unset it.")
         if _number(version) < _number(FLOOR):
-            raise SetupError(f"COMFYUI_PATH holds ComfyUI {version}; this pack needs {FLOOR} or newer. Update it, or"
-                             " unset COMFYUI_PATH.")
+            raise SetupError(f"COMFYUI_PATH holds ComfyUI {version}; this pack needs {FLOOR} or newer. Update"
+                             " it, or unset COMFYUI_PATH.")
         found.append(path)
     for folder in (pack, pack.resolve()):
         if folder.parent.name == "custom_nodes":
@@ -151,11 +156,12 @@ def _cached(version: str, caches: Sequence[Path]) -> Path | None:
     return next((path for path in paths if comfy_version(path)), None)
 
 
-def clone_comfyui(version: str, cache: Path, repository: str = REPOSITORY) -> Path:
+def clone_comfyui(version: str, cache: Path, repository: str | None = None) -> Path:
     """Clones tag ``v<version>`` to ``<cache>/ComfyUI-<version>``, which appears only when it is complete."""
     if not shutil.which("git"):
-        raise SetupError("git is not installed. Install it (https://git-scm.com/downloads), or set COMFYUI_PATH to a"
-                         " ComfyUI you have.")
+        raise SetupError("git is not installed. Install it (https://git-scm.com/downloads), or set"
+                         " COMFYUI_PATH to a ComfyUI you have.")
+    repository = repository or REPOSITORY
     target = cache / f"ComfyUI-{version}"
     say(f"Fetching ComfyUI {version} from {repository} ...")
     try:
@@ -165,8 +171,9 @@ def clone_comfyui(version: str, cache: Path, repository: str = REPOSITORY) -> Pa
         raise SetupError(f"the cache folder {cache} cannot be written: {error}") from error
     try:
         result = subprocess.run(
-            ["git", "-c", "advice.detachedHead=false", "-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=30",
-             "clone", "--quiet", "--depth", "1", "--branch", f"v{version}", repository, str(unfinished)],
+            ["git", "-c", "advice.detachedHead=false",
+             "-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=30", "clone", "--quiet",
+             "--depth", "1", "--branch", f"v{version}", repository, str(unfinished)],
             env={**os.environ, "GIT_TERMINAL_PROMPT": "0"}, capture_output=True, text=True, errors="replace")
         if result.returncode:
             raise SetupError(_with_hint(f"git said: {result.stderr.strip()[-500:]}", result.stderr))
@@ -188,13 +195,13 @@ def requirements(comfy: Path | None) -> list[str]:
     """Everything that has to be in the virtual environment, as pip requirements."""
     lines = [*TORCH, *TOOLS, *_lines(ROOT / "requirements.txt")]
     if comfy is not None:
-        lines += [line for line in _lines(comfy / "requirements.txt")
-                  if _package(line) not in ("torch", "torchvision", "torchaudio") and line not in pages(comfy)]
+        ours = {"torch", "torchvision", "torchaudio", *map(_package, pages(comfy))}
+        lines += [line for line in _lines(comfy / "requirements.txt") if _package(line) not in ours]
     return lines
 
 
 def pages(comfy: Path) -> list[str]:
-    """Requirements that hold the web pages of one ComfyUI version (front end, templates, help), pinned by it."""
+    """Requirements with the web pages of one ComfyUI version (front end, templates, help), pinned by it."""
     return [line for line in _lines(comfy / "requirements.txt") if _package(line).startswith("comfyui-")]
 
 
@@ -213,7 +220,8 @@ def venv_python(venv: Path = VENV) -> Path:
 
 def setup_key(wanted: Sequence[str], venv: Path = VENV) -> str:
     """What an environment was set up for: requirements, Python, and the place of this checkout."""
-    parts = [sorted(wanted), _venv_version(venv), str(ROOT), (ROOT / "pyproject.toml").read_text(encoding="utf-8")]
+    parts = [sorted(wanted), _venv_version(venv), str(ROOT),
+             (ROOT / "pyproject.toml").read_text(encoding="utf-8")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -236,9 +244,6 @@ def ensure_venv(comfy: Path | None, venv: Path = VENV) -> Path:
     _make_venv(venv, unfinished)
     say(f"Installing packages into {venv} (log: {venv / 'blendswap-install.log'}) ...")
     stamp.unlink(missing_ok=True)
-    free = shutil.disk_usage(venv).free / 2**30
-    if free < 8 and importlib.util.find_spec("torch") is None:
-        say(f"  Only {free:.1f} GB are free on this disk; up to 8 GB may be needed.")
     _pip(python, ["install", *wanted], venv, unfinished)
     _pip(python, ["install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], venv)
     stamp.write_text(setup_key(wanted, venv), encoding="utf-8")
@@ -251,32 +256,35 @@ def _make_venv(venv: Path, unfinished: Path) -> None:
     python = venv_python(venv)
     if unfinished.exists():
         say("The last set-up was broken off in the middle; starting it afresh.")
-    elif python.exists() and subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0:
-        return
+    elif python.exists():
+        if subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0:
+            return
     say(f"Making a virtual environment for Python {sys.version.split()[0]} in {venv} ...")
     try:
         if venv.exists():
             shutil.rmtree(venv)
     except OSError as error:
-        raise SetupError(f"{venv} cannot be replaced ({error}). Close what uses it, or delete it yourself.") from error
-    result = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True, errors="replace")
+        raise SetupError(f"{venv} cannot be replaced ({error}). Close what uses it, or delete it.") from error
+    result = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True,
+                            errors="replace")
     if result.returncode:
         shutil.rmtree(venv, ignore_errors=True)
         output = result.stdout + result.stderr
         if "ensurepip" in output or "No module named venv" in output:
-            raise SetupError("this Python has no venv module. On Debian or Ubuntu: sudo apt install python3-venv."
-                             " Elsewhere use the Python from python.org.")
-        raise SetupError(_with_hint(f"the virtual environment could not be made: {output.strip()[-500:]}", output))
+            raise SetupError("this Python has no venv module. On Debian or Ubuntu:"
+                             " sudo apt install python3-venv. Elsewhere use the Python from python.org.")
+        raise SetupError(_with_hint(f"no virtual environment could be made: {output.strip()[-500:]}", output))
 
 
 def _pip(python: Path, arguments: Sequence[str], venv: Path, unfinished: Path | None = None) -> None:
-    """Runs pip, showing what it is busy with. ``unfinished`` exists for as long as an installation is half done."""
+    """Runs pip, showing what it is busy with. ``unfinished`` exists while an installation is half done."""
     environment = {name: value for name, value in os.environ.items()
                    if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")}
     command = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     with open(venv / "blendswap-install.log", "a", encoding="utf-8") as log:
-        process = subprocess.Popen(command, env={**environment, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace")
+        process = subprocess.Popen(command, env={**environment, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"},
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, encoding="utf-8", errors="replace")
         output = []
         try:
             for line in process.stdout:
@@ -302,7 +310,7 @@ def _show_pip(line: str) -> None:
     found = re.match(r"(?:Downloading|Processing) (?:\S*/)?(\S+?-[^-\s]+)-\S* \(([\d.]+ [GM]B)\)", line)
     if found and (found.group(2).endswith("GB") or float(found.group(2).split()[0]) >= 10):
         say(f"  fetching {found.group(1)} ({found.group(2)})")
-    elif line.startswith("Installing collected packages"):
+    elif line.startswith("Installing collected packages") and "," in line:
         say(f"  unpacking {line.count(',') + 1} packages")
 
 
@@ -344,6 +352,17 @@ def server_module() -> ModuleType:
     return module
 
 
+@contextlib.contextmanager
+def _server(*arguments, **options):
+    """start_server of demo/server.py; what keeps a server from starting is told without a traceback."""
+    module = server_module()
+    try:
+        with module.start_server(*arguments, **options) as server:
+            yield server
+    except (module.ServerDied, module.PortInUse, TimeoutError) as error:
+        raise SetupError(str(error)) from error
+
+
 def _child(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> int:
     """Runs a command to its end, also when Ctrl-C is pressed; returns its exit code."""
     process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env={**os.environ, **(env or {})})
@@ -361,8 +380,8 @@ def _child(command: Sequence[str | Path], env: Mapping[str, str] | None = None) 
 def _need_comfyui(version: str | None) -> Path:
     comfy = find_comfyui(version)
     if comfy is None:
-        raise SetupError(f"there is no ComfyUI{' ' + version if version else ''}. Connect to the network so that it can"
-                         " be fetched, or set COMFYUI_PATH to a ComfyUI you have.")
+        raise SetupError(f"there is no ComfyUI{' ' + version if version else ''}. Connect to the network so"
+                         " that it can be fetched, or set COMFYUI_PATH to a ComfyUI you have.")
     say(f"ComfyUI {comfy_version(comfy)} in {comfy}")
     return comfy
 
@@ -378,9 +397,10 @@ def demo(options: argparse.Namespace, extra: list[str]) -> int:
         code = 1
         try:
             say("Starting a ComfyUI server ...")
-            with server_module().start_server(comfy, base, python, env=environment) as server:
+            with _server(comfy, base, python, env=environment) as server:
                 say(f"It runs at {server.url}.")
-                code = _child([python, "-m", "blendswap.demo.edits", "--server", server.url, "--out", out, *extra])
+                code = _child([python, "-m", "blendswap.demo.edits", "--server", server.url, "--out", out,
+                               *extra])
         finally:
             if code and log.exists():
                 shutil.copy(log, out / "server.log")
@@ -391,9 +411,9 @@ def demo(options: argparse.Namespace, extra: list[str]) -> int:
 def comfyui(options: argparse.Namespace, extra: list[str]) -> int:
     comfy = _need_comfyui(options.comfyui)
     python = ensure_venv(comfy)
+    environment = pages_environment(python, comfy)
     base = ROOT / ".comfyui"
-    with server_module().start_server(comfy, base, python, options.port, extra, pages_environment(python, comfy),
-                                      foreground=True) as server:
+    with _server(comfy, base, python, options.port, extra, environment, foreground=True) as server:
         say(f"\nComfyUI with BlendSwap: {server.url}\n"
             "Example workflows: Workflow > Browse Templates > Extensions > blendswap\n"
             f"Models go in {base / 'models'}, pictures are saved in {base / 'output'}\n"
@@ -410,7 +430,7 @@ def test(options: argparse.Namespace, extra: list[str]) -> int:
         say(f"ComfyUI {comfy_version(comfy)} in {comfy}")
         if floor := find_comfyui(FLOOR):
             environment["BLENDSWAP_COMFYUI_FLOOR"] = str(floor)
-    return _child([python, "-m", "pytest", *(extra or ["tests"])], environment)
+    return _child([python, "-m", "pytest", *extra], environment)
 
 
 def bench(options: argparse.Namespace, extra: list[str]) -> int:
@@ -441,9 +461,10 @@ def _parser() -> argparse.ArgumentParser:
                                   add_help=command in (demo, comfyui))
         sub.set_defaults(function=command)
         sub.add_argument("--comfyui", metavar="VERSION", default=os.environ.get("BLENDSWAP_COMFYUI"),
-                         help=f"ComfyUI version to use, {FLOOR} or newer (otherwise what is there, else {PREFERRED})")
+                         help=f"ComfyUI to use, {FLOOR} or newer (else what is there, or {PREFERRED})")
         if command is demo:
-            sub.add_argument("--out", metavar="DIR", default="demo_output", help="where pictures and report.json go")
+            sub.add_argument("--out", metavar="DIR", default="demo_output",
+                             help="where pictures and report.json go")
         if command is comfyui:
             sub.add_argument("--port", type=int, default=8188)
     return parser
@@ -466,10 +487,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("\nStopped.")
         return 130
-    except (RuntimeError, TimeoutError) as error:
-        # What demo/server.py raises when the server does not start.
-        say(f"\n{options.command}: {error}")
-        return 1
 
 
 if __name__ == "__main__":

@@ -77,30 +77,53 @@ def blended_diffusion(
             f"the picture is {tuple(guidance.source.shape[-2:])} pixels, which does not divide into the model's "
             f"{tuple(shape[-2:])} latent cells of {host.downscale} pixels; resize it to a multiple"
         )
+    edit = Edit(host, guidance, settings, schedule, source, mask)
 
     x = schedule.add_noise(source, noise.like(shape), total - 1)
     for number, index in enumerate(reversed(range(total))):
-        guided = guidance.active and number % settings.every == 0
+        x, x0, losses = edit.step(x, index, noise)
+        if on_step is not None:
+            on_step(StepReport(number, total, x, x0, losses))
+    with torch.no_grad():
+        return host.decode(x).clamp(-1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """What the steps of an edit share. `source` [1, C, h, w] and `mask` [1, 1, h, w] are on the latent grid."""
+
+    host: DiffusionHost
+    guidance: Guidance
+    settings: BlendSettings
+    schedule: Schedule
+    source: Tensor
+    mask: Tensor
+
+    def step(self, x: Tensor, index: int, noise: CandidateNoise) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """One step x_t → x_{t-1} of Algorithm 2 (of Algorithm 1 without `blend`).
+
+        x: [B, C, h, w] in variance-preserving space at step `index` of the schedule.
+        Returns x_{t-1}, x̂0 and the unweighted losses, empty where the step was not guided.
+        Raises FloatingPointError for NaN or infinite values.
+        """
+        settings, schedule, shape = self.settings, self.schedule, x.shape[1:]
+        number = settings.steps - settings.start - 1 - index
+        guided = self.guidance.active and number % settings.every == 0
         x0, variance, gradient, losses = (
-            _guided_prediction(host, guidance, settings, schedule, x, index) if guided
-            else _plain_prediction(host, schedule, x, index)
+            _guided_prediction(self.host, self.guidance, settings, schedule, x, index) if guided
+            else _plain_prediction(self.host, schedule, x, index)
         )
-        _check_finite(x0, gradient, number)
+        _check_finite(x0, variance, gradient, number)
         with torch.no_grad():
             if settings.sampler == "ddpm":
                 foreground = ddpm_step(schedule, x, x0, variance, gradient, noise.like(shape), index)
             else:
                 foreground = ddim_step(schedule, x, x0, gradient, index)
-            if settings.blend:
-                level = index - 1 if settings.background_level == "next" else index
-                background = schedule.add_noise(source, noise.like(shape), level)
-                x = foreground * mask + background * (1 - mask)
-            else:
-                x = foreground
-        if on_step is not None:
-            on_step(StepReport(number, total, x, x0, losses))
-    with torch.no_grad():
-        return host.decode(x).clamp(-1, 1)
+            if not settings.blend:
+                return foreground, x0, losses
+            level = index - 1 if settings.background_level == "next" else index
+            background = schedule.add_noise(self.source, noise.like(shape), level)
+            return foreground * self.mask + background * (1 - self.mask), x0, losses
 
 
 def _plain_prediction(host: DiffusionHost, schedule: Schedule, x: Tensor, index: int):
@@ -119,21 +142,19 @@ def _guided_prediction(
     """
     alpha = schedule.alpha(index)
     through = settings.gradient == "through_model"
+    leaf = x.detach().requires_grad_()
     with torch.set_grad_enabled(through):
-        leaf = x.detach().requires_grad_(through)
         prediction = host.predict(leaf / alpha**0.5, schedule.sigma(index))
-        estimate = prediction.x0
-    if not torch.isfinite(estimate).all():
-        return estimate.detach(), prediction.variance, None, {}
-    if not through:
-        # ∂x̂0/∂x_t is taken as 1/sqrt(ᾱ): the estimate moves with x_t as if the predicted noise stayed.
-        estimate = estimate.detach().requires_grad_()
+    variance = None if prediction.variance is None else prediction.variance.detach()
+    if not torch.isfinite(prediction.x0).all():
+        return prediction.x0.detach(), variance, None, {}
     with torch.enable_grad():
+        # "direct" takes ∂x̂0/∂x_t as 1/sqrt(ᾱ): the estimate moves with x_t as if the predicted noise stayed.
+        estimate = prediction.x0 if through else prediction.x0.detach() + (leaf - x) / alpha**0.5
         seen = estimate
         if settings.guided_input == "mixed":
             share = (1 - alpha) ** 0.5
-            noisy = leaf if through else x.detach()
-            seen = estimate * share + noisy * (1 - share)
+            seen = estimate * share + leaf * (1 - share)
         # Decode once where both losses look at the same picture.
         picture = host.decode(seen)
         ranged = picture if seen is estimate else host.decode(estimate)
@@ -143,15 +164,12 @@ def _guided_prediction(
         gradients = [by_picture + by_range]
     elif by_range is not None:
         outputs, gradients = [picture, ranged], [by_picture, by_range]
-    (gradient,) = torch.autograd.grad(outputs, leaf if through else estimate, gradients)
-    if not through:
-        gradient = gradient / alpha**0.5
-    variance = None if prediction.variance is None else prediction.variance.detach()
+    (gradient,) = torch.autograd.grad(outputs, leaf, gradients)
     return prediction.x0.detach(), variance, gradient.detach(), losses
 
 
-def _check_finite(x0: Tensor, gradient: Tensor | None, number: int) -> None:
-    if not torch.isfinite(x0).all():
+def _check_finite(x0: Tensor, variance: Tensor | None, gradient: Tensor | None, number: int) -> None:
+    if not torch.isfinite(x0).all() or (variance is not None and not torch.isfinite(variance).all()):
         raise FloatingPointError(
             f"The MODEL gave NaN or infinite values at step {number + 1}. If its weights are fp16, load it in bf16 or "
             "fp32; otherwise the checkpoint, or a patch on the MODEL, is damaged."

@@ -66,6 +66,10 @@ class ServerDied(RuntimeError):
     """The server process ended; the message ends with the last lines of its log."""
 
 
+class PortInUse(RuntimeError):
+    """Something else listens on the port asked for."""
+
+
 class ComfyServer:
     """A running ComfyUI server.
 
@@ -75,7 +79,8 @@ class ComfyServer:
         log_path: file that holds what the server printed, if it was captured.
     """
 
-    def __init__(self, url: str, process: subprocess.Popen | None = None, log_path: Path | None = None) -> None:
+    def __init__(self, url: str, process: subprocess.Popen | None = None,
+                 log_path: Path | None = None) -> None:
         self.url = url.rstrip("/")
         self.process = process
         self.log_path = log_path
@@ -122,7 +127,7 @@ class ComfyServer:
     def queue(self, prompt: Mapping[str, Any], workflow: Mapping[str, Any] | None = None) -> str:
         """Queues an API-format prompt and returns its id.
 
-        ``workflow``, the UI-format graph, is written into saved pictures, so that they can be dropped on the canvas.
+        ``workflow``, the UI-format graph, is written into saved pictures; the canvas opens it from there.
         Raises ServerError, naming the node, when any part of the prompt does not validate.
         """
         self._listen()
@@ -137,7 +142,8 @@ class ComfyServer:
             raise _node_error(answer["node_errors"])
         return answer["prompt_id"]
 
-    def wait(self, prompt_id: str, on_progress: Progress | None = None, timeout: float = 3600) -> dict[str, Any]:
+    def wait(self, prompt_id: str, on_progress: Progress | None = None,
+             timeout: float = 3600) -> dict[str, Any]:
         """Waits for a prompt and returns its outputs, ``{node id: {"images": [...], "text": [...], ...}}``.
 
         ``on_progress(node_id, value, maximum)`` is called for each step a node reports.
@@ -149,7 +155,7 @@ class ComfyServer:
             kind = event.get("type") if event else None
             if kind == "progress" and on_progress:
                 _report(event, prompt_id, on_progress)
-            # That a prompt has finished is read from the history alone: a websocket may break, the history stays.
+            # That a prompt has finished is read from the history alone: a websocket may break, that stays.
             elif kind in (None, "execution_success", "execution_error", "execution_interrupted", "executing"):
                 if entry := self.get_json(f"/history/{prompt_id}").get(prompt_id):
                     for late in self._waiting_events():
@@ -165,7 +171,7 @@ class ComfyServer:
         return self.wait(self.queue(prompt, workflow), on_progress, timeout)
 
     def interrupt(self, prompt_id: str | None = None) -> None:
-        """Stops what is running now (only if it is ``prompt_id``, where one is given and the version can tell)."""
+        """Stops what runs now (only if it is ``prompt_id``, where one is given and the version can tell)."""
         self.post_json("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
     # -- pictures
@@ -181,8 +187,8 @@ class ComfyServer:
         boundary = uuid.uuid4().hex
         body = b"".join((
             f'--{boundary}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n'.encode(),
-            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name or path.name}"\r\n'
-            f"Content-Type: application/octet-stream\r\n\r\n".encode(),
+            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; '
+            f'filename="{name or path.name}"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode(),
             path.read_bytes(), f"\r\n--{boundary}--\r\n".encode()))
         request = urllib.request.Request(self.url + "/upload/image", data=body, headers={
             "Content-Type": f"multipart/form-data; boundary={boundary}"})
@@ -196,7 +202,7 @@ class ComfyServer:
         return self.log_path.read_text(encoding="utf-8", errors="replace") if self.log_path else ""
 
     def check_alive(self, grace: float = 0) -> None:
-        """Raises ServerDied with the end of the log if the server process has ended, or does within ``grace`` s."""
+        """Raises ServerDied with the end of the log if the process has ended, or does within ``grace`` s."""
         if self.process is not None and grace:
             # A dying process closes its port a moment before it can be seen to have ended.
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -216,7 +222,7 @@ class ComfyServer:
         if self._socket is not None and self._socket.open:
             return
         parts = urllib.parse.urlsplit(self.url)
-        with contextlib.suppress(OSError):  # without a websocket there is no progress, but waiting still works
+        with contextlib.suppress(OSError):  # without a websocket only the progress is missing
             self._socket = _WebSocket(parts.hostname or "127.0.0.1", parts.port or 80,
                                       f"/ws?clientId={self.client_id}")
 
@@ -336,7 +342,8 @@ def _outputs(entry: Mapping[str, Any]) -> dict[str, Any]:
             raise Interrupted("interrupted", str(data.get("node_id", "")), data.get("node_type", ""))
         if kind == "execution_error":
             raise ServerError(data.get("exception_message", ""), str(data.get("node_id", "")),
-                              data.get("node_type", ""), data.get("exception_type", ""), data.get("traceback", ()))
+                              data.get("node_type", ""), data.get("exception_type", ""),
+                              data.get("traceback", ()))
     if status.get("status_str") == "error":
         raise ServerError("the prompt failed without a message; see the server's log")
     return entry.get("outputs", {})
@@ -350,6 +357,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        return True
+    except OSError:
+        return False
 
 
 def prepare_base(base_dir: str | os.PathLike, pack: Path = PACK) -> Path:
@@ -412,8 +427,11 @@ def start_server(comfy_path: str | os.PathLike, base_dir: str | os.PathLike,
 
     Raises:
         ServerDied: it ended before it answered; the message holds the last lines of the log.
+        PortInUse: something listens on ``port`` already.
         TimeoutError: it did not answer in time.
     """
+    if port and _answers(port):
+        raise PortInUse(f"port {port} is in use. Stop what uses it, or choose another with --port.")
     base = prepare_base(base_dir, pack)
     port = port or free_port()
     arguments = [str(python), "-u", "main.py", "--port", str(port), "--base-directory", str(base),
@@ -446,13 +464,10 @@ def _wait_until_up(server: ComfyServer) -> None:
     port = urllib.parse.urlsplit(server.url).port
     while time.monotonic() < end:
         server.check_alive()
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=5).close()
-        except OSError:
-            time.sleep(0.2)
-            continue
-        server.get("/system_stats")
-        return
+        if _answers(port):
+            server.get("/system_stats")
+            return
+        time.sleep(0.2)
     raise TimeoutError(f"the ComfyUI server at {server.url} did not answer within {_START_SECONDS} s."
                        f" Its log: {server.log_path or 'above'}")
 

@@ -23,8 +23,8 @@ class WorkflowError(ValueError):
 def ui_to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[str, Any]:
     """Converts a UI-format workflow to the API prompt format.
 
-    Muted nodes and notes are left out, bypassed nodes and reroutes are replaced by what feeds them, and primitives
-    by their value, as the canvas does.
+    Muted nodes and notes are left out, bypassed nodes and reroutes are replaced by what feeds them, and
+    primitives by their value, as the canvas does.
 
     Args:
         workflow: the parsed .json file, with ``nodes`` and ``links``.
@@ -34,14 +34,15 @@ def ui_to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> di
         ``{node id: {"class_type", "inputs", "_meta"}}``, ready for ``POST /prompt``.
 
     Raises:
-        WorkflowError: no UI-format workflow, an unknown node type, widget values that do not fit the node, a link
-            that leads nowhere, a subgraph.
+        WorkflowError: no UI-format workflow, an unknown node type, widget values that do not fit the node, a
+            link that leads nowhere, a subgraph.
     """
     if "nodes" not in workflow or "links" not in workflow:
-        raise WorkflowError("not a UI-format workflow: it has no 'nodes' and 'links'. Save it from the canvas with"
-                            " Workflow > Save, not with Export (API).")
+        raise WorkflowError("not a UI-format workflow: it has no 'nodes' and 'links'. Save it from the canvas"
+                            " with Workflow > Save, not with Export (API).")
     if (workflow.get("definitions") or {}).get("subgraphs"):
-        raise WorkflowError("the workflow has subgraphs, which cannot be converted: unpack them on the canvas first.")
+        raise WorkflowError("the workflow has subgraphs, which cannot be converted: unpack them on the"
+                            " canvas.")
     nodes = {node["id"]: node for node in workflow["nodes"]}
     links = dict(_link(link) for link in workflow["links"])
 
@@ -52,17 +53,16 @@ def ui_to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> di
         if node.get("mode") in (_MUTED, _BYPASSED):
             continue
         if node["type"] not in object_info:
-            raise WorkflowError(f"{_name(node)}: the server has no node of this type. Is the pack that brings it"
-                                " installed, and did it load (see the server's log)?")
+            raise WorkflowError(f"{_name(node)}: the server has no node of this type. Is the pack that brings"
+                                " it installed, and did it load (see the server's log)?")
         inputs = _widget_inputs(node, object_info[node["type"]])
         for slot in node.get("inputs") or ():
             if slot.get("link") is not None:
                 value = _source(slot["link"], nodes, links, node)
                 if value is not None:
                     inputs[slot["name"]] = value
-        prompt[str(node["id"])] = {
-            "class_type": node["type"], "inputs": inputs,
-            "_meta": {"title": node.get("title") or object_info[node["type"]].get("display_name") or node["type"]}}
+        title = node.get("title") or object_info[node["type"]].get("display_name") or node["type"]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": title}}
     return prompt
 
 
@@ -79,11 +79,12 @@ def _name(node: Mapping[str, Any]) -> str:
 
 def _source(link_id: int, nodes: Mapping[int, Any], links: Mapping[int, tuple[int, int]],
             target: Mapping[str, Any]) -> Any:
-    """What a linked input gets: [node id, slot], a primitive's value, or None where a muted node cuts the link."""
+    """What a linked input gets: [node id, slot], a primitive's value, or None behind a muted node."""
     seen: set[int] = set()
     while True:
         if link_id not in links or links[link_id][0] not in nodes:
-            raise WorkflowError(f"{_name(target)}: link {link_id} comes from nowhere; connect that input again.")
+            raise WorkflowError(f"{_name(target)}: link {link_id} comes from nowhere; connect that input"
+                                " again.")
         if link_id in seen:
             raise WorkflowError(f"{_name(target)}: link {link_id} goes round in a circle of bypassed nodes.")
         seen.add(link_id)
@@ -103,7 +104,7 @@ def _source(link_id: int, nodes: Mapping[int, Any], links: Mapping[int, tuple[in
 
 
 def _passed_through(node: Mapping[str, Any], slot: int) -> int | None:
-    """Link that a bypassed node or a reroute hands on to output ``slot``: same position first, then same type."""
+    """Link that a bypassed node or a reroute hands on to output ``slot``: same type, same position first."""
     inputs = node.get("inputs") or []
     if node["type"] == "Reroute":
         return inputs[0].get("link") if inputs else None
@@ -115,7 +116,7 @@ def _passed_through(node: Mapping[str, Any], slot: int) -> int | None:
 
 
 def _widget_inputs(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a node's widgets by input name. The file holds them as one list, in the order of the inputs."""
+    """Values of a node's widgets by input name; the file holds them as one list, in the inputs' order."""
     widgets = _widgets(node, info)
     values = node.get("widgets_values")
     if isinstance(values, Mapping):
@@ -128,14 +129,16 @@ def _widget_inputs(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str
     for name, kind, options in widgets:
         if not left:
             raise WorkflowError(
-                f"{_name(node)}: {len(values or ())} widget values, too few: none is left for '{name}'. The widgets are"
-                f" {', '.join(widget[0] for widget in widgets)}. Open the workflow in ComfyUI and save it again.")
+                f"{_name(node)}: {len(values or ())} widget values, too few: none is left for '{name}'. The"
+                f" widgets are {', '.join(widget[0] for widget in widgets)}. Open the workflow in ComfyUI and"
+                " save it again.")
         result[name] = _literal(left.pop(0))
         if _has_control(name, kind, options):
             if not left or left[0] not in _CONTROL_VALUES:
                 raise WorkflowError(
-                    f"{_name(node)}: the value of '{name}' must be followed by its control_after_generate value, one of"
-                    f" {', '.join(sorted(_CONTROL_VALUES))}; came {repr(left[0]) if left else 'nothing'}.")
+                    f"{_name(node)}: the value of '{name}' must be followed by its control_after_generate"
+                    f" value, one of {', '.join(sorted(_CONTROL_VALUES))};"
+                    f" came {repr(left[0]) if left else 'nothing'}.")
             left.pop(0)
             if kind == "COMBO" and left and left[0] in ("", None):
                 left.pop(0)  # the filter box of a combo that steps
@@ -156,8 +159,8 @@ def _widgets(node: Mapping[str, Any], info: Mapping[str, Any]) -> list[tuple[str
         for name in (info.get("input_order") or {}).get(group) or inputs:
             kind, options = _spec(inputs[name])
             if kind.startswith("COMFY_"):
-                raise WorkflowError(f"{_name(node)}: input '{name}' of type {kind} changes the node's shape, which"
-                                    " cannot be converted.")
+                raise WorkflowError(f"{_name(node)}: input '{name}' of type {kind} changes the node's shape,"
+                                    " which cannot be converted.")
             if kind in _WIDGET_TYPES and not options.get("forceInput"):
                 found.append((name, kind, options))
     return found

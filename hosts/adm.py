@@ -89,7 +89,7 @@ class GuidedDiffusionUNet(nn.Module):
             own["beta_start"], own["beta_end"], TRAINING_STEPS, dtype=torch.float64, device="cpu"
         )
         if own["model_channels"] is not None:
-            # The published 512 px network starts at half its nominal width but embeds the timestep at all of it.
+            # The published 512 px network starts at half its nominal width, yet embeds timesteps at all of it.
             self.unet.time_proj = Timesteps(
                 own["model_channels"], flip_sin_to_cos=True, downscale_freq_shift=0
             )
@@ -152,14 +152,11 @@ def load_guided_diffusion(
     """Open a pixel-space prior: an ADM checkpoint, a UNet2DModel folder, or a UNet2DModel safetensors file.
 
     head_channels: attention head width of an ADM checkpoint (UNet2DModel's own config states it).
-    image_size: pixels; 0 reads it (from the config, or from the channel multipliers as the published code
-    pairs them).
-    dtype: of the weights; None keeps what most of the file's weights have, so that a half-precision file
-    stays one.
+    image_size: pixels; 0 reads it (config, or channel multipliers as the published code pairs them).
+    dtype: of the weights; None keeps what most of the file's have: a half-precision file stays one.
     Returns the network on the CPU, in eval mode, its parameters without gradient but usable in autograd even
     if this is called under torch.inference_mode.
-    Raises FileNotFoundError if nothing is there, and ValueError naming the file, what it is and what belongs
-    there.
+    Raises FileNotFoundError if nothing is there, and ValueError naming the file, what it is and what belongs.
     """
     path = Path(path)
     # Parameters made in inference mode could not take part in a gradient later.
@@ -180,8 +177,7 @@ def load_guided_diffusion(
         return network.eval().requires_grad_(False)
 
 
-# Reading files
-# ------------------------------------------------------------------------------------------------------
+# Reading files --------------------------------------------------------------------------------------------
 
 
 def _read_model(path: Path, head_channels: int, image_size: int) -> tuple[dict[str, Any], StateDict]:
@@ -316,8 +312,7 @@ def _prevailing_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-# ADM's layout
-# -------------------------------------------------------------------------------------------------------
+# ADM's layout ---------------------------------------------------------------------------------------------
 
 
 def is_adm(weights: Mapping[str, Tensor]) -> bool:
@@ -370,18 +365,11 @@ def read_adm_config(
             "the size in pixels that the checkpoint was trained at."
         )
 
-    resampling = (
-        "resnet" if levels == 1 or f"input_blocks.{blocks + 1}.0.in_layers.0.weight" in weights else "conv"
-    )
-    # diffusers takes the kind of resampling from an argument in blocks with attention, from the type in those
-    # without.
-    plain = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-        if resampling == "resnet"
-        else ("DownBlock2D", "UpBlock2D")
-    )
-    down = tuple("AttnDownBlock2D" if has else plain[0] for has in attention)
-    up = tuple("AttnUpBlock2D" if has else plain[1] for has in reversed(attention))
+    resampling = "conv" if f"input_blocks.{blocks + 1}.0.op.weight" in weights else "resnet"
+    # Blocks with attention take the kind of resampling as an argument in diffusers, the others as a type.
+    prefix, suffix = ("Resnet", "sample") if resampling == "resnet" else ("", "")
+    down = tuple("AttnDownBlock2D" if has else f"{prefix}Down{suffix}Block2D" for has in attention)
+    up = tuple("AttnUpBlock2D" if has else f"{prefix}Up{suffix}Block2D" for has in reversed(attention))
     embedded = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     return {
         "sample_size": image_size,
@@ -520,17 +508,13 @@ def _depth(weights: Mapping[str, Tensor]) -> tuple[int, int]:
     return per_level - 1, levels
 
 
-# UNet2DModel
-# --------------------------------------------------------------------------------------------------------
+# UNet2DModel ----------------------------------------------------------------------------------------------
 
 
 def _check_config(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise ValueError for a UNet2DModel configuration that this loader would run wrongly."""
-    shuffle, out_channels, in_channels = (
-        own["pixel_unshuffle"],
-        config.get("out_channels"),
-        config.get("in_channels"),
-    )
+    shuffle = own["pixel_unshuffle"]
+    in_channels, out_channels = config.get("in_channels"), config.get("out_channels")
     if not isinstance(shuffle, int) or shuffle < 1:
         raise ValueError(f"pixel_unshuffle must be a whole number from 1, got {shuffle!r}.")
     if in_channels != 3 * shuffle**2 or out_channels not in (in_channels, 2 * in_channels):

@@ -53,8 +53,7 @@ class GuidedDiffusionConfig(comfy.supported_models_base.BASE):
 
 
 class _ComputeDtypeUNet(UNet2DModel):
-    """UNet2DModel that embeds timesteps and classes in the dtype it computes in, which here need not be the
-    weights'."""
+    """UNet2DModel that embeds timesteps and classes in the dtype it computes in, not in its weights'."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,11 +73,10 @@ class NativeGuidedDiffusionUNet(GuidedDiffusionUNet):
         class_labels: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Noise [B, 3, H, W] for x [B, 3, H, W] in VP space at timesteps [B]; text conditioning has no
-        meaning here.
+        """Noise [B, 3, H, W] for x [B, 3, H, W] in VP space at timesteps [B].
 
-        Appends the raw variance channels [B, 3, H, W] to transformer_options["blendswap_variance"] if it is
-        there.
+        Text conditioning has no meaning here and is ignored. The raw variance channels [B, 3, H, W] are
+        appended to transformer_options["blendswap_variance"] where that is there.
         """
         eps, variance = super().forward(x, timesteps, class_labels)
         wanted = (transformer_options or {}).get(VARIANCE_KEY)
@@ -91,8 +89,7 @@ class GuidedDiffusion(comfy.model_base.BaseModel):
     """BaseModel around an ADM network: epsilon prediction on pixels, with the schedule it was trained on.
 
     Attributes beside BaseModel's: `image_size` (int, pixels it was trained at), `size_multiple` (int),
-    `learned_variance` (bool), `num_classes` (int or None), `class_label` (int, -1 for a random one in each
-    row).
+    `learned_variance` (bool), `num_classes` (int or None), `class_label` (int, -1: random in each row).
     """
 
     def __init__(self, network: GuidedDiffusionUNet, *, class_label: int, compute_dtype: torch.dtype) -> None:
@@ -125,8 +122,7 @@ class GuidedDiffusion(comfy.model_base.BaseModel):
     def class_labels(self, noise: Tensor) -> Tensor | None:
         """Class of each row of a batch, [B] long on noise's device, or None for an unconditional model.
 
-        A random class is a function of the row's noise [C, H, W] alone: a seed repeats it, in every batch
-        size.
+        A random class is a function of the row's noise [C, H, W] alone: a seed repeats it, in any batch size.
         """
         if self.num_classes is None:
             return None
@@ -156,11 +152,8 @@ class GuidedDiffusion(comfy.model_base.BaseModel):
         )
         channels = skips + 8 * unet["block_out_channels"][0]
         positions = batch * height * width / self.diffusion_model.pixel_unshuffle**2
-        return (
-            positions
-            * channels
-            * comfy.model_management.dtype_size(self.manual_cast_dtype or self.get_dtype())
-        )
+        element = comfy.model_management.dtype_size(self.manual_cast_dtype or self.get_dtype())
+        return positions * channels * element
 
 
 def native_model(
@@ -168,10 +161,8 @@ def native_model(
 ) -> comfy.model_patcher.ModelPatcher:
     """Wrap a network as ComfyUI's MODEL; the network is taken over, not copied.
 
-    class_label: class of a class-conditional network, -1 for a random one in each row; without meaning
-    otherwise.
-    dtype: of the weights; None leaves the choice to ComfyUI. Where the device cannot compute in it, ComfyUI
-    casts.
+    class_label: class of a class-conditional network, -1 for a random one in each row; else without meaning.
+    dtype: of the weights; None leaves it to ComfyUI. Where the device cannot compute in it, ComfyUI casts.
     """
     device = comfy.model_management.get_torch_device()
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -205,8 +196,7 @@ def load_native_model(
 
 
 def pixel_space_vae() -> comfy.sd.VAE:
-    """ComfyUI's VAE that leaves pixels as they are: IMAGE in 0..1 to latents [B, 3, H, W] in -1..1 and
-    back."""
+    """ComfyUI's VAE that leaves pixels as they are: IMAGE in 0..1 ⇄ latents [B, 3, H, W] in -1..1."""
     return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
 
 
@@ -216,8 +206,7 @@ def unconditional() -> list[list[Any]]:
 
 
 def _adopt(network: GuidedDiffusionUNet, compute_dtype: torch.dtype) -> NativeGuidedDiffusionUNet:
-    """Give the network's layers ComfyUI's classes, in place: subclasses of the same torch layers, no other
-    state.
+    """Give the network's layers ComfyUI's classes, in place: subclasses of the same torch layers.
 
     They are built by diffusers, and `comfy.ops` layers differ in their forward alone, so the class can change
     after building; the alternative would be a copy of the model code.

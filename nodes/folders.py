@@ -23,14 +23,15 @@ FOLDERS = {
     "guided_diffusion": ModelFolder(
         extensions=frozenset({".pt", ".pth", ".bin", ".safetensors"}),
         marker="config.json",
-        wanted="an ADM checkpoint of openai/guided-diffusion (256x256_diffusion_uncond.pt or 512x512_diffusion.pt), "
-        "or the folder of a diffusers UNet2DModel (config.json and diffusion_pytorch_model.safetensors)",
+        wanted="an ADM checkpoint of openai/guided-diffusion (256x256_diffusion_uncond.pt or "
+        "512x512_diffusion.pt), or the folder of a diffusers UNet2DModel (config.json and "
+        "diffusion_pytorch_model.safetensors)",
     ),
     "clip_guidance": ModelFolder(
         extensions=frozenset({".pt", ".pth", ".bin", ".safetensors"}),
         marker="open_clip_config.json",
-        wanted="the weights of a CLIP model that open_clip knows (ViT-B-16.pt of OpenAI, or open_clip's own .safetensors "
-        "or .bin)",
+        wanted="the weights of a CLIP model that open_clip knows (ViT-B-16.pt of OpenAI, or open_clip's own "
+        ".safetensors or .bin)",
     ),
     "lpips": ModelFolder(
         extensions=frozenset({".pt", ".pth", ".safetensors"}),
@@ -42,7 +43,7 @@ FOLDERS = {
 
 
 def register() -> None:
-    """Add the folders to ComfyUI's lists; calling it again changes nothing."""
+    """Add the folders to ComfyUI's lists (done on import); calling it again changes nothing."""
     for name, folder in FOLDERS.items():
         folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
         paths, extensions = folder_paths.folder_names_and_paths[name]
@@ -104,3 +105,7 @@ def _model_directories(name: str) -> list[str]:
                 found.add(os.path.relpath(directory, root).replace(os.sep, "/"))
                 below.clear()
     return sorted(found)
+
+
+# Every node that lists one of the folders imports this module, so they are registered before they are asked for.
+register()

@@ -20,16 +20,16 @@ class GuidedDiffusionLoader(io.ComfyNode):
             default=0,
             min=0,
             max=4096,
-            tooltip="Size in pixels that the model was trained at. 0 reads it from the checkpoint; needed only for "
-            "ADM checkpoints whose layout is not one of the published 256 or 512 px ones.",
+            tooltip="Size in pixels that the model was trained at. 0 reads it from the checkpoint; needed "
+            "only for ADM checkpoints whose layout is not one of the published 256 or 512 px ones.",
         )
         head_channels = io.Int.Input(
             "head_channels",
             default=64,
             min=1,
             max=1024,
-            tooltip="Width of an attention head of an ADM checkpoint. It cannot be read from the weights; the "
-            "published 256 and 512 px checkpoints have 64. A wrong value gives wrong pictures, not an error.",
+            tooltip="Width of an attention head of an ADM checkpoint. It cannot be read from the weights; "
+            "the published 256 and 512 px checkpoints have 64. A wrong value gives wrong pictures, silently.",
         )
         for dial in (image_size, head_channels):
             dial.extra_dict["advanced"] = True
@@ -37,14 +37,15 @@ class GuidedDiffusionLoader(io.ComfyNode):
             node_id="GuidedDiffusionLoader",
             display_name="Load Guided Diffusion Prior",
             category="BlendSwap/loaders",
-            description="Loads a pixel-space diffusion model (ADM): the checkpoints of openai/guided-diffusion that "
-            "Blended Diffusion uses, or a diffusers UNet2DModel. The MODEL works in CLIPBlendSampler and in "
-            "a stock KSampler (cfg 1: text conditioning is ignored).",
+            description="Loads a pixel-space diffusion model (ADM): the checkpoints of "
+            "openai/guided-diffusion that Blended Diffusion uses, or a diffusers UNet2DModel. The MODEL works in CLIPBlendSampler "
+            "and in a stock KSampler (cfg 1: text conditioning is ignored).",
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
                     options=folders.model_names(FOLDER),
-                    tooltip="A file (.pt, .pth, .bin, .safetensors) or a diffusers folder in models/guided_diffusion.",
+                    tooltip="A file (.pt, .pth, .bin, .safetensors) or a diffusers folder, from "
+                    "models/guided_diffusion.",
                 ),
                 image_size,
                 head_channels,
@@ -53,9 +54,9 @@ class GuidedDiffusionLoader(io.ComfyNode):
                     default=0,
                     min=-1,
                     max=999,
-                    tooltip="Class of a class-conditional checkpoint, such as 512x512_diffusion.pt (ImageNet's "
-                    "numbers). -1 draws one for each picture from its noise, so that a seed repeats. "
-                    "Without effect on unconditional checkpoints.",
+                    tooltip="Class of a class-conditional checkpoint, such as 512x512_diffusion.pt "
+                    "(ImageNet's numbers). -1 draws one for each picture from its noise, so that a seed "
+                    "repeats. Without effect on unconditional checkpoints.",
                 ),
                 io.Combo.Input(
                     "dtype",

@@ -1,7 +1,7 @@
 """Fixtures: ComfyUI inside the test process, and real ComfyUI servers beside it.
 
-A test that imports ComfyUI asks for the fixture `comfy` or is marked ``needs_comfy``, and imports it inside the
-test function. A test that talks to a server asks for `server` or `floor_server`.
+A test that imports ComfyUI asks for the fixture `comfy` or is marked ``needs_comfy``, and imports it inside
+the test function. A test that talks to a server asks for `server` or `floor_server`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 if ROOT not in (Path(path).resolve() for path in blendswap.__path__):
-    raise pytest.UsageError(f"'blendswap' is the package in {list(blendswap.__path__)}, not the one under test in {ROOT}."
+    raise pytest.UsageError(f"'blendswap' is the package in {list(blendswap.__path__)}, not the one in {ROOT}."
                             " Use: python run.py test")
 
 import torch
@@ -28,7 +28,7 @@ import torch
 from blendswap import run
 from blendswap.demo.server import ComfyServer, start_server
 
-torch.set_num_threads(min(4, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the tensors are small: more threads would mostly wait for one another
 
 _NEEDS = "needs ComfyUI"
 
@@ -44,12 +44,12 @@ def comfy_path() -> Path:
 
 @pytest.fixture(scope="session")
 def comfy(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ComfyUI importable in this process, on the CPU and with folders of its own. Gives its base directory."""
+    """ComfyUI importable in this process, on the CPU, with folders of its own. Gives its base directory."""
     base = tmp_path_factory.mktemp("comfy")
     for folder in ("custom_nodes", "input", "models", "output", "temp", "user"):
         (base / folder).mkdir()
     sys.path.insert(0, str(comfy_path))
-    # Its parser reads an empty command line unless its main.py asks for more: it never sees pytest's arguments.
+    # Its parser reads an empty command line unless its main.py asks for more: never pytest's arguments.
     from comfy.cli_args import args
 
     args.cpu = True
@@ -93,7 +93,8 @@ def _serve(path: Path, base: Path):
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ())
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in skipped
                if isinstance(report.longrepr, tuple)]
     missed = [reason for reason in reasons if reason.startswith(_NEEDS)]
     if missed:

@@ -1,4 +1,5 @@
-"""CLIP guides: embeddings, gradients, vocabulary, and weights files of every kind, on real open_clip models."""
+"""CLIP guides: embeddings, gradients, vocabulary, and weights files of every kind, on real open_clip
+models."""
 
 from __future__ import annotations
 
@@ -62,7 +63,11 @@ def guide(demo_file: Path) -> ClipGuide:
 def tiny_architectures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small architectures in open_clip's own registry, alike but for the activation."""
     folder = tmp_path_factory.mktemp("configs")
-    config = {"embed_dim": 48, "vision_cfg": VISION, "text_cfg": {**TEXT, "context_length": 77, "vocab_size": 49408}}
+    config = {
+        "embed_dim": 48,
+        "vision_cfg": VISION,
+        "text_cfg": {**TEXT, "context_length": 77, "vocab_size": 49408},
+    }
     (folder / "tiny-test.json").write_text(json.dumps(config))
     (folder / "tiny-test-quickgelu.json").write_text(json.dumps({**config, "quick_gelu": True}))
     open_clip.add_model_config(folder)
@@ -131,7 +136,9 @@ def test_the_gradient_is_the_derivative(guide: ClipGuide):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weight", [1e-7, 1.0, 1e3])
-def test_half_precision_weights_give_the_same_gradient(demo_file: Path, guide: ClipGuide, dtype, weight: float):
+def test_half_precision_weights_give_the_same_gradient(
+    demo_file: Path, guide: ClipGuide, dtype, weight: float
+):
     low = load_clip_guide(demo_file, dtype=dtype)
     gradients = []
     for one in (guide, low):
@@ -158,7 +165,9 @@ def test_score_is_the_cosine_and_takes_no_gradient(guide: ClipGuide):
     images = pictures(3).requires_grad_()
     scores = guide.score(images, "a blue circle")
     assert scores.shape == (3,) and not scores.requires_grad
-    torch.testing.assert_close(scores, (guide.embed_image(images) @ guide.embed_text(["a blue circle"])[0]).detach())
+    torch.testing.assert_close(
+        scores, (guide.embed_image(images) @ guide.embed_text(["a blue circle"])[0]).detach()
+    )
 
 
 # ---- vocabulary and prompts
@@ -216,7 +225,12 @@ def test_an_over_long_prompt_is_cut_off_with_a_warning(
 
 
 def test_the_demo_file_brings_its_weights_and_its_description(demo_file: Path, guide: ClipGuide, tokenizer):
-    assert (guide.name, guide.image_size, guide.embed_dim, guide.mean) == ("demo-vit", 32, 32, (0.5, 0.5, 0.5))
+    assert (guide.name, guide.image_size, guide.embed_dim, guide.mean) == (
+        "demo-vit",
+        32,
+        32,
+        (0.5, 0.5, 0.5),
+    )
     assert guide.tokenizer.vocabulary == tokenizer.vocabulary
     torch.manual_seed(0)
     original = ClipGuide(build_demo_clip(demo_config(tokenizer)), tokenizer, "x", (0.5,) * 3, (0.5,) * 3)
@@ -233,13 +247,17 @@ def test_a_demo_resnet_loads_too(tokenizer: CompactTokenizer, tmp_path: Path):
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "training checkpoint", "openai state dict"])
-def test_published_layouts_load_and_embed_as_the_model_does(tiny: open_clip.CLIP, tmp_path: Path, layout: str):
+def test_published_layouts_load_and_embed_as_the_model_does(
+    tiny: open_clip.CLIP, tmp_path: Path, layout: str
+):
     weights = tiny.state_dict()
     path = tmp_path / {"safetensors": "laion2b.safetensors"}.get(layout, "laion2b.pt")
     if layout == "safetensors":
         save_file(weights, path)
     elif layout == "training checkpoint":
-        torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, path)
+        torch.save(
+            {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, path
+        )
     elif layout == "openai state dict":
         extras = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), torch.tensor(1))
         torch.save({**{key: value.half() for key, value in weights.items()}, **extras}, path)
@@ -256,7 +274,9 @@ def test_published_layouts_load_and_embed_as_the_model_does(tiny: open_clip.CLIP
         torch.testing.assert_close(guide.embed_image(pictures()), expected)
     tokens = open_clip.tokenize(["a red star"])
     if not openai:
-        torch.testing.assert_close(guide.embed_text(["a red star"]), F.normalize(tiny.encode_text(tokens), dim=-1))
+        torch.testing.assert_close(
+            guide.embed_text(["a red star"]), F.normalize(tiny.encode_text(tokens), dim=-1)
+        )
 
 
 def test_openais_torchscript_archive_is_read_without_running_it(tiny: open_clip.CLIP, tmp_path: Path):
@@ -273,7 +293,11 @@ def test_openais_torchscript_archive_is_read_without_running_it(tiny: open_clip.
                 self.register_buffer(name, torch.tensor(value))
 
         def forward(self, image):
-            return self.visual(image) * self.logit_scale + self.positional_embedding.sum() + self.text_projection.sum()
+            return (
+                self.visual(image) * self.logit_scale
+                + self.positional_embedding.sum()
+                + self.text_projection.sum()
+            )
 
     path = tmp_path / "ViT-tiny.pt"
     with torch.no_grad():
@@ -302,7 +326,9 @@ def test_a_folder_with_its_own_tokenizer_needs_no_network(tiny: open_clip.CLIP, 
     words = {word: row for row, word in enumerate(["[PAD]", "[UNK]", "a", "red", "star"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        tmp_path
+    )
     config = open_clip.get_model_config("tiny-test")
     config["text_cfg"]["hf_tokenizer_name"] = "somewhere/else"
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
@@ -336,7 +362,10 @@ def test_auto_recognises_published_architectures(architecture: str, path: str):
 
 
 def test_auto_recognises_openais_layout_whatever_the_name():
-    assert match_architecture(shapes_of("ViT-B-16"), Path("model.pt"), openai_layout=True) == "ViT-B-16-quickgelu"
+    assert (
+        match_architecture(shapes_of("ViT-B-16"), Path("model.pt"), openai_layout=True)
+        == "ViT-B-16-quickgelu"
+    )
 
 
 def test_auto_asks_where_the_weights_do_not_tell():
@@ -376,14 +405,18 @@ def test_weights_of_another_kind_are_refused_by_name(tmp_path: Path):
 @pytest.mark.parametrize("name", ["cut.safetensors", "cut.pt", "cut.bin"])
 def test_truncated_files_are_refused_with_the_cure(tiny: open_clip.CLIP, tmp_path: Path, name: str):
     path = tmp_path / name
-    save_file(tiny.state_dict(), path) if path.suffix == ".safetensors" else torch.save(tiny.state_dict(), path)
+    save_file(tiny.state_dict(), path) if path.suffix == ".safetensors" else torch.save(
+        tiny.state_dict(), path
+    )
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=f"{name} .*Download the file again"):
         load_clip_guide(path)
 
 
 def test_placeholders_and_other_files_are_refused(tmp_path: Path):
-    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 600000000\n")
+    (tmp_path / "pointer.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\nsize 600000000\n"
+    )
     with pytest.raises(ValueError, match="only .* bytes long"):
         load_clip_guide(tmp_path / "pointer.safetensors")
     (tmp_path / "page.pt").write_text("<html>" + "not found " * 500)
@@ -402,7 +435,9 @@ class Trap:
 
 
 def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path):
-    torch.save({"visual.conv1.weight": torch.zeros(1000), "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pt")
+    torch.save(
+        {"visual.conv1.weight": torch.zeros(1000), "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pt"
+    )
     with pytest.raises(ValueError, match="evil.pt was not opened.*run code"):
         load_clip_guide(tmp_path / "evil.pt")
     assert not (tmp_path / "sprung").exists()

@@ -19,8 +19,7 @@ from blendswap.hosts import adm
 REFERENCE = json.loads((Path(__file__).parent / "data" / "adm_reference.json").read_text(encoding="utf-8"))
 
 
-# The recipe of the reference (see record_adm_reference.md)
-# ----------------------------------------------------------
+# The recipe of the reference (see record_adm_reference.md) ------------------------------------------------
 
 
 def published_shapes(spec: dict) -> dict[str, tuple[int, ...]]:
@@ -130,8 +129,7 @@ def load(path: Path, spec: dict = SMALL, **kwargs) -> adm.GuidedDiffusionUNet:
     )
 
 
-# The published network
-# ----------------------------------------------------------------------------------------------
+# The published network ------------------------------------------------------------------------------------
 
 
 @CASES
@@ -212,16 +210,15 @@ def test_super_resolution_checkpoint_is_refused(small_weights) -> None:
 @pytest.mark.parametrize(("channels", "multipliers"), [(192, (1, 2, 3, 4)), (256, (1, 1, 2, 3, 4))])
 def test_published_checkpoints_with_another_attention_are_refused(channels, multipliers) -> None:
     spec = {
-        "channels": channels, "multipliers": multipliers, "blocks": 2, "attention_levels": [2, 3], "
-        ""classes": 1000,
-        "learn_sigma": True, "resblock_updown": True, "scale_shift": True,
+        "channels": channels, "multipliers": multipliers, "blocks": 2, "attention_levels": [2, 3],
+        "classes": 1000, "learn_sigma": True, "resblock_updown": True, "scale_shift": True,
     }  # fmt: skip
     weights = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(spec).items()}
     with pytest.raises(ValueError, match="not supported"):
         adm.read_adm_config(weights)
 
 
-# Files ------------------------------------------------------------------------------------------------------
+# Files ----------------------------------------------------------------------------------------------------
 # --------
 
 
@@ -255,12 +252,11 @@ def test_gradients_flow_when_loaded_under_inference_mode(small_weights, tmp_path
 
 def unshuffled_config() -> dict:
     return {
-        "_class_name": "UNet2DModel", "sample_size": 32, "pixel_unshuffle": 2, "in_channels": 12, "
-        ""out_channels": 24,
-        "block_out_channels": [32, 32], "layers_per_block": 1, "attention_head_dim": 16,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "
-        ""UpBlock2D"],
-        "beta_schedule": "linear", "beta_start": 2e-4, "beta_end": 0.01,
+        "_class_name": "UNet2DModel", "sample_size": 32, "pixel_unshuffle": 2, "in_channels": 12,
+        "out_channels": 24, "block_out_channels": [32, 32], "layers_per_block": 1, "attention_head_dim": 16,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "beta_schedule": "linear",
+        "beta_start": 2e-4, "beta_end": 0.01,
     }  # fmt: skip
 
 
@@ -326,8 +322,7 @@ def test_class_labels_where_they_belong(tmp_path: Path, small_weights) -> None:
         load(tmp_path / "plain.pt")(x, t, torch.tensor([0]))
 
 
-# Files that are not what they should be
-# -----------------------------------------------------------------------------
+# Files that are not what they should be -------------------------------------------------------------------
 
 
 class Touch:
@@ -345,7 +340,7 @@ def test_a_pickle_that_wants_to_run_code_is_not_run(tmp_path: Path) -> None:
     torch.save({"time_embed.0.weight": Touch(witness)}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"evil\.pt holds Python objects besides tensors"):
         load(tmp_path / "evil.pt")
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Touch(witness)))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Touch(witness), protocol=2))
     with pytest.raises(ValueError, match=r"evil\.pth"):
         load(tmp_path / "evil.pth")
     assert not witness.exists()

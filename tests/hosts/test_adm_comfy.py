@@ -98,8 +98,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-# Stock samplers
-# -----------------------------------------------------------------------------------------------------
+# Stock samplers -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])
@@ -152,8 +151,7 @@ def test_a_schedule_of_the_config_is_used(tmp_path: Path) -> None:
     )
 
 
-# ComfyUI's model management
-# -----------------------------------------------------------------------------------------
+# ComfyUI's model management -------------------------------------------------------------------------------
 
 
 def test_the_model_is_unpatched_after_sampling(prior: Path) -> None:
@@ -225,8 +223,7 @@ def test_gradients_reach_the_input_when_loaded_under_inference_mode(prior: Path)
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
-# What the pack's own sampler takes from it
-# --------------------------------------------------------------------------
+# What the pack's own sampler takes from it ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("collector", [list, deque])
@@ -248,8 +245,7 @@ def test_variance_reaches_a_collector_through_a_guider(prior: Path) -> None:
     assert [variance.shape for variance in got] == [(1, 3, 16, 16)] * 3
 
 
-# Classes
-# ------------------------------------------------------------------------------------------------------------
+# Classes --------------------------------------------------------------------------------------------------
 
 
 def test_a_fixed_class_is_the_one_asked_for(classes: Path) -> None:
@@ -280,8 +276,7 @@ def test_an_unconditional_model_takes_any_class_dial(prior: Path) -> None:
     assert load(prior, class_label=500).model.class_labels(torch.zeros(1, 3, 16, 16)) is None
 
 
-# VAE, folders, node
-# -------------------------------------------------------------------------------------------------
+# VAE, folders, node ---------------------------------------------------------------------------------------
 
 
 def test_the_pixel_space_vae_leaves_pixels_as_they_are() -> None:

@@ -1,0 +1,222 @@
+"""Does it edit, and does it keep? Blended Diffusion on the demo world, judged by what took no part.
+
+    python run.py bench edits [--cases 48] [--candidates 8] [--variants method,no_guidance,...]
+
+Every case is a scene that no model has seen, a box over its object, and a sentence that asks for another shape in
+another colour. A candidate succeeds when the judge network finds the asked shape and the palette the asked colour in
+the box. "single" is the rate over all candidates (what a random pick gives), "ranked" that of the one that CLIP ranks
+first. Intervals are 95 % (Wilson). The background is compared after the paste, in 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..blending.augment import ExtendingAugmentations
+from ..blending.canvas import Canvas
+from ..blending.guidance import Guidance
+from ..blending.guide import load_clip_guide
+from ..blending.paste import exact_paste
+from ..blending.perceptual import Perceptual
+from ..blending.ranking import rank
+from ..blending.report import to_8_bit
+from ..blending.sampler import blended_diffusion
+from ..blending.settings import PRESETS, BlendSettings, preset_settings
+from ..demo import judge, world
+from ..demo.training.common import MODELS
+from ..hosts.diffusers_host import DiffusersHost
+
+logger = logging.getLogger(__name__)
+
+FIRST_SCENE_SEED = 3_000_000
+METHOD = BlendSettings(steps=50, start=12, guidance=300.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    scene: world.Scene
+    shape: str
+    colour: str
+
+    @property
+    def prompt(self) -> str:
+        return f"a {self.colour} {self.shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to edit: what is compared."""
+
+    settings: BlendSettings
+    copies: int = 16
+    prompted: bool = True
+
+
+def variants() -> dict[str, Variant]:
+    method = METHOD
+    change = dataclasses.replace
+    table = {
+        "method": Variant(method),
+        "no_augmentation": Variant(method, copies=1),
+        "four_copies": Variant(method, copies=4),
+        "no_guidance": Variant(method, prompted=False),
+        "direct": Variant(change(method, gradient="direct")),
+        "ddim": Variant(change(method, sampler="ddim")),
+        "spherical": Variant(change(method, distance="spherical")),
+        "guidance_100": Variant(change(method, guidance=100.0)),
+        "guidance_600": Variant(change(method, guidance=600.0)),
+        "guidance_1000": Variant(change(method, guidance=1000.0)),
+        **{f"baseline_{weight}": Variant(change(method, blend=False, background_weight=float(weight)))
+           for weight in (100, 1000, 10000)},
+    }
+    for name, preset in PRESETS.items():
+        table[name] = Variant(preset_settings(name, method)[0], copies=preset.copies)
+    return table
+
+
+def cases(count: int) -> list[Case]:
+    """Scenes with one object, and another shape and colour to ask for; the same for every variant."""
+    made = []
+    for number in range(count):
+        rng = np.random.default_rng((FIRST_SCENE_SEED, number))
+        scene = world.random_scene(rng, things=1)
+        thing = scene.things[0]
+        shape = str(rng.choice([s for s in world.SHAPES if s != thing.shape]))
+        colour = str(rng.choice([c for c in world.COLOURS if c != thing.colour]))
+        made.append(Case(scene, shape, colour))
+    return made
+
+
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """95 % interval of a rate."""
+    if not count:
+        return 0.0, 1.0
+    z, rate = 1.96, successes / count
+    centre, spread = rate + z * z / (2 * count), z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count**2))
+    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)
+
+
+class Bench:
+    def __init__(self, model: str):
+        self.guide = load_clip_guide(MODELS / "clip" / "model.safetensors", "auto", "cpu", torch.float32)
+        lpips = MODELS / "lpips" / "model.safetensors"
+        self.perceptual = Perceptual("demo", lpips) if lpips.is_file() else None
+        self.model = model
+        self.host = DiffusersHost.from_prior(MODELS / "prior") if model == "prior" else None
+
+    def edit(self, case: Case, variant: Variant, seeds: list[int]) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Candidates [N, 3, H, W] in -1..1 after the paste, the source uint8, and the mask."""
+        source = world.draw(case.scene)
+        mask = world.edit_mask(case.scene)
+        picture = torch.from_numpy(source).permute(2, 0, 1)[None].float() / 127.5 - 1
+        masks = torch.from_numpy(mask)[None, None].float()
+        canvas = Canvas.make(picture, masks, 8, None)
+        augment = ExtendingAugmentations(copies=variant.copies)
+        guidance = Guidance(
+            variant.settings, self.guide, self.guide.embed_text([case.prompt])[0] if variant.prompted else None,
+            canvas.source, canvas.mask, augment, augment.generators(seeds), self.perceptual,
+        )
+        host = self.host or DiffusersHost.from_pipeline(MODELS / "text", case.prompt, "", 4.0)
+        made = canvas.restore(blended_diffusion(host, guidance, seeds, variant.settings))
+        return exact_paste(picture, made, masks), source, mask
+
+    def run(self, variant: Variant, chosen: list[Case], candidates: int) -> dict:
+        found = {"shape": 0, "colour": 0, "pattern_solid": 0, "both": 0, "ranked": 0, "ranked_shape": 0}
+        worst, rows, seconds = 0, [], 0.0
+        for number, case in enumerate(chosen):
+            start = time.monotonic()
+            made, source, mask = self.edit(case, variant, [number * 1000 + i for i in range(candidates)])
+            seconds += time.monotonic() - start
+            pictures = to_8_bit(((made + 1) / 2).permute(0, 2, 3, 1) + 1e-4)
+            findings = [judge.judge(picture, mask) for picture in pictures]
+            shape = [f.shape == case.shape for f in findings]
+            colour = [f.palette == case.colour for f in findings]
+            both = [s and c for s, c in zip(shape, colour)]
+            order = [score.index for score in rank(made, torch.from_numpy(mask)[None, None].float(), case.prompt,
+                                                   self.guide)]
+            found["shape"] += sum(shape)
+            found["colour"] += sum(colour)
+            found["pattern_solid"] += sum(f.pattern == "solid" for f in findings)
+            found["both"] += sum(both)
+            found["ranked"] += both[order[0]]
+            found["ranked_shape"] += shape[order[0]]
+            worst = max(worst, int(np.abs(pictures.astype(int) - source)[:, ~mask].max()))
+            rows.append((case, source, pictures[order], [both[i] for i in order]))
+            logger.info("case %d/%d: %s, %d of %d, ranked %s", number + 1, len(chosen), case.prompt, sum(both),
+                        candidates, "yes" if both[order[0]] else "no")
+        count = len(chosen) * candidates
+        return {
+            "cases": len(chosen), "candidates": candidates, "single": found["both"] / count,
+            "single_interval": wilson(found["both"], count), "shape": found["shape"] / count,
+            "colour": found["colour"] / count, "ranked": found["ranked"] / len(chosen),
+            "ranked_interval": wilson(found["ranked"], len(chosen)),
+            "ranked_shape": found["ranked_shape"] / len(chosen), "background_max_abs": worst,
+            "seconds": seconds, "rows": rows,
+        }
+
+
+def contact_sheet(rows: list, path: Path, zoom: int = 2) -> None:
+    """Source and candidates, best first; a green edge marks success, a red one failure. Two cases side by side."""
+    from PIL import Image, ImageDraw
+
+    width = max(len(row[2]) for row in rows) + 1
+    cell, text = world.SIZE * zoom + 6, 12
+    columns = 2
+    sheet = Image.new("RGB", (columns * (width * cell + 10), math.ceil(len(rows) / columns) * (cell + text)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (case, source, pictures, success) in enumerate(rows):
+        left, top = (number % columns) * (width * cell + 10), number // columns * (cell + text)
+        pen.text((left + 2, top), case.prompt, fill="black")
+        for place, picture in enumerate([source, *pictures]):
+            colour = "white" if place == 0 else "green" if success[place - 1] else "red"
+            x, y = left + place * cell, top + text
+            pen.rectangle([x, y, x + cell - 2, y + cell - 2], fill=colour)
+            enlarged = Image.fromarray(picture).resize((world.SIZE * zoom,) * 2, Image.NEAREST)
+            sheet.paste(enlarged, (x + 2, y + 2))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench edits", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    table = variants()
+    parser.add_argument("--cases", type=int, default=48)
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--variants", default="method", help=f"of {', '.join(table)}; all for all of them")
+    parser.add_argument("--model", choices=("prior", "text"), default="prior")
+    parser.add_argument("--out", type=Path, default=Path("bench_output"))
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args(arguments)
+    names = list(table) if options.variants == "all" else options.variants.split(",")
+    if unknown := set(names) - set(table):
+        parser.error(f"unknown variant {', '.join(sorted(unknown))}; choose of {', '.join(table)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bench, chosen, results = Bench(options.model), cases(options.cases), {}
+    print("| variant | ranked best | 95 % | single | 95 % | shape | colour | max background Δ |\n|---|---|---|---|---|---|---|---|")
+    for name in names:
+        result = bench.run(table[name], chosen, options.candidates)
+        contact_sheet(result.pop("rows"), options.out / f"{options.model}_{name}.png")
+        results[name] = result
+        low, high = result["ranked_interval"]
+        first, last = result["single_interval"]
+        print(f"| {name} | {result['ranked']:.2f} | {low:.2f}–{high:.2f} | {result['single']:.2f} | {first:.2f}–{last:.2f} "
+              f"| {result['shape']:.2f} | {result['colour']:.2f} | {result['background_max_abs']} |", flush=True)
+        path = options.out / f"edits_{options.model}.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**known, **results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

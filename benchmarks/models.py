@@ -1,0 +1,144 @@
+"""How good are the demo models? The figures of their model cards.
+
+    python run.py bench models [--only clip,judge,vae,prior,text] [--count 512]
+
+All on scenes that no training saw. Pictures that a model made are judged by the judge network and the palette.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..blending.guide import load_clip_guide
+from ..demo import judge, world
+from ..demo.training.common import MODELS
+
+SEED = 4_000_000
+
+
+def unseen(count: int) -> tuple[list[world.Scene], Tensor]:
+    """Scenes with one object, and their pictures [count, 3, H, W] in -1..1."""
+    scenes = [scene for scene, _ in zip(world.scenes(SEED, 1), range(count))]
+    pixels = np.stack([world.draw(scene) for scene in scenes])
+    return scenes, torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def share(flags) -> float:
+    return round(float(np.mean(list(flags))), 4)
+
+
+def uint8(pictures: Tensor) -> np.ndarray:
+    return ((pictures.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def clip(count: int) -> dict:
+    """Zero-shot accuracy among 256 sentences from "a red circle" to "a pink checked moon": whole picture, and the
+    object alone on grey."""
+    guide = load_clip_guide(MODELS / "clip" / "model.safetensors", "auto", "cpu", torch.float32)
+    scenes, pictures = unseen(count)
+    masks = torch.from_numpy(np.stack([world.edit_mask(scene) for scene in scenes]))[:, None].float()
+    results = {}
+    for name, seen in (("whole", pictures), ("masked", pictures * masks)):
+        images = torch.cat([guide.embed_image(part) for part in seen.split(64)])
+        texts = [(s, c, p) for s in world.SHAPES for c in world.COLOURS for p in world.PATTERNS]
+        sentences = [f"a {c} {'' if p == 'solid' else p + ' '}{s}" for s, c, p in texts]
+        best = (images @ guide.embed_text(sentences).T).argmax(1)
+        found = [(texts[i], scene.things[0]) for i, scene in zip(best.tolist(), scenes)]
+        results[name] = {
+            "shape": share(f[0] == t.shape for f, t in found), "colour": share(f[1] == t.colour for f, t in found),
+            # "a red star" is true of a striped one too, so a pattern is only asked about where there is one.
+            "pattern": share(f[2] == t.pattern for f, t in found if t.pattern != "solid"),
+        }
+    return results
+
+
+def judges(count: int) -> dict:
+    """Accuracy of the judge on clean and on noisy pictures, and how often it sees nothing on empty grounds."""
+    scenes, pictures = unseen(count)
+    masks = [world.edit_mask(scene) for scene in scenes]
+    results = {}
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(SEED))
+    for name, seen in (("clean", pictures), ("noise_0.08", pictures + 0.16 * noise)):
+        found = [(judge.judge(p, m), s.things[0]) for p, m, s in zip(uint8(seen), masks, scenes)]
+        results[name] = {key: share(getattr(f, key) == getattr(t, key) for f, t in found)
+                         for key in ("shape", "colour", "pattern")}
+        results[name]["palette"] = share(f.palette == t.colour for f, t in found)
+    empty = [world.draw(world.Scene(s.ground, ())) for s in scenes]
+    results["none_on_empty"] = share(judge.judge(p, m).shape == judge.NONE for p, m in zip(empty, masks))
+    return results
+
+
+@torch.no_grad()
+def vae(count: int) -> dict:
+    from diffusers import AutoencoderKL
+
+    network = AutoencoderKL.from_pretrained(MODELS / "text" / "vae", torch_dtype=torch.float32).eval()
+    scenes, pictures = unseen(count)
+    made = torch.cat([network.decode(network.encode(part).latent_dist.mode()).sample for part in pictures.split(64)])
+    error = (made.clamp(-1, 1) - pictures).square().mean((1, 2, 3)) / 4
+    found = [(judge.judge(p, world.edit_mask(s)), s.things[0]) for p, s in zip(uint8(made), scenes)]
+    return {"psnr": round(float((-10 * error.log10()).mean()), 2), "shape": share(f.shape == t.shape for f, t in found),
+            "pattern": share(f.pattern == t.pattern for f, t in found)}
+
+
+@torch.no_grad()
+def prior(count: int) -> dict:
+    """How many unconditional samples (DDIM, 50 steps) hold an object that the judge names with certainty."""
+    from ..blending.steps import Schedule, ddim_step
+    from ..hosts.diffusers_host import DiffusersHost
+
+    host = DiffusersHost.from_prior(MODELS / "prior")
+    schedule = Schedule.respaced(host.train_sigmas, 50)
+    x = torch.randn(count, 3, world.SIZE, world.SIZE, generator=torch.Generator().manual_seed(SEED))
+    for index in reversed(range(50)):
+        x = ddim_step(schedule, x, host.predict(x / schedule.alpha(index) ** 0.5, schedule.sigma(index)).x0, None, index)
+    everywhere = np.ones((world.SIZE, world.SIZE), bool)
+    found = [judge.judge(picture, everywhere) for picture in uint8(x)]
+    return {"named": share(f.shape != judge.NONE for f in found),
+            "named_with_certainty_0.9": share(f.shape != judge.NONE and f.shape_certainty > 0.9 for f in found)}
+
+
+@torch.no_grad()
+def text(count: int, cfg: float = 6.0) -> dict:
+    """Do pictures made from a caption (DDIM, 50 steps) show the object that it names?"""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(MODELS / "text", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    scenes, _ = unseen(count)
+    made = []
+    for start in range(0, count, 32):
+        prompts = [scene.caption() for scene in scenes[start:start + 32]]
+        made.append(pipeline(prompts, num_inference_steps=50, guidance_scale=cfg, output_type="np", height=64, width=64,
+                             generator=torch.Generator().manual_seed(SEED + start)).images)
+    everywhere = np.ones((world.SIZE, world.SIZE), bool)
+    found = [(judge.judge((p * 255 + 0.5).astype(np.uint8), everywhere), s.things[0])
+             for p, s in zip(np.concatenate(made), scenes)]
+    return {"cfg": cfg, "shape": share(f.shape == t.shape for f, t in found),
+            "colour": share(f.palette == t.colour for f, t in found),
+            "pattern": share(f.pattern == t.pattern for f, t in found)}
+
+
+MEASURES = {"clip": clip, "judge": judges, "vae": vae, "prior": prior, "text": text}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench models", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(MEASURES))
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=Path("bench_output"))
+    options = parser.parse_args(arguments)
+    results = {}
+    for name in options.only.split(","):
+        results[name] = MEASURES[name](options.count)
+        print(name, json.dumps(results[name]), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "models.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,113 @@
+"""The exact paste, and what becomes of masks of every kind."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from blendswap.blending.paste import exact_paste, latent_mask, prepare_mask, resize_mask
+
+
+def scene(count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    source, result = (torch.rand(count, 3, 8, 10, generator=generator) for _ in range(2))
+    mask = torch.zeros(count, 1, 8, 10)
+    mask[..., 2:6, 3:8] = 1
+    mask[..., 3, 4] = 0.25
+    return source, result, mask
+
+
+def test_outside_is_the_source_bit_for_bit_and_inside_the_result():
+    source, result, mask = scene()
+    pasted = exact_paste(source, result, mask)
+    outside, inside = (mask == 0).expand_as(source), (mask == 1).expand_as(source)
+    assert torch.equal(pasted[outside], source[outside])
+    assert torch.equal(pasted[inside], result[inside])
+    torch.testing.assert_close(pasted[..., 3, 4], 0.75 * source[..., 3, 4] + 0.25 * result[..., 3, 4])
+
+
+def test_both_layouts_give_the_same():
+    source, result, mask = scene()
+    last = exact_paste(source.movedim(1, -1), result.movedim(1, -1), mask[:, 0])
+    assert torch.equal(last.movedim(-1, 1), exact_paste(source, result, mask))
+
+
+def test_one_source_and_one_mask_serve_many_results():
+    source, result, mask = scene()
+    pasted = exact_paste(source[:1], result, mask[:1])
+    assert torch.equal(pasted[1], exact_paste(source[:1], result[1:], mask[:1])[0])
+
+
+def test_a_broken_result_does_not_leak_out():
+    source, result, mask = scene()
+    result[:] = torch.nan
+    pasted = exact_paste(source, result, mask)
+    assert torch.equal(pasted[(mask == 0).expand_as(source)], source[(mask == 0).expand_as(source)])
+
+
+def test_sizes_that_do_not_fit_are_named():
+    source, result, mask = scene()
+    with pytest.raises(ValueError, match="not of one size"):
+        exact_paste(source, result, mask[..., 1:])
+    with pytest.raises(ValueError, match="not of one size"):
+        exact_paste(source[..., 1:], result, mask)
+
+
+def test_a_mask_is_brought_to_the_picture_and_its_batch():
+    mask = torch.rand(6, 7)
+    for shaped in (mask, mask[None], mask[None, None]):
+        prepared = prepare_mask(shaped, 6, 7, batch=3)
+        assert prepared.shape == (3, 1, 6, 7) and torch.equal(prepared[2, 0], mask)
+    masks = torch.rand(3, 6, 7)
+    assert torch.equal(prepare_mask(masks, 6, 7, batch=3)[:, 0], masks)
+
+
+def test_a_mask_of_another_size_is_resized_and_said(caplog: pytest.LogCaptureFixture):
+    mask = torch.zeros(1, 64, 64)
+    mask[0, 40, 41] = 1
+    with caplog.at_level(logging.WARNING):
+        prepared = prepare_mask(mask, 16, 24)
+    assert prepared.shape == (1, 1, 16, 24) and prepared.max() > 0
+    assert "mask is 64×64" in caplog.text and "24×16" in caplog.text
+
+
+def test_a_growing_mask_stays_hard():
+    mask = (torch.rand(1, 1, 5, 5) > 0.5).float()
+    assert set(resize_mask(mask, 17, 23).unique().tolist()) <= {0.0, 1.0}
+
+
+def test_values_outside_the_range_are_clamped_and_said(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        prepared = prepare_mask(torch.tensor([[-1.0, 0.5], [0.0, 255.0]]), 2, 2)
+    assert prepared.flatten().tolist() == [0.0, 0.5, 0.0, 1.0]
+    assert "clamped" in caplog.text
+
+
+def test_a_full_mask_is_allowed():
+    assert prepare_mask(torch.ones(4, 4), 4, 4).min() == 1
+
+
+@pytest.mark.parametrize(
+    "mask, words",
+    [
+        (torch.zeros(1, 4, 4), "region is empty"),
+        (torch.stack([torch.ones(4, 4), torch.zeros(4, 4)]), r"region \(number 2 of 2\) is empty"),
+        (torch.full((4, 4), torch.nan), "region holds NaN"),
+        (torch.ones(3, 4, 4), "region holds 3 masks for 2 pictures"),
+        (torch.ones(2, 3, 4, 4), "region has the shape"),
+        (torch.ones(0, 4, 4), "region has the shape"),
+    ],
+)
+def test_masks_that_cannot_be_used_are_named_with_the_cure(mask: torch.Tensor, words: str):
+    with pytest.raises(ValueError, match=words):
+        prepare_mask(mask, 4, 4, batch=2, name="region")
+
+
+def test_a_latent_cell_is_editable_when_any_of_its_pixels_is():
+    mask = torch.zeros(1, 1, 16, 20)
+    mask[..., 7, 8] = 1
+    mask[..., 15, 19] = 0.5
+    cells = latent_mask(mask, 8)
+    assert cells.tolist() == [[[[0, 1, 0], [0, 0, 0.5]]]]
+    assert torch.equal(latent_mask(mask, 1), mask)

@@ -1,0 +1,295 @@
+"""CLIPBlendSampler with the demo models in ComfyUI: what it keeps, what it survives, what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from blendswap.demo import world
+from blendswap.demo.training.common import MODELS
+
+pytestmark = pytest.mark.needs_comfy
+
+PROMPT = "a blue star"
+
+
+@pytest.fixture(scope="module")
+def parts(comfy):
+    """The pixel prior, its VAE and the demo CLIP, loaded in inference mode as ComfyUI does."""
+    from blendswap.blending.guide import load_clip_guide
+    from blendswap.hosts import adm_comfy
+    from blendswap.hosts.comfy_guide import ComfyGuide
+
+    with torch.inference_mode():
+        model = adm_comfy.load_native_model(MODELS / "prior", dtype=torch.float32)
+        guide = ComfyGuide.wrap(load_clip_guide(MODELS / "clip" / "model.safetensors", "auto", "cpu", torch.float32))
+        return model, adm_comfy.pixel_space_vae(), guide
+
+
+@pytest.fixture
+def sample(parts):
+    """Runs the node as ComfyUI would, in inference mode, with few steps."""
+    from blendswap.blending.augment import ExtendingAugmentations
+    from blendswap.nodes.blend import CLIPBlendSampler
+
+    def run(image, mask, prompt=PROMPT, **changes):
+        model, vae, guide = parts
+        dials = dict(
+            seed=7, candidates=1, batch_size=4, preset="custom", guidance=300.0, steps=4, start=1,
+            augment=ExtendingAugmentations(copies=2),
+        )
+        inputs = {"model": model, "vae": vae, "clip_guide": guide, **dials, **changes}
+        with torch.inference_mode():
+            output = CLIPBlendSampler.execute(image=image, mask=mask, prompt=prompt, **inputs)
+        return output.args
+
+    return run
+
+
+def scene_image(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    scene = next(world.scenes(2_500_000 + seed, 1))
+    image = torch.from_numpy(world.draw(scene)).float().div(255)[None]
+    return image, torch.from_numpy(world.edit_mask(scene)).float()[None]
+
+
+def random_image(height: int, width: int, channels: int = 3, batch: int = 1) -> torch.Tensor:
+    pixels = torch.randint(0, 256, (batch, height, width, channels), generator=torch.Generator().manual_seed(1))
+    return pixels.float() / 255
+
+
+def centre_mask(height: int, width: int) -> torch.Tensor:
+    mask = torch.zeros(1, height, width)
+    mask[:, height // 4:max(height * 3 // 4, 1), width // 4:max(width * 3 // 4, 1)] = 1
+    return mask
+
+
+def assert_kept_outside(source: torch.Tensor, results: torch.Tensor, mask: torch.Tensor) -> None:
+    kept = (mask == 0)[..., None].expand_as(results)
+    assert torch.equal(results[kept], source.expand_as(results)[kept])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 70), (100, 40), (150, 256), (5, 3)])
+def test_every_pixel_outside_the_mask_is_the_source_whatever_the_size(sample, size):
+    image, mask = random_image(*size), centre_mask(*size)
+    images, scores, _, _ = sample(image, mask, candidates=2)
+    assert images.shape == (2, *size, 3)
+    assert_kept_outside(image, images, mask)
+    inside = mask[0] == 1
+    assert not torch.equal(images[0][inside], image[0][inside])
+
+
+def test_a_picture_of_one_pixel_is_edited(sample):
+    images, *_ = sample(random_image(1, 1), torch.ones(1, 1, 1))
+    assert images.shape == (1, 1, 1, 3) and images.isfinite().all()
+
+
+def test_alpha_comes_back_untouched_and_grey_comes_back_as_colour(sample):
+    mask = centre_mask(40, 40)
+    with_alpha = random_image(40, 40, channels=4)
+    images, *_ = sample(with_alpha, mask)
+    assert torch.equal(images[..., 3], with_alpha[..., 3])
+    assert_kept_outside(with_alpha, images, mask)
+    grey = random_image(40, 40, channels=1)
+    images, *_ = sample(grey, mask)
+    assert images.shape[-1] == 3
+    assert_kept_outside(grey.expand(-1, -1, -1, 3), images, mask)
+
+
+def test_each_picture_of_a_batch_is_edited_in_its_own_mask(sample):
+    image = random_image(64, 64, batch=2)
+    masks = torch.zeros(2, 64, 64)
+    masks[0, :32], masks[1, 32:] = 1, 1
+    images, scores, losses, _ = sample(image, masks, candidates=2)
+    assert images.shape[0] == 4 and losses.shape[0] == 2 and scores.count("rank  candidate") == 2
+    assert_kept_outside(image[:1], images[:2], masks[:1])
+    assert_kept_outside(image[1:], images[2:], masks[1:])
+
+
+def test_a_soft_mask_mixes_and_is_exact_where_it_is_black(sample):
+    image, _ = scene_image()
+    mask = torch.linspace(-0.5, 1, 64).clamp(0, 1).expand(1, 64, 64).contiguous()
+    images, *_ = sample(image, mask)
+    assert_kept_outside(image, images, mask)
+
+
+def test_a_full_mask_changes_everything_and_an_empty_one_is_refused(sample):
+    image, mask = scene_image()
+    images, *_ = sample(image, torch.ones_like(mask))
+    assert (images != image).any(-1).float().mean() > 0.9
+    with pytest.raises(ValueError, match="mask"):
+        sample(image, torch.zeros_like(mask))
+
+
+def test_a_mask_of_another_size_is_resized_and_a_wrong_number_of_masks_refused(sample):
+    image, _ = scene_image()
+    small = centre_mask(16, 16)
+    images, *_ = sample(image, small)
+    assert_kept_outside(image, images, small.repeat_interleave(4, 1).repeat_interleave(4, 2))
+    with pytest.raises(ValueError, match="mask"):
+        sample(image, torch.ones(3, 64, 64))
+
+
+def test_a_seed_gives_the_same_candidate_in_every_batch_size(sample):
+    image, mask = scene_image()
+    def made(**changes):
+        images, *_ = sample(image, mask, prompt="", **changes)
+        return (images * 255).round()
+    together, apart = made(candidates=3, batch_size=3), made(candidates=3, batch_size=1)
+    alone = made(seed=9, candidates=1)
+    assert (together - apart).abs().max() <= 1
+    assert (together[2:] - alone).abs().max() <= 1
+    assert (together[0] - together[1]).abs().max() > 10
+
+
+def test_candidates_come_best_first_by_the_scorer(sample, parts):
+    from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip
+    from blendswap.demo.training.clip import model_config, vocabulary
+    from blendswap.hosts.comfy_guide import ComfyGuide
+
+    tokenizer = CompactTokenizer(vocabulary(), context_length=16)
+    config = model_config(tokenizer.vocab_size) | {"embed_dim": 24}  # another embedding size than the guide's
+    torch.manual_seed(3)
+    scorer = ComfyGuide.wrap(ClipGuide(build_demo_clip(config), tokenizer, "other"))
+    image, mask = scene_image()
+    _, scores, _, _ = sample(image, mask, candidates=4, scorer=scorer)
+    assert "ranked by other" in scores
+    combined = [float(line.split()[-1]) for line in scores.splitlines()[1:5]]
+    assert combined == sorted(combined, reverse=True) and len(set(combined)) > 1
+
+
+def test_an_empty_prompt_edits_without_steering_and_says_so(sample):
+    image, mask = scene_image()
+    images, scores, _, summary = sample(image, mask, prompt="  ")
+    assert_kept_outside(image, images, mask)
+    assert "prompt is empty" in summary and "not ranked" in scores
+
+
+def test_an_overlong_prompt_is_cut_and_the_log_says_so(sample, caplog):
+    image, mask = scene_image()
+    images, *_ = sample(image, mask, prompt="a blue star " * 40)
+    assert_kept_outside(image, images, mask)
+    assert "too long" in caplog.text
+
+
+def test_a_single_step_runs_and_a_start_beyond_the_steps_is_refused(sample):
+    image, mask = scene_image()
+    images, *_ = sample(image, mask, steps=1, start=0)
+    assert images.isfinite().all()
+    with pytest.raises(ValueError, match="start is 4 of 4 steps"):
+        sample(image, mask, steps=4, start=4)
+
+
+def test_a_preset_says_what_it_sets(sample):
+    image, mask = scene_image()
+    _, _, _, summary = sample(image, mask, preset="fast", candidates=1)
+    assert "preset fast" in summary and "gradient direct" in summary
+
+
+def test_the_baseline_needs_an_lpips_backbone(sample):
+    image, mask = scene_image()
+    with pytest.raises(ValueError, match="LPIPS"):
+        sample(image, mask, blend=False, background_weight=100.0)
+    with pytest.raises(FileNotFoundError, match="alexnet"):
+        sample(image, mask, blend=False, background_weight=100.0, lpips="alex")
+
+
+def test_a_vae_of_another_family_is_refused(sample, comfy):
+    import comfy.sd
+
+    taesd = comfy.sd.VAE(sd={"taesd_decoder.1.weight": torch.zeros(64, 4, 3, 3)})
+    image, mask = scene_image()
+    with pytest.raises(ValueError, match="VAE"):
+        sample(image, mask, vae=taesd)
+
+
+def snapshot(model) -> str:
+    return json.dumps([repr(model.model_options), sorted(model.patches), sorted(model.object_patches),
+                       sorted(model.wrappers), sorted(model.callbacks)], default=str)
+
+
+def test_an_interrupt_in_the_middle_leaves_the_model_as_it_was(sample, parts, monkeypatch):
+    import comfy.model_management as management
+
+    from blendswap.blending import sampler as core
+
+    image, mask = scene_image()
+    fresh, *_ = sample(image, mask)
+    before = snapshot(parts[0])
+    calls, real = [], core._guided_prediction
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            management.interrupt_current_processing(True)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "_guided_prediction", interrupted)
+        with pytest.raises(management.InterruptProcessingException):
+            sample(image, mask)
+    assert len(calls) == 2
+    assert snapshot(parts[0]) == before
+    again, *_ = sample(image, mask)
+    assert torch.equal(fresh, again)
+
+
+def test_nan_in_the_model_is_named_and_the_next_run_is_as_from_fresh(sample, parts):
+    image, mask = scene_image()
+    fresh, *_ = sample(image, mask)
+    before = snapshot(parts[0])
+    unet = parts[0].model.diffusion_model.unet
+    kept = unet.conv_out.bias.data
+    unet.conv_out.bias.data = torch.full_like(kept, float("nan"))
+    try:
+        with pytest.raises(FloatingPointError, match="MODEL gave NaN"):
+            sample(image, mask)
+    finally:
+        unet.conv_out.bias.data = kept
+    assert snapshot(parts[0]) == before
+    again, *_ = sample(image, mask)
+    assert torch.equal(fresh, again)
+
+
+def test_out_of_memory_in_the_guide_makes_the_chunks_smaller_and_gives_the_same_picture(sample, parts, monkeypatch, caplog):
+    from blendswap.blending.augment import ExtendingAugmentations
+
+    image, mask = scene_image()
+    augment = ExtendingAugmentations(copies=6)
+    whole, *_ = sample(image, mask, augment=augment)
+    guide, real = parts[2].guide, parts[2].guide.embed_image
+
+    def small_memory(images):
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("pretended")
+        return real(images)
+
+    monkeypatch.setattr(guide, "embed_image", small_memory)
+    pieces, *_ = sample(image, mask, augment=augment)
+    assert (whole - pieces).abs().max() < 2 / 255
+    assert "copies at a time" in caplog.text
+
+
+def test_out_of_memory_with_a_batch_goes_on_with_smaller_ones(sample, parts, monkeypatch):
+    image, mask = scene_image()
+    whole, *_ = sample(image, mask, candidates=4, batch_size=4)
+    unet = parts[0].model.diffusion_model
+    real = type(unet).forward
+
+    def small_memory(self, x, *arguments, **named):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("pretended")
+        return real(self, x, *arguments, **named)
+
+    monkeypatch.setattr(type(unet), "forward", small_memory)
+    pieces, _, _, summary = sample(image, mask, candidates=4, batch_size=4)
+    assert "batches of 2" in summary
+    assert (whole - pieces).abs().max() < 2 / 255
+
+
+def test_the_callers_tensors_are_not_written_to(sample):
+    image, mask = scene_image()
+    image_before, mask_before = image.clone(), mask.clone()
+    sample(image, mask, candidates=2)
+    assert torch.equal(image, image_before) and torch.equal(mask, mask_before)

@@ -1,0 +1,264 @@
+"""Every shipped workflow goes through a real server, with fewer steps, and does what its note says."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from blendswap.demo import edits, world
+from blendswap.demo.server import ComfyServer
+from blendswap.demo.workflow import ui_to_api
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = sorted(path.stem for path in edits.WORKFLOWS.glob("*.json"))
+WANTED = {"blend_replace_object", "blend_latent", "blend_candidates_report", "blend_baseline",
+          "blend_replace_object_adm", "blend_latent_sd"}
+QUICK = {"CLIPBlendSampler": {"steps": 4, "start": 1, "candidates": 2, "batch_size": 2, "resolution": 0},
+         "ExtendingAugment": {"copies": 2}}
+USERS_FILES = {"256x256_diffusion_uncond.pt", "ViT-B-16.pt", "v1-5-pruned-emaonly-fp16.safetensors", "example.png"}
+"""What the workflows for real checkpoints choose, which no server here has of itself."""
+
+needs_text_model = pytest.mark.skipif(
+    not edits.TEXT_MODEL.is_file(),
+    reason=f"the demo text model has not been trained: python run.py train text makes {edits.TEXT_MODEL}")
+needs_lpips = pytest.mark.skipif(
+    not (ROOT / "demo" / "models" / "lpips" / "model.safetensors").is_file(),
+    reason="the demo's LPIPS backbone has not been trained: python run.py train backbone makes demo/models/lpips")
+
+
+@pytest.fixture(params=["server", "floor_server"])
+def any_server(request: pytest.FixtureRequest) -> ComfyServer:
+    return request.getfixturevalue(request.param)
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((edits.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def patch(prompt: dict[str, Any], changes: dict[str, dict[str, Any]]) -> None:
+    """Lays values over the inputs of all nodes of a class, except where a link feeds them."""
+    for node in prompt.values():
+        for key, value in changes.get(node["class_type"], {}).items():
+            if key in node["inputs"] and not isinstance(node["inputs"][key], list):
+                node["inputs"][key] = value
+
+
+def run_quickly(server: ComfyServer, name: str, *changes: dict[str, dict[str, Any]]) -> tuple[dict, dict]:
+    """The workflow's prompt, with fewer steps, and the outputs of its run."""
+    prompt = ui_to_api(read(name), server.object_info())
+    for change in (QUICK, *changes):
+        patch(prompt, change)
+    return prompt, server.run(prompt, timeout=600)
+
+
+def arrays(server: ComfyServer, run: tuple[dict, dict], title: str, mode: str = "RGB") -> list[np.ndarray]:
+    return [edits.to_array(png, mode) for png in edits.pictures(server, *run, title)]
+
+
+def text(run: tuple[dict, dict], title: str) -> str:
+    prompt, outputs = run
+    number = next(number for number, node in prompt.items() if node["_meta"]["title"] == title)
+    return "\n".join(outputs[number]["text"])
+
+
+def assert_edited(source: np.ndarray, mask: np.ndarray, results: list[np.ndarray]) -> None:
+    """Outside the mask each pixel is the source's, inside most are not."""
+    inside = mask > 0
+    assert inside.any() and not inside.all()
+    assert results
+    for result in results:
+        assert (result[~inside] == source[~inside]).all()
+        assert (result[inside] != source[inside]).any(-1).mean() > 0.5
+
+
+# -- as files
+
+
+def test_the_workflows_that_are_promised_are_there():
+    assert set(NAMES) >= WANTED
+
+
+def test_the_template_browser_lists_every_workflow_with_a_thumbnail(any_server):
+    listed = any_server.get_json("/workflow_templates")["blendswap"]
+    assert set(listed) == set(NAMES)
+    for name in NAMES:
+        assert any_server.get_json(f"/api/workflow_templates/blendswap/{name}.json") == read(name)
+        thumbnail = any_server.get(f"/api/workflow_templates/blendswap/{name}.jpg")
+        with Image.open(io.BytesIO(thumbnail)) as image:
+            assert image.format == "JPEG"
+            assert image.width == image.height
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_joins_sockets_of_one_type_as_the_nodes_declare_them(any_server, name):
+    info, workflow = any_server.object_info(), read(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for number, origin, slot, target, place, kind in workflow["links"]:
+        socket, widget = nodes[origin]["outputs"][slot], nodes[target]["inputs"][place]
+        assert number in socket["links"] and widget["link"] == number
+        assert info[nodes[origin]["type"]]["output"][slot] == kind == socket["type"]
+        declared = {**info[nodes[target]["type"]]["input"].get("required", {}),
+                    **info[nodes[target]["type"]]["input"].get("optional", {})}
+        assert declared[widget["name"]][0] in (kind, "*")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_widget_value_is_one_that_its_node_takes(any_server, name):
+    info = any_server.object_info()
+    for node in ui_to_api(read(name), info).values():
+        inputs = info[node["class_type"]]["input"]
+        for key, (kind, *rest) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
+            value, options = node["inputs"].get(key), rest[0] if rest else {}
+            if value is None or isinstance(value, list):
+                continue
+            if kind == "COMBO" or isinstance(kind, list):
+                trained_later = value == "demo" and key == "lpips"
+                choices = kind if isinstance(kind, list) else options["options"]
+                assert value in choices or value in USERS_FILES or trained_later, (node["class_type"], key)
+            elif kind in ("INT", "FLOAT"):
+                assert options.get("min", value) <= value <= options.get("max", value), (node["class_type"], key)
+            elif kind in ("STRING", "BOOLEAN"):
+                assert isinstance(value, {"STRING": str, "BOOLEAN": bool}[kind]), (node["class_type"], key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_note_tells_a_newcomer_what_to_do(name):
+    notes = [node for node in read(name)["nodes"] if node["type"] == "MarkdownNote"]
+    assert any(note["title"] == "Start here" for note in notes)
+    assert read(name)["groups"]
+    for note in notes:
+        assert not re.search(r"https?://", note["widgets_values"][0])
+
+
+# -- on a server, with the demo models
+
+
+@pytest.mark.parametrize("name", ["blend_replace_object", pytest.param("blend_latent", marks=needs_text_model)])
+def test_the_masked_region_changes_and_nothing_else(any_server, name):
+    run = run_quickly(any_server, name)
+    source, mask = (arrays(any_server, run, title, mode)[0] for title, mode in ((edits.SOURCE, "RGB"), (edits.MASK, "L")))
+    assert_edited(source, mask, arrays(any_server, run, edits.RESULT))
+    assert "identical 100.00%" in text(run, "Edit Report")
+    scene = next(inputs["inputs"] for inputs in run[0].values() if inputs["class_type"] == "DemoScene")
+    drawn = world.draw(next(itertools.islice(world.scenes(2_000_000 + scene["seed"], scene["objects"]), 1)))
+    assert (source == drawn).all()
+
+
+def test_candidates_are_listed_and_the_best_is_the_one_that_is_reported(server):
+    run = run_quickly(server, "blend_candidates_report", {"CLIPBlendSampler": {"candidates": 3}})
+    source, mask = arrays(server, run, edits.SOURCE)[0], arrays(server, run, edits.MASK, "L")[0]
+    candidates = arrays(server, run, "All candidates, best first")
+    assert len(candidates) == 3
+    assert_edited(source, mask, candidates)
+    assert (arrays(server, run, edits.RESULT)[0] == candidates[0]).all()
+    rows = re.findall(r"^ +(\d+) +(\d+) +(-?[\d.]+) +(-?[\d.]+) +(-?[\d.]+)$", text(run, "Scores"), re.M)
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert sorted(row[1] for row in rows) == ["1", "2", "3"]
+    combined = [float(row[4]) for row in rows]
+    assert combined == sorted(combined, reverse=True)
+    assert arrays(server, run, "Losses")[0].std() > 1
+    assert "CLIP similarity to 'a green heart'" in text(run, "Edit Report")
+    assert "steps 4" in text(run, "What was run")
+
+
+@needs_lpips
+def test_the_baseline_differs_from_the_method_by_its_dials_alone_and_keeps_the_background_too(server):
+    run = run_quickly(server, "blend_baseline")
+    source, mask = arrays(server, run, edits.SOURCE)[0], arrays(server, run, edits.MASK, "L")[0]
+    method, baseline = (arrays(server, run, f"Result: {which}")[0] for which in ("method", "baseline"))
+    assert_edited(source, mask, [method, baseline])
+    assert (method != baseline).any()
+    samplers = [node["inputs"] for node in run[0].values() if node["class_type"] == "CLIPBlendSampler"]
+    differing = {key for key in samplers[0] if samplers[0][key] != samplers[1][key]}
+    assert differing == {"blend", "background_weight", "lpips"}
+    for which in ("method", "baseline"):
+        assert re.search(r"LPIPS [\d.]+ \(.*demo", text(run, f"Edit Report: {which}"))
+
+
+# -- on a server, with files as those of real checkpoints
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of 48×40 with a hole of 20×16 in its alpha channel, which LoadImage makes the mask of."""
+    rng = np.random.default_rng(0)
+    pixels = np.full((40, 48, 4), 255, np.uint8)
+    pixels[..., :3] = rng.integers(0, 256, (40, 48, 3))
+    pixels[12:28, 14:34, 3] = 0
+    path = tmp_path_factory.mktemp("input") / "example.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_files(server: ComfyServer, photograph: Path) -> dict[str, dict[str, Any]]:
+    """Random checkpoints of the published layouts on the server; gives the inputs that choose them."""
+    from blendswap.blending.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
+
+    models = server.log_path.parent / "models"
+    for folder in ("guided_diffusion", "clip_guidance"):
+        (models / folder).mkdir(parents=True, exist_ok=True)
+    server.upload_image(photograph)
+    spec = {"image_size": 32, "channels": 32, "multipliers": [1, 2], "blocks": 1, "attention_levels": [1],
+            "head_channels": 32, "classes": 0, "learn_sigma": True, "resblock_updown": True, "scale_shift": True}
+    torch.save(published_weights(spec), models / "guided_diffusion" / "256x256_diffusion_uncond.pt")
+    tokenizer = CompactTokenizer(compact_vocabulary(["a bunch of red flowers"]), 16)
+    config = {"embed_dim": 32, "vision_cfg": {"layers": 1, "width": 64, "head_width": 32, "patch_size": 8,
+                                              "image_size": 32},
+              "text_cfg": {"context_length": 16, "width": 64, "heads": 2, "layers": 1,
+                           "vocab_size": tokenizer.vocab_size}}
+    torch.manual_seed(0)
+    save_demo_clip(build_demo_clip(config), config, tokenizer, models / "clip_guidance" / "tiny.safetensors",
+                   architecture="tiny")
+    return {"GuidedDiffusionLoader": {"image_size": 32, "head_channels": 32},
+            "CLIPGuideLoader": {"clip_name": "tiny.safetensors"}}
+
+
+def published_weights(spec: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Random weights in the published layout, from the ADM loader's own tests."""
+    where = ROOT / "tests" / "hosts" / "test_adm.py"
+    module_spec = importlib.util.spec_from_file_location("adm_layout", where)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module.published_weights(spec)
+
+
+def assert_photograph_edited(server: ComfyServer, run: tuple[dict, dict], photograph: Path) -> None:
+    source = edits.to_array(photograph.read_bytes())
+    mask = arrays(server, run, edits.MASK, "L")[0]
+    assert (mask > 0).sum() == 16 * 20
+    assert_edited(source, mask, arrays(server, run, edits.RESULT))
+    assert len(arrays(server, run, "All candidates, best first")) == 2
+    assert "identical 100.00%" in text(run, "Edit Report")
+
+
+def test_the_workflow_for_the_published_prior_edits_a_photograph(server, photograph, tiny_files):
+    run = run_quickly(server, "blend_replace_object_adm", tiny_files)
+    chosen = next(node["inputs"] for node in run[0].values() if node["class_type"] == "GuidedDiffusionLoader")
+    assert chosen["checkpoint"] == "256x256_diffusion_uncond.pt"
+    assert_photograph_edited(server, run, photograph)
+
+
+@needs_text_model
+def test_the_workflow_for_stable_diffusion_edits_a_photograph(server, photograph, tiny_files):
+    """The demo model stands in for the checkpoint; its loader has the same three outputs."""
+    prompt = ui_to_api(read("blend_latent_sd"), server.object_info())
+    loader = next(node for node in prompt.values() if node["class_type"] == "CheckpointLoaderSimple")
+    loader.update(class_type="DemoModelLoader", inputs={})
+    for change in (QUICK, tiny_files):
+        patch(prompt, change)
+    assert_photograph_edited(server, (prompt, server.run(prompt, timeout=600)), photograph)
+
+
+def test_the_two_loaders_of_latent_models_have_the_same_outputs(server):
+    info = server.object_info()
+    assert info["DemoModelLoader"]["output"] == info["CheckpointLoaderSimple"]["output"] == ["MODEL", "CLIP", "VAE"]
