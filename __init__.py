@@ -1,4 +1,7 @@
-"""BlendSwap: Blended Diffusion and Photoswap as native ComfyUI nodes."""
+"""BlendSwap: text-driven editing of one region of a picture, as native ComfyUI nodes."""
+
+# Help pages of the nodes (web/docs); there is no JavaScript.
+WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     host = DiffusersHost(unet, torch.cumprod(1 - unet.betas, 0), device=device)
     guide = load_clip_guide(options.clip, "auto", device, torch.float32)
     schedule = Schedule.respaced(host.train_sigmas, 100)
-    index = 50
+    index, plain = 50, BlendSettings()
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     count = sum(p.numel() for p in unet.parameters()) / 1e6
     print(f"{where}; model {count:.1f} M parameters at {options.size} px, guide {guide.name} at {guide.image_size} px")
@@ -112,11 +112,11 @@ def main(arguments: list[str] | None = None) -> None:
                 guidance = Guidance(settings, guide, torch.nn.functional.normalize(torch.ones(
                     guide.embed_dim, device=device), dim=0), source, mask, augment, augment.generators(range(batch)))
                 if again:
-                    _plain_prediction(host, schedule, x, index)
+                    _plain_prediction(host, plain, schedule, x, index)
                 return _guided_prediction(host, guidance, settings, schedule, x, index)[2]
 
             actions = {
-                "plain": lambda: _plain_prediction(host, schedule, x, index),
+                "plain": lambda: _plain_prediction(host, plain, schedule, x, index),
                 "ours": lambda: step("through_model"),
                 "two forwards": lambda: step("through_model", again=True),
                 "direct": lambda: step("direct"),

@@ -39,7 +39,7 @@ from ..hosts.diffusers_host import DiffusersHost
 logger = logging.getLogger(__name__)
 
 FIRST_SCENE_SEED = 3_000_000
-METHOD = BlendSettings(steps=50, start=12, guidance=300.0)
+METHOD = BlendSettings(steps=50, start=12, guidance=300.0, clamp=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ def variants() -> dict[str, Variant]:
         "no_augmentation": Variant(method, copies=1),
         "four_copies": Variant(method, copies=4),
         "no_guidance": Variant(method, prompted=False),
+        "no_clamp": Variant(change(method, clamp=False)),
         "direct": Variant(change(method, gradient="direct")),
         "ddim": Variant(change(method, sampler="ddim")),
         "spherical": Variant(change(method, distance="spherical")),

@@ -1,6 +1,6 @@
 """How good are the demo models? The figures of their model cards.
 
-    python run.py bench models [--only clip,judge,vae,prior,text] [--count 512]
+    python run.py bench models [--only clip,judge,lpips,vae,prior,text] [--count 512]
 
 All on scenes that no training saw. Pictures that a model made are judged by the judge network and the palette.
 """
@@ -126,7 +126,35 @@ def text(count: int, cfg: float = 6.0) -> dict:
             "pattern": share(f.pattern == t.pattern for f, t in found)}
 
 
-MEASURES = {"clip": clip, "judge": judges, "vae": vae, "prior": prior, "text": text}
+@torch.no_grad()
+def lpips(count: int) -> dict:
+    """How often LPIPS finds the stronger of two distortions of a picture the more different one."""
+    from torch.nn import functional as F
+
+    from ..blending.perceptual import Perceptual
+
+    perceptual = Perceptual("demo", MODELS / "lpips" / "model.safetensors")
+    scenes, pictures = unseen(count)
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(SEED))
+
+    def blurred(shrink: int) -> Tensor:
+        return F.interpolate(F.avg_pool2d(pictures, shrink), scale_factor=float(shrink), mode="bilinear")
+
+    def drawn(**changes) -> Tensor:
+        pixels = np.stack([world.draw(scene.replace(0, **changes)) for scene in scenes])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def distance(other: Tensor) -> Tensor:
+        return torch.cat([perceptual(a, b) for a, b in zip(pictures.split(64), other.split(64))])
+
+    pairs = {
+        "noise": (pictures + 0.05 * noise, pictures + 0.2 * noise), "blur": (blurred(2), blurred(4)),
+        "object": (pictures + 0.02 * noise, drawn(shape="ring", colour="cyan")),
+    }
+    return {name: share((distance(mild) < distance(strong)).tolist()) for name, (mild, strong) in pairs.items()}
+
+
+MEASURES = {"clip": clip, "judge": judges, "lpips": lpips, "vae": vae, "prior": prior, "text": text}
 
 
 def main(arguments: list[str] | None = None) -> None:

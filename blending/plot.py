@@ -12,7 +12,7 @@ from torch import Tensor
 def loss_plot(history: Sequence[dict[str, Tensor]], title: str = "") -> Tensor:
     """Losses by step: [1, H, W, 3] in 0..1, one panel per loss, one line per candidate.
 
-    history: for each step the losses [B] by name; a step that was not guided is empty and leaves a gap.
+    history: for each step the losses [B] by name; a step that was not guided is empty and left out.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -24,7 +24,8 @@ def loss_plot(history: Sequence[dict[str, Tensor]], title: str = "") -> Tensor:
     for panel, name in zip(panels, names):
         steps = [number + 1 for number, losses in enumerate(history) if name in losses]
         values = torch.stack([losses[name].detach().float().cpu() for losses in history if name in losses])
-        panel.plot(steps, values.numpy(), linewidth=1)
+        # A line through one point alone shows nothing.
+        panel.plot(steps, values.numpy(), linewidth=1, marker="." if len(steps) == 1 else None)
         panel.set_ylabel(name)
         panel.set_xlim(0.5, max(len(history), 1) + 0.5)
         panel.grid(alpha=0.3)

@@ -63,9 +63,11 @@ def blended_diffusion(
     model's autoencoder gives it back. Paste with `exact_paste`.
 
     Raises:
-        ValueError: more steps than the model has timesteps.
+        ValueError: more steps than the model has timesteps; clamp on a latent model.
         FloatingPointError: the model, or the guide, gave NaN or infinite values.
     """
+    if settings.clamp and host.downscale != 1:
+        raise ValueError("clamp keeps x̂0 within a picture's range, which latents do not have; switch it off for a latent MODEL")
     schedule = Schedule.respaced(host.train_sigmas, settings.steps)
     noise = CandidateNoise(seeds, host.device)
     with torch.no_grad():
@@ -111,7 +113,7 @@ class Edit:
         guided = self.guidance.active and number % settings.every == 0
         x0, variance, gradient, losses = (
             _guided_prediction(self.host, self.guidance, settings, schedule, x, index) if guided
-            else _plain_prediction(self.host, schedule, x, index)
+            else _plain_prediction(self.host, settings, schedule, x, index)
         )
         _check_finite(x0, variance, gradient, number)
         with torch.no_grad():
@@ -126,10 +128,14 @@ class Edit:
             return foreground * self.mask + background * (1 - self.mask), x0, losses
 
 
-def _plain_prediction(host: DiffusionHost, schedule: Schedule, x: Tensor, index: int):
+def _plain_prediction(host: DiffusionHost, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int):
     with torch.no_grad():
         prediction = host.predict(x / schedule.alpha(index) ** 0.5, schedule.sigma(index))
-    return prediction.x0, prediction.variance, None, {}
+    return _in_range(prediction.x0, settings), prediction.variance, None, {}
+
+
+def _in_range(x0: Tensor, settings: BlendSettings) -> Tensor:
+    return x0.clamp(-1, 1) if settings.clamp else x0
 
 
 def _guided_prediction(
@@ -151,6 +157,8 @@ def _guided_prediction(
     with torch.enable_grad():
         # "direct" takes ∂x̂0/∂x_t as 1/sqrt(ᾱ): the estimate moves with x_t as if the predicted noise stayed.
         estimate = prediction.x0 if through else prediction.x0.detach() + (leaf - x) / alpha**0.5
+        # Where the estimate is cut off, no gradient flows.
+        estimate = _in_range(estimate, settings)
         seen = estimate
         if settings.guided_input == "mixed":
             share = (1 - alpha) ** 0.5
@@ -165,7 +173,7 @@ def _guided_prediction(
     elif by_range is not None:
         outputs, gradients = [picture, ranged], [by_picture, by_range]
     (gradient,) = torch.autograd.grad(outputs, leaf, gradients)
-    return prediction.x0.detach(), variance, gradient.detach(), losses
+    return estimate.detach(), variance, gradient.detach(), losses
 
 
 def _check_finite(x0: Tensor, variance: Tensor | None, gradient: Tensor | None, number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 SAMPLERS = ("ddpm", "ddim")
 DISTANCES = ("cosine", "spherical")
@@ -35,6 +36,8 @@ class BlendSettings:
         background_weight: λ of D_bg; 0 leaves it out.
         background_loss: "paper", λ·½(MSE + LPIPS) of both backgrounds; "official", λ·(10·MSE + LPIPS) of the
             masked result against the unmasked source.
+        clamp: keep x̂0 within -1..1, for the step and for CLIP (guided-diffusion's clip_denoised); in pixel space only.
+            Off in the paper's code. It tames a prior whose estimates overshoot at high noise, as small ones do.
         chunk: copies that CLIP sees at once; 0 for all. Only memory depends on it.
     """
 
@@ -51,6 +54,7 @@ class BlendSettings:
     background_level: str = "next"
     background_weight: float = 0.0
     background_loss: str = "paper"
+    clamp: bool = False
     chunk: int = 0
 
     def __post_init__(self) -> None:
@@ -75,8 +79,8 @@ class BlendSettings:
         if self.every < 1:
             raise ValueError(f"every is {self.every}; guidance at every n-th step needs n of 1 or more")
         for name in ("guidance", "range_weight", "background_weight", "chunk"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or a positive number")
 
 
 @dataclasses.dataclass(frozen=True)

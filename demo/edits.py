@@ -2,8 +2,8 @@
 
     python -m blendswap.demo.edits --server http://127.0.0.1:8188 --out DIR
 
-``python run.py demo`` starts the server and calls this. Scenes come from seeds that no training has used; what an
-edit kept is read back from the saved PNGs, and what it reached is said by judges that took no part in making it.
+``python run.py demo`` starts the server and calls this. Scenes come from seeds that no training has used.
+What an edit kept is read back from the saved PNGs; what it reached is said by judges that took no part in it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ EDITS = (
     Edit("heart_to_star", "blend_replace_object", "a blue star", scene=13, seed=1),
     Edit("moon_to_heart", "blend_replace_object", "a green heart", scene=20, seed=2),
     Edit("cross_to_ring", "blend_replace_object", "an orange ring", scene=6, seed=3),
-    Edit("one_of_two", "blend_replace_object", "a purple circle", scene=10, seed=4, objects=2, object=2),
+    Edit("one_of_two", "blend_replace_object", "a purple circle", scene=3, seed=4, objects=2, object=2),
     Edit("latent_star_to_circle", "blend_latent", "a red circle", scene=10, seed=5),
     Edit("latent_ring_to_square", "blend_latent", "a yellow square", scene=19, seed=6),
 )
@@ -121,7 +121,8 @@ def load_workflow(name: str, object_info: Mapping[str, Any]) -> dict[str, Any]:
     return ui_to_api(json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")), object_info)
 
 
-def pictures(server: ComfyServer, prompt: Mapping[str, Any], outputs: Mapping[str, Any], title: str) -> list[bytes]:
+def pictures(server: ComfyServer, prompt: Mapping[str, Any], outputs: Mapping[str, Any],
+             title: str) -> list[bytes]:
     """The PNG files that the node with `title` has saved, in their order."""
     nodes = [number for number, node in prompt.items() if node["_meta"]["title"] == title]
     if len(nodes) != 1:
@@ -149,7 +150,8 @@ def run_edit(server: ComfyServer, edit: Edit, object_info: Mapping[str, Any], st
     mask = to_array(files["mask"], "L") > 0
     largest, identical = background(source, result, mask)
     return {
-        "name": edit.name, "kind": "blend", "prompt": edit.prompt, "seed": edit.seed, "seconds": round(seconds, 1),
+        "name": edit.name, "kind": "blend", "prompt": edit.prompt, "seed": edit.seed,
+        "seconds": round(seconds, 1),
         "background_max_abs": largest, "background_identical": identical,
         "judge": verdict(result, mask, edit.prompt),
     }
@@ -160,7 +162,8 @@ def overview(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
     gap, strip, font = 8, 28, ImageFont.load_default(size=17)
     height, width = (side * _ENLARGE for side in rows[0][1][0].shape[:2])
     columns = len(rows[0][1])
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (height + strip + gap) + gap), "white")
+    size = (columns * (width + gap) + gap, len(rows) * (height + strip + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for place, (caption, panels) in enumerate(rows):
         top = gap + place * (height + strip + gap)
@@ -173,10 +176,11 @@ def overview(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
 
 def table(edits: Sequence[Mapping[str, Any]]) -> str:
     """The entries of report.json as lines to read."""
-    lines = [f"{'edit':<24}{'asked':<16}{'found':<24}{'judge':<8}{'background':<14}{'seconds':>7}"]
+    lines = [f"{'edit':<24}{'asked':<16}{'found':<24}{'judge':<8}{'background':<14}seconds"]
     for entry in edits:
         said = entry["judge"]
-        kept = "identical" if entry["background_max_abs"] == 0 else f"changed by {entry['background_max_abs']}"
+        largest = entry["background_max_abs"]
+        kept = f"changed by {largest}" if largest else "identical"
         lines.append(f"{entry['name']:<24}{said['asked']:<16}{said['found']:<24}"
                      f"{'yes' if said['success'] else 'NO':<8}{kept:<14}{entry['seconds']:>7.1f}")
     return "\n".join(lines)
@@ -278,9 +282,11 @@ def write_thumbnails(server: ComfyServer, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="blendswap.demo.edits", description="Edit pictures in a running ComfyUI.")
+    parser = argparse.ArgumentParser(prog="blendswap.demo.edits",
+                                     description="Edit pictures in a running ComfyUI.")
     parser.add_argument("--server", required=True, metavar="URL", help="a ComfyUI with this pack")
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="where pictures go")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR",
+                        help="where pictures go")
     parser.add_argument("--thumbnails", action="store_true",
                         help="instead run the workflows as they are and write their thumbnails beside them")
     options = parser.parse_args(argv)

@@ -38,6 +38,7 @@ IMAGE_SIZES = {
 """Image size of each tuple of channel multipliers, as the published code pairs them."""
 
 OWN_CONFIG = {
+    "image_size": None,
     "pixel_unshuffle": 1,
     "model_channels": None,
     "beta_schedule": "linear",
@@ -62,10 +63,10 @@ WANTED = (
 class GuidedDiffusionUNet(nn.Module):
     """A UNet2DModel that predicts noise on pixels, with what a sampler has to know about it.
 
-    `config` is UNet2DModel's configuration, `sample_size` being the image size in pixels; it may hold the
-    keys of `OWN_CONFIG` too. With `pixel_unshuffle` r the network sees [B, 3·r², H/r, W/r] and its output is
-    shuffled back. `model_channels` is the width of the timestep's sine embedding where it is not the first
-    block's width.
+    `config` is UNet2DModel's configuration, `sample_size` being the image size in pixels unless `image_size`
+    states that; it may hold the other keys of `OWN_CONFIG` too. With `pixel_unshuffle` r the network sees
+    [B, 3·r², H/r, W/r] and its output is shuffled back. `model_channels` is the width of the timestep's sine
+    embedding where it is not the first block's width.
 
     Attributes: `image_size` (int, pixels), `size_multiple` (int; height and width must be multiples of it),
     `learned_variance` (bool), `num_classes` (int or None), `betas` (float64 [T]), `dtype` (of the weights).
@@ -81,7 +82,7 @@ class GuidedDiffusionUNet(nn.Module):
         self.unet = UNet2DModel.from_config(config)
         built = self.unet.config
         self.pixel_unshuffle: int = own["pixel_unshuffle"]
-        self.image_size: int = built["sample_size"]
+        self.image_size: int = own["image_size"] or built["sample_size"]
         self.size_multiple: int = self.pixel_unshuffle * 2 ** (len(built["block_out_channels"]) - 1)
         self.learned_variance: bool = built["out_channels"] == 2 * built["in_channels"]
         self.num_classes: int | None = built["num_class_embeds"]
@@ -89,7 +90,7 @@ class GuidedDiffusionUNet(nn.Module):
             own["beta_start"], own["beta_end"], TRAINING_STEPS, dtype=torch.float64, device="cpu"
         )
         if own["model_channels"] is not None:
-            # The published 512 px network starts at half its nominal width, yet embeds timesteps at all of it.
+            # The published 512 px network starts at half its nominal width, but embeds timesteps at it all.
             self.unet.time_proj = Timesteps(
                 own["model_channels"], flip_sin_to_cos=True, downscale_freq_shift=0
             )
@@ -199,7 +200,7 @@ def _read_model(path: Path, head_channels: int, image_size: int) -> tuple[dict[s
         else:
             raise ValueError(f"{path} is {describe_weights(weights)}, not an ADM checkpoint. {WANTED}")
     if image_size:
-        config["sample_size"] = image_size
+        config["image_size"] = image_size
     return config, {_modern_attention_name(key): value for key, value in weights.items()}
 
 
@@ -522,10 +523,9 @@ def _check_config(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             f"A pixel-space model with pixel_unshuffle {shuffle} has {3 * shuffle**2} channels in and as "
             f"many or twice as many out; this one has {in_channels} in and {out_channels} out."
         )
-    if not isinstance(config.get("sample_size"), int):
-        raise ValueError(
-            f"sample_size must be the image size in pixels, one number; got {config.get('sample_size')!r}."
-        )
+    image_size = own["image_size"] or config.get("sample_size")
+    if not isinstance(image_size, int):
+        raise ValueError(f"sample_size must be the image size in pixels, one number; got {image_size!r}.")
     if own["beta_schedule"] != "linear":
         raise ValueError(f"beta_schedule must be 'linear', got {own['beta_schedule']!r}.")
     if config.get("time_embedding_type", "positional") != "positional":

@@ -178,11 +178,12 @@ def run(
         results: list[Result] = []
 
         def inside(extra_args: dict[str, Any]) -> Tensor:
-            network = guider.inner_model.diffusion_model
             if gradients:
                 _refuse_partial_load(private)
-                repair_inference_tensors(network)
-                repair_inference_tensors(vae.first_stage_model)
+                # ControlNets and the like are part of the graph as well.
+                beside_it = (patcher.model for patcher in guider.loaded_models)
+                for part in (guider.inner_model.diffusion_model, vae.first_stage_model, *beside_it):
+                    repair_inference_tensors(part)
             guider.conds = _ordinary(guider.conds)
             host = ComfyHost(guider, vae, extra_args, private.load_device, _downscale(vae))
             results.append(body(host))

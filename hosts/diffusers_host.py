@@ -49,14 +49,18 @@ class DiffusersHost:
         self.downscale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
     @classmethod
-    def from_prior(cls, path: str | Path, *, class_label: int = 0, device: torch.device | str = "cpu") -> DiffusersHost:
-        """A pixel-space prior (see `adm.load_guided_diffusion` for the files); `class_label` is for class-conditional
-        ones alone."""
+    def from_prior(
+        cls, path: str | Path, *, class_label: int = 0, device: torch.device | str = "cpu"
+    ) -> DiffusersHost:
+        """A pixel-space prior (see `adm.load_guided_diffusion` for the files); `class_label` is for
+        class-conditional ones alone."""
         from .adm import load_guided_diffusion
 
         prior = load_guided_diffusion(path, dtype=torch.float32).to(device)
         if prior.num_classes and not 0 <= class_label < prior.num_classes:
-            raise ValueError(f"class_label is {class_label}; {path} knows the classes 0 to {prior.num_classes - 1}")
+            raise ValueError(
+                f"class_label is {class_label}; {path} knows the classes 0 to {prior.num_classes - 1}"
+            )
 
         def network(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
             labels = torch.full_like(t, class_label) if prior.num_classes else None
@@ -74,9 +78,10 @@ class DiffusersHost:
         *,
         device: torch.device | str = "cpu",
     ) -> DiffusersHost:
-        """A Stable Diffusion pipeline folder (unet, vae, text_encoder, tokenizer, scheduler), with its conditioning.
+        """A Stable Diffusion pipeline folder (unet, vae, text_encoder, tokenizer, scheduler), conditioned.
 
-        cfg: classifier-free guidance (Ho and Salimans 2022), uncond + cfg·(cond - uncond); 1 leaves `negative` out.
+        cfg: classifier-free guidance (Ho and Salimans 2022), uncond + cfg·(cond - uncond); 1 leaves
+        `negative` out.
         Raises FileNotFoundError for a part that is missing.
         """
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -85,17 +90,23 @@ class DiffusersHost:
         folder = Path(folder)
         for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
             if not (folder / part).is_dir():
-                raise FileNotFoundError(f"{folder / part} is missing: {folder} is not a whole Stable Diffusion pipeline")
+                raise FileNotFoundError(
+                    f"{folder / part} is missing: {folder} is not a whole Stable Diffusion pipeline"
+                )
 
         def load(kind, part: str):
             model = kind.from_pretrained(folder / part, torch_dtype=torch.float32, local_files_only=True)
             return model.to(device).eval().requires_grad_(False)
 
-        unet, vae, encoder = load(UNet2DConditionModel, "unet"), load(AutoencoderKL, "vae"), load(CLIPTextModel, "text_encoder")
+        unet, vae, encoder = (
+            load(UNet2DConditionModel, "unet"),
+            load(AutoencoderKL, "vae"),
+            load(CLIPTextModel, "text_encoder"),
+        )
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         tokens = tokenizer(
-            [prompt] if cfg == 1 else [prompt, negative], padding="max_length", max_length=tokenizer.model_max_length,
-            truncation=True, return_tensors="pt",
+            [prompt] if cfg == 1 else [prompt, negative], padding="max_length",
+            max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt",
         )  # fmt: skip
         with torch.no_grad():
             context = encoder(tokens.input_ids.to(device)).last_hidden_state
@@ -117,7 +128,7 @@ class DiffusersHost:
         return x0 if self.vae is None else self.vae.decode(x0 / self.vae.config.scaling_factor).sample
 
     def predict(self, x: Tensor, sigma: float) -> Prediction:
-        """See `DiffusionHost.predict`; σ off the training grid takes the nearest timestep, measured in log σ."""
+        """See `DiffusionHost.predict`; σ off the training grid takes the nearest timestep (in log σ)."""
         level = torch.as_tensor(sigma, dtype=torch.float32, device=self.device)
         t = (self.train_sigmas.log() - level.log()).abs().argmin().expand(len(x))
         output, variance = self.network(x / (1 + sigma**2) ** 0.5, t)
@@ -129,7 +140,7 @@ class DiffusersHost:
 
 
 def guided_network(unet: UNet2DConditionModel, context: Tensor, cfg: float) -> Network:
-    """A UNet conditioned on `context`: [1, L, D], or [2, L, D] of the prompt and the negative prompt for cfg."""
+    """A UNet conditioned on `context`: [1, L, D], or for cfg [2, L, D], prompt and negative prompt."""
 
     def network(x: Tensor, t: Tensor) -> tuple[Tensor, None]:
         rows = context.repeat_interleave(len(x), 0)

@@ -1,7 +1,7 @@
 """The demo's text model, a small Stable Diffusion in diffusers' folder layout, as native MODEL, CLIP and VAE.
 
-All three are ComfyUI's own networks with the weights renamed, so LoRA, ControlNet, attention patches, embeddings and
-prompt weights work as they do on Stable Diffusion.
+All three are ComfyUI's own networks with the weights renamed, so LoRA, ControlNet, attention patches,
+embeddings and prompt weights work as they do on Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ StateDict = dict[str, Tensor]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 END_OF_WORD = "</w>"
 
-# Settings of diffusers' classes that ComfyUI's networks have built in. A folder without one has diffusers' default.
+# Settings of diffusers' classes that ComfyUI's networks have built in. A folder without one has the default.
 UNET_FIXED = {
     "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "norm_eps": 1e-5,
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "resnet_time_scale_shift": "default", "only_cross_attention": False,
-    "class_embed_type": None, "addition_embed_type": None, "time_embedding_type": "positional",
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "resnet_time_scale_shift": "default",
+    "only_cross_attention": False, "class_embed_type": None, "addition_embed_type": None,
+    "time_embedding_type": "positional",
     "time_embedding_dim": None, "dual_cross_attention": False, "center_input_sample": False,
 }  # fmt: skip
 VAE_FIXED = {
@@ -85,7 +86,10 @@ class KnownWordsTokenizer(comfy.sd1_clip.SDTokenizer):
         batches = super().tokenize_with_weights(text, *args, **kwargs)
         strange = list(dict.fromkeys(self._unknown_words(token[0] for batch in batches for token in batch)))
         if strange:
-            logger.warning("The demo text model was never shown the words: %s. They mean nothing to it.", ", ".join(strange))
+            logger.warning(
+                "The demo text model was never shown the words: %s. They mean nothing to it.",
+                ", ".join(strange),
+            )
         return batches
 
     def _unknown_words(self, tokens: Iterator[Any]) -> Iterator[str]:
@@ -109,9 +113,9 @@ def load_demo_text_model(
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """Open a diffusers folder of a small Stable Diffusion (unet, text_encoder, tokenizer, vae, scheduler).
 
-    Returns ComfyUI's MODEL, CLIP and VAE, fit for gradients even if this is called under torch.inference_mode.
-    Raises FileNotFoundError for a file that is missing and ValueError for a model that ComfyUI's networks cannot hold,
-    naming the file and the setting.
+    Returns ComfyUI's MODEL, CLIP and VAE, fit for gradients even if called under torch.inference_mode.
+    Raises FileNotFoundError for a file that is missing and ValueError for a model that ComfyUI's networks
+    cannot hold, naming the file and the setting.
     """
     folder = Path(folder)
     with torch.inference_mode(False), torch.no_grad():
@@ -119,7 +123,9 @@ def load_demo_text_model(
         latent_format = SmallLatent(
             vae.latent_channels, config["scaling_factor"], _preview_colours(vae, config["scaling_factor"])
         )
-        model = _load_unet(folder / "unet", _read_json(folder / "scheduler" / "scheduler_config.json"), latent_format)
+        model = _load_unet(
+            folder / "unet", _read_json(folder / "scheduler" / "scheduler_config.json"), latent_format
+        )
         clip = _load_clip(folder / "text_encoder", folder / "tokenizer")
     return model, clip, vae
 
@@ -137,14 +143,16 @@ def unet_config(config: Mapping[str, Any], where: str = "the UNet") -> dict[str,
     base, levels = widths[0], len(config["block_out_channels"])
     if any(width % base for width in widths):
         raise ValueError(
-            f"{where}: block_out_channels is {tuple(widths)}, but ComfyUI's UNet counts every level in whole multiples "
-            f"of the first ({base})."
+            f"{where}: block_out_channels is {tuple(widths)}, but ComfyUI's UNet counts every level in whole "
+            f"multiples of the first ({base})."
         )
     layers = [layers] * levels if isinstance(layers, int) else list(layers)
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     depth = config.get("transformer_layers_per_block", 1)
     if not isinstance(heads, int) or not isinstance(depth, int):
-        raise ValueError(f"{where}: attention_head_dim and transformer_layers_per_block must be one number each.")
+        raise ValueError(
+            f"{where}: attention_head_dim and transformer_layers_per_block must be one number each."
+        )
     down = [depth if kind.startswith("CrossAttn") else 0 for kind in config["down_block_types"]]
     up = [depth if kind.startswith("CrossAttn") else 0 for kind in reversed(config["up_block_types"])]
     return {
@@ -176,7 +184,9 @@ def _load_unet(
     built = unet_config(published, str(folder / "config.json"))
     config = SmallDiffusionConfig(built)
     config.latent_format = latent_format
-    config.sampling_settings = _sampling_settings(schedule, folder.parent / "scheduler" / "scheduler_config.json")
+    config.sampling_settings = _sampling_settings(
+        schedule, folder.parent / "scheduler" / "scheduler_config.json"
+    )
     device = comfy.model_management.get_torch_device()
     dtype = comfy.model_management.unet_dtype(
         device=device,
@@ -203,7 +213,9 @@ def _load_unet(
 def _sampling_settings(schedule: Mapping[str, Any], where: Path) -> dict[str, Any]:
     kind = schedule.get("beta_schedule", "linear")
     if kind != "scaled_linear" or schedule.get("rescale_betas_zero_snr"):
-        raise ValueError(f"{where}: only scaled_linear is known as beta_schedule, without rescaling; this is {kind}.")
+        raise ValueError(
+            f"{where}: only scaled_linear is known as beta_schedule, without rescaling; this is {kind}."
+        )
     return {
         # diffusers' scaled_linear, linear in the root of beta, is ComfyUI's linear.
         "beta_schedule": "linear",
@@ -221,9 +233,8 @@ def vae_name(name: str, levels: int) -> str:
     name = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)\.", r"down.\1.block.\2.", name)
     name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample.", name)
     # diffusers counts the decoder's levels in the order they run, ComfyUI from the picture.
-    counted = lambda found: f"up.{levels - 1 - int(found[1])}."  # noqa: E731
-    name = re.sub(r"up_blocks\.(\d+)\.", counted, name)
-    name = re.sub(r"^decoder\.up\.(\d+)\.resnets\.", r"decoder.up.\1.block.", name)
+    name = re.sub(r"up_blocks\.(\d+)\.", lambda found: f"up.{levels - 1 - int(found[1])}.", name)
+    name = name.replace(".resnets.", ".block.") if name.startswith("decoder.up.") else name
     name = name.replace(".upsamplers.0.", ".upsample.")
     name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda found: f"mid.block_{int(found[1]) + 1}.", name)
     for theirs, ours in (
@@ -241,8 +252,8 @@ def _load_vae(folder: Path) -> tuple[comfy.sd.VAE, dict[str, Any]]:
     widths = config["block_out_channels"]
     if any(width % widths[0] for width in widths):
         raise ValueError(
-            f"{folder / 'config.json'}: block_out_channels is {tuple(widths)}, but ComfyUI's autoencoder counts every "
-            f"level in whole multiples of the first ({widths[0]})."
+            f"{folder / 'config.json'}: block_out_channels is {tuple(widths)}, but ComfyUI's autoencoder "
+            f"counts every level in whole multiples of the first ({widths[0]})."
         )
     params = {
         "double_z": True, "z_channels": config["latent_channels"], "resolution": config["sample_size"],
@@ -254,7 +265,9 @@ def _load_vae(folder: Path) -> tuple[comfy.sd.VAE, dict[str, Any]]:
     for name, weight in renamed.items():
         if ".attn_1." in name and weight.ndim == 2:  # ComfyUI's are 1 × 1 convolutions
             renamed[name] = weight[:, :, None, None]
-    vae = comfy.sd.VAE(sd=renamed, config={"params": {"ddconfig": params, "embed_dim": config["latent_channels"]}})
+    vae = comfy.sd.VAE(
+        sd=renamed, config={"params": {"ddconfig": params, "embed_dim": config["latent_channels"]}}
+    )
     # comfy.sd.VAE only logs what is missing.
     _load_strictly(vae.first_stage_model, renamed, folder / WEIGHTS)
     _set_groups(vae.first_stage_model, config["norm_num_groups"])
@@ -283,15 +296,19 @@ def _preview_colours(vae: comfy.sd.VAE, scaling_factor: float) -> Tensor:
 # Text encoder ---------------------------------------------------------------------------------------------
 
 
-def expand_table(table: Tensor, vocabulary: Mapping[str, int], full: Mapping[str, int]) -> tuple[Tensor, frozenset[int]]:
-    """A token table [V, D] for a cut vocabulary as one for the full one, [F, D], and the ids that were in the cut.
+def expand_table(
+    table: Tensor, vocabulary: Mapping[str, int], full: Mapping[str, int]
+) -> tuple[Tensor, frozenset[int]]:
+    """A token table [V, D] for a cut vocabulary as one for the full one, [F, D], and the cut's ids in it.
 
     Tokens are matched by name. The others have the mean of the rows that are there.
     Raises ValueError for a token that the full vocabulary does not know.
     """
     strange = vocabulary.keys() - full.keys()
     if strange:
-        raise ValueError(f"the vocabulary holds {sorted(strange)[0]!r}, which is no token of Stable Diffusion's tokenizer")
+        raise ValueError(
+            f"the vocabulary holds {sorted(strange)[0]!r}, which is no token of Stable Diffusion's tokenizer"
+        )
     whole = table.float().mean(0).to(table).expand(max(full.values()) + 1, -1).clone()
     names = list(vocabulary)
     whole[[full[name] for name in names]] = table[[vocabulary[name] for name in names]]
@@ -309,8 +326,8 @@ def _load_clip(folder: Path, tokenizer_folder: Path) -> comfy.sd.CLIP:
     table = "text_model.embeddings.token_embedding.weight"
     if len(weights.get(table, ())) != len(vocabulary):
         raise ValueError(
-            f"{folder} holds {len(weights.get(table, ()))} token embeddings, {tokenizer_folder / 'vocab.json'} "
-            f"{len(vocabulary)} tokens: they do not belong together."
+            f"{folder} holds {len(weights.get(table, ()))} token embeddings, but "
+            f"{tokenizer_folder / 'vocab.json'} {len(vocabulary)} tokens: they do not belong together."
         )
     full = comfy.sd1_clip.SDTokenizer().tokenizer.get_vocab()
     weights[table], known = expand_table(weights[table], vocabulary, full)
@@ -322,14 +339,20 @@ def _load_clip(folder: Path, tokenizer_folder: Path) -> comfy.sd.CLIP:
         target,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         tokenizer_data={
-            "clip_l_tokenizer_class": functools.partial(KnownWordsTokenizer, known=known, embedding_size=width)
+            "clip_l_tokenizer_class": functools.partial(
+                KnownWordsTokenizer, known=known, embedding_size=width
+            )
         },
         parameters=comfy.utils.calculate_parameters(weights),
         model_options={
             "clip_l_model_config": {
                 name: config[name]
                 for name in (
-                    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+                    "hidden_size",
+                    "intermediate_size",
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "hidden_act",
                 )
             }  # fmt: skip
         },
@@ -344,7 +367,9 @@ def _load_clip(folder: Path, tokenizer_folder: Path) -> comfy.sd.CLIP:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; the folder must be a whole diffusers model, as training writes it.")
+        raise FileNotFoundError(
+            f"{path} is missing; the folder must be a whole diffusers model, as training writes it."
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -353,7 +378,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_weights(path: Path) -> StateDict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; the folder must be a whole diffusers model, as training writes it.")
+        raise FileNotFoundError(
+            f"{path} is missing; the folder must be a whole diffusers model, as training writes it."
+        )
     try:
         return comfy.utils.load_torch_file(str(path), safe_load=True)
     except Exception as error:  # safetensors has no common base for what a damaged file can raise
@@ -363,7 +390,9 @@ def _read_weights(path: Path) -> StateDict:
 def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
     for name, value in fixed.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{where}: {name} is {config[name]!r}, but ComfyUI's network has {value!r} built in.")
+            raise ValueError(
+                f"{where}: {name} is {config[name]!r}, but ComfyUI's network has {value!r} built in."
+            )
 
 
 def _load_strictly(module: nn.Module, weights: StateDict, where: Path) -> None:

@@ -67,7 +67,7 @@ class CLIPBlendSampler(io.ComfyNode):
                     "preset", options=[CUSTOM, "paper", "official", "fast"], default=CUSTOM,
                     tooltip="custom: the dials below, whose defaults are the paper's. paper and official (the published "
                     "code's arithmetic) and fast (half the steps, no gradient through the model) replace the dials "
-                    "from steps to background_weight, except guidance; what they changed is said in the summary.",
+                    "from steps to background_weight, except guidance and clamp; what they set is said in the summary.",
                 ),
                 io.Float.Input(
                     "guidance", default=1000.0, min=0.0, max=100000.0, step=10.0,
@@ -105,6 +105,9 @@ class CLIPBlendSampler(io.ComfyNode):
                 _dial(io.Combo.Input("background_loss", options=["paper", "official"], default="paper",
                                      tooltip="paper: ½(MSE + LPIPS) of both backgrounds. official: 10·MSE + LPIPS of "
                                      "the masked result against the unmasked source.")),
+                _dial(io.Boolean.Input("clamp", default=False,
+                                       tooltip="Keep the clean estimate within a picture's range (pixel-space priors "
+                                       "only). Helps priors that overshoot at high noise, such as the demo's.")),
                 _dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
                                      tooltip="Backbone of LPIPS for the background loss.")),
                 _dial(io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
@@ -138,8 +141,8 @@ class CLIPBlendSampler(io.ComfyNode):
         preset: str, guidance: float, steps: int, start: int, sampler: str = "ddpm", range_weight: float = 50.0,
         distance: str = "cosine", guided_input: str = "x0", guide_every: int = 1, gradient: str = "through_model",
         blend: bool = True, background_level: str = "next", background_weight: float = 0.0,
-        background_loss: str = "paper", lpips: str = NONE, resolution: int = 0, clip_chunk: int = 0, cfg: float = 4.0,
-        augment: ExtendingAugmentations | None = None, positive=None, negative=None, scorer: ComfyGuide | None = None,
+        background_loss: str = "paper", clamp: bool = False, lpips: str = NONE, resolution: int = 0, clip_chunk: int = 0,
+        cfg: float = 4.0, augment: ExtendingAugmentations | None = None, positive=None, negative=None, scorer: ComfyGuide | None = None,
     ) -> io.NodeOutput:
         from ..blending.augment import ExtendingAugmentations
         from ..blending.plot import loss_plot
@@ -150,7 +153,7 @@ class CLIPBlendSampler(io.ComfyNode):
             steps=steps if preset == CUSTOM else 1000, start=start if preset == CUSTOM else 0, sampler=sampler,
             guidance=guidance, range_weight=range_weight, distance=distance, guided_input=guided_input,
             every=guide_every, gradient=gradient, blend=blend, background_level=background_level,
-            background_weight=background_weight, background_loss=background_loss, chunk=clip_chunk,
+            background_weight=background_weight, background_loss=background_loss, clamp=clamp, chunk=clip_chunk,
         )
         copies, said = 16, []
         if preset != CUSTOM:

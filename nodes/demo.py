@@ -6,9 +6,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-MODELS = Path(__file__).parents[1] / "demo" / "models"
-TEXT_MODEL = MODELS / "text"
-PRIOR = MODELS / "prior"
+TEXT_MODEL = Path(__file__).parents[1] / "demo" / "models" / "text"
 
 # Trainings draw their scenes from seeds below 1,000,000: no model has seen the ones from here on.
 FIRST_SEED = 2_000_000
@@ -23,9 +21,9 @@ class DemoModelLoader(io.ComfyNode):
             node_id="DemoModelLoader",
             display_name="Load Demo Model",
             category="BlendSwap/demo",
-            description="The small Stable Diffusion of the pack's demo world, for 64 × 64 pictures (latents of 16 × 16 "
-            "cells and 8 channels). Made of ComfyUI's own networks, so LoRA, embeddings, patches and samplers take it. "
-            "It knows the words of DemoScene's captions; others are named in the log.",
+            description="The small Stable Diffusion of the pack's demo world, for 64 × 64 pictures (latents "
+            "of 16 × 16 cells and 8 channels). Made of ComfyUI's own networks, so LoRA, embeddings, patches "
+            "and samplers take it. It knows the words of DemoScene's captions; others are named in the log.",
             inputs=[],
             outputs=[
                 io.Model.Output(display_name="MODEL"),
@@ -44,8 +42,9 @@ class DemoModelLoader(io.ComfyNode):
 
         if not (TEXT_MODEL / "model_index.json").is_file():
             raise FileNotFoundError(
-                f"The demo's text model is not there: {TEXT_MODEL} has no model_index.json. Get the pack's demo/models "
-                "folder again, or train the model with: python run.py train vae, then python run.py train text."
+                f"The demo's text model is not there: {TEXT_MODEL} has no model_index.json. Get the pack's "
+                "demo/models folder again, or train the model: python run.py train vae, then python run.py "
+                "train text."
             )
         return io.NodeOutput(*load_demo_text_model(TEXT_MODEL))
 
@@ -59,8 +58,8 @@ class DemoScene(io.ComfyNode):
             node_id="DemoScene",
             display_name="Demo Scene",
             category="BlendSwap/demo",
-            description="Draws a 64 × 64 picture: one or two objects (shape, colour, pattern) on a pale background. None "
-            "of these pictures was in any training.",
+            description="Draws a 64 × 64 picture: one or two objects (shape, colour, pattern) on a pale "
+            "background. None of these pictures was in any training.",
             inputs=[
                 io.Int.Input(
                     "seed",
@@ -70,7 +69,9 @@ class DemoScene(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Which picture. The same seed draws the same one everywhere.",
                 ),
-                io.Int.Input("objects", default=1, min=1, max=2, tooltip="How many objects are in the picture."),
+                io.Int.Input(
+                    "objects", default=1, min=1, max=2, tooltip="How many objects are in the picture."
+                ),
                 io.Int.Input("object", default=1, min=1, max=2, tooltip="Which of them the masks are about."),
                 io.Float.Input(
                     "margin",
@@ -83,7 +84,9 @@ class DemoScene(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="IMAGE"),
-                io.Mask.Output(display_name="edit", tooltip="A square with room for another object in its place."),
+                io.Mask.Output(
+                    display_name="edit", tooltip="A square with room for another object in its place."
+                ),
                 io.Mask.Output(display_name="outline", tooltip="The object's own visible pixels."),
                 io.String.Output(display_name="caption", tooltip="The picture in the demo models' words."),
             ],
@@ -96,7 +99,9 @@ class DemoScene(io.ComfyNode):
         from ..demo import world
 
         if object > objects:
-            raise ValueError(f"object is {object}, but the picture has only {objects}: choose 1, or set objects to 2.")
+            raise ValueError(
+                f"object is {object}, but the picture has only {objects}: choose 1, or set objects to 2."
+            )
         scene = next(world.scenes(FIRST_SEED + seed, objects))
         image = torch.from_numpy(world.draw(scene)).float() / 255
         edit = torch.from_numpy(world.edit_mask(scene, object - 1, margin)).float()

@@ -107,5 +107,5 @@ def _model_directories(name: str) -> list[str]:
     return sorted(found)
 
 
-# Every node that lists one of the folders imports this module, so they are registered before they are asked for.
+# Every node that lists one of the folders imports this module: they are registered before they are read.
 register()

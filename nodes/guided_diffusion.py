@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from . import folders
 
 FOLDER = "guided_diffusion"
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "models" / "prior"
 DTYPES = ("default", "fp16", "bf16", "fp32")
+
+
+def checkpoint_names() -> list[str]:
+    """What can be loaded: "demo" where the demo prior is there, then the files and folders in
+    models/guided_diffusion."""
+    found = folders.model_names(FOLDER)
+    if not (DEMO_FOLDER / "config.json").is_file():
+        return found
+    return [DEMO, *(name for name in found if name != folders.nothing_there(FOLDER))]
+
+
+def checkpoint_path(choice: str) -> Path:
+    """Path of a name of `checkpoint_names`; FileNotFoundError, saying what goes where, if it is not there."""
+    return DEMO_FOLDER if choice == DEMO else folders.resolve(FOLDER, choice)
 
 
 class GuidedDiffusionLoader(io.ComfyNode):
@@ -38,14 +56,14 @@ class GuidedDiffusionLoader(io.ComfyNode):
             display_name="Load Guided Diffusion Prior",
             category="BlendSwap/loaders",
             description="Loads a pixel-space diffusion model (ADM): the checkpoints of "
-            "openai/guided-diffusion that Blended Diffusion uses, or a diffusers UNet2DModel. The MODEL works in CLIPBlendSampler "
-            "and in a stock KSampler (cfg 1: text conditioning is ignored).",
+            "openai/guided-diffusion that Blended Diffusion uses, or a diffusers UNet2DModel. "
+            "The MODEL works in CLIPBlendSampler and in a stock KSampler (at cfg 1: it ignores text).",
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=folders.model_names(FOLDER),
+                    options=checkpoint_names(),
                     tooltip="A file (.pt, .pth, .bin, .safetensors) or a diffusers folder, from "
-                    "models/guided_diffusion.",
+                    "models/guided_diffusion; demo is the small prior of the pack's demo world.",
                 ),
                 image_size,
                 head_channels,
@@ -91,7 +109,7 @@ class GuidedDiffusionLoader(io.ComfyNode):
         from ..hosts import adm_comfy
 
         model = adm_comfy.load_native_model(
-            folders.resolve(FOLDER, checkpoint),
+            checkpoint_path(checkpoint),
             head_channels=head_channels,
             image_size=image_size,
             class_label=class_label,

@@ -1,8 +1,9 @@
 """The demo CLIP: open_clip's own classes, a modified ResNet (Radford et al. 2021) at 64 pixels.
 
-What a guide sees is not what a photographer sees: regions on grey, warped copies, half-made pictures. So half of
-the inputs are masked, and they are zoomed, warped, blurred and noised. A caption may leave attributes out; every
-picture that it fits counts as its positive.
+What a guide sees is not what a photographer sees: regions on grey, the sampler's warped copies, and estimates that
+early on are a blur. So half of the inputs are masked, and they are zoomed, warped (by the sampler's own
+augmentations), blurred and noised. A caption may leave attributes out; every picture that it fits counts as its
+positive.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...blending.augment import ExtendingAugmentations
 from ...blending.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
 from .. import world
 from .common import Pictures, Run, fit, write_json
@@ -71,6 +73,26 @@ def warp(pictures: Tensor, theta: Tensor) -> Tensor:
     return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 
 
+def degraded(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures [B, 3, H, W] as a guide meets them: a third warped like the sampler's copies, half blurred (by up to
+    eight pixels), a quarter noised."""
+    chance = torch.rand(3, len(pictures), generator=generator)
+    augment = ExtendingAugmentations(copies=2)
+    rows = (chance[0] < 0.35).nonzero().flatten()
+    if len(rows):
+        parameters = augment.sample([generator] * len(rows), *pictures.shape[-2:])
+        pictures = pictures.index_copy(0, rows, augment.apply(pictures[rows], parameters, slice(1, 2), world.SIZE))
+    for shrink, low, high in ((2, 0.5, 0.7), (4, 0.7, 0.87), (8, 0.87, 1.0)):
+        rows = ((chance[1] >= low) & (chance[1] < high)).nonzero().flatten()
+        if len(rows):
+            small = F.avg_pool2d(pictures[rows], shrink)
+            soft = F.interpolate(small, size=pictures.shape[-2:], mode="bicubic", align_corners=False)
+            share = torch.rand(len(rows), 1, 1, 1, generator=generator)
+            pictures = pictures.index_copy(0, rows, soft * share + pictures[rows] * (1 - share))
+    sigma = 0.3 * torch.rand(len(pictures), 1, 1, 1, generator=generator) * (chance[2] < 0.25).view(-1, 1, 1, 1)
+    return pictures + sigma * torch.randn(pictures.shape, generator=generator)
+
+
 def train(run: Run) -> nn.Module:
     pictures = Pictures(run.work, seed=11, count=100_000)
     truths = np.stack([attributes(scene) for scene in pictures.scenes])
@@ -112,13 +134,7 @@ def train(run: Run) -> nn.Module:
                                        [s + shear[1], c * rng.uniform(.9, 1.1), y]])
             text, said[row] = caption(truths[index, chosen], rng, whole=way >= 0.6)
             texts.append(text)
-        clean = warp(clean, theta)
-        rough = torch.from_numpy(rng.uniform(0, 1, count) < 0.35)
-        if rough.any():
-            sigma = torch.from_numpy(rng.uniform(0, 0.3, count)).float().view(-1, 1, 1, 1)
-            soft = F.avg_pool2d(F.pad(clean, (1, 1, 1, 1), mode="replicate"), 3, 1)
-            soft = soft + sigma * torch.randn(clean.shape, generator=generator)
-            clean = torch.where(rough.view(-1, 1, 1, 1), soft, clean)
+        clean = degraded(warp(clean, theta), generator)
 
         fits = ((said[None, None] == ANY) | (said[None, None] == truth[:, :, None])).all(-1).any(1)  # [image, text]
         fits = torch.from_numpy(fits).float().to(run.device)

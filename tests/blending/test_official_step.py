@@ -166,7 +166,9 @@ def test_official_makes_the_published_steps(host: PixelHost, case: dict) -> None
         x, _, losses = edit.step(x, index, noise)
         assert losses.keys() == {"clip", "range"} | ({"background"} if case["background_loss"] else set())
     assert noise.drawn == []
-    torch.testing.assert_close(x, recorded(case), atol=1e-4, rtol=0)
+    expected = recorded(case)
+    # Of the largest value: untrained, the network takes step 74 to 100, where float32 itself is off by 1e-3.
+    torch.testing.assert_close(x, expected, atol=1e-4 * max(1.0, expected.abs().max().item()), rtol=0)
 
 
 def test_a_whole_run_of_official_ends_where_the_published_loop_does(host: PixelHost, monkeypatch) -> None:

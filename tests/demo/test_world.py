@@ -14,7 +14,8 @@ def some(count: int, things: int | None = None, seed: int = 3_000_000) -> list[w
     return list(itertools.islice(world.scenes(seed, things), count))
 
 
-def scene(shape: str = "circle", colour: str = "red", pattern: str = "solid", ground: str = "cloudy") -> world.Scene:
+def scene(shape: str = "circle", colour: str = "red", pattern: str = "solid",
+          ground: str = "cloudy") -> world.Scene:
     thing = world.Thing(shape, colour, pattern, 30.0, 34.0, 16.0, 0.2, 0.3)
     return world.Scene(world.Ground(ground, "mint", 7), (thing,))
 
@@ -33,7 +34,8 @@ def test_what_a_mask_covers_has_the_colour_of_its_object_and_the_rest_is_the_gro
     covered = np.zeros((world.SIZE, world.SIZE), bool)
     for index, thing in enumerate(one.things):
         whole = (world.coverage(thing) > 0.999) & world.object_mask(one, index)
-        whole &= ~np.logical_or.reduce([world.coverage(other) > 0 for other in one.things[index + 1:]] or [False])
+        for other in one.things[index + 1:]:
+            whole &= world.coverage(other) == 0
         assert whole.sum() > 100
         assert distance_to_paint(picture[whole].astype(np.float32), thing.colour).max() < 2
         covered |= world.coverage(thing) > 0

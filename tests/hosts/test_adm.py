@@ -293,6 +293,12 @@ def test_single_safetensors_file_with_its_config_in_the_metadata(tmp_path: Path)
     assert adm.load_guided_diffusion(file, image_size=64).image_size == 64
 
 
+def test_image_size_of_a_config_is_in_pixels_of_the_picture(tmp_path: Path) -> None:
+    # UNet2DModel's own sample_size may be what the network sees: pixels after unshuffling.
+    make_folder(tmp_path / "prior", unshuffled_config() | {"sample_size": 16, "image_size": 32})
+    assert adm.load_guided_diffusion(tmp_path / "prior").image_size == 32
+
+
 def test_weights_of_an_early_diffusers_version(tmp_path: Path) -> None:
     made = make_folder(tmp_path / "prior", unshuffled_config())
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -61,8 +61,18 @@ def snapshot(model) -> dict:
             return [frozen(item) for item in value]
         return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
 
-    names = ("model_options", "patches", "object_patches", "patches_uuid", "callbacks", "wrappers", "injections",
-             "hook_patches", "attachments", "additional_models")
+    names = (
+        "model_options",
+        "patches",
+        "object_patches",
+        "patches_uuid",
+        "callbacks",
+        "wrappers",
+        "injections",
+        "hook_patches",
+        "attachments",
+        "additional_models",
+    )
     return {
         **{name: frozen(getattr(model, name)) for name in names},
         "weights": {key: value.double().sum().item() for key, value in model.model.state_dict().items()},
@@ -136,7 +146,9 @@ def test_gradients_flow_through_weights_loaded_in_inference_mode(parts):
     model, vae, *_ = parts
     clean = run(parts, differentiate)
     with torch.inference_mode():
-        guide = ComfyGuide.wrap(load_clip_guide(MODELS / "clip" / "model.safetensors", "auto", "cpu", torch.float32))
+        guide = ComfyGuide.wrap(
+            load_clip_guide(MODELS / "clip" / "model.safetensors", "auto", "cpu", torch.float32)
+        )
     for module in (model.model, vae.first_stage_model, guide.patcher.model):
         poison(module)
 
@@ -156,7 +168,8 @@ def test_the_gradient_is_the_slope(parts):
         gradient = differentiate(host)
         direction = gradient / gradient.norm()
         values = [
-            host.decode(host.predict(noisy() + step * direction, 2.0).x0).square().mean() for step in (0.05, -0.05)
+            host.decode(host.predict(noisy() + step * direction, 2.0).x0).square().mean()
+            for step in (0.05, -0.05)
         ]
         return gradient.norm(), (values[0] - values[1]) / 0.1
 
@@ -169,20 +182,21 @@ def test_gradients_flow_beside_a_controlnet_loaded_in_inference_mode(parts):
     import comfy.controlnet
 
     model = parts[0]
-    config = {key: value for key, value in model.model.model_config.unet_config.items() if key != "out_channels"}
+    config = {
+        key: value for key, value in model.model.model_config.unet_config.items() if key != "out_channels"
+    }
     # Its UNet half has output depths of no use to it.
     config.pop("transformer_depth_output")
     with torch.inference_mode():
         network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3).eval()
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
-        control = comfy.controlnet.ControlNet(
-            network, compression_ratio=4, latent_format=model.get_model_object("latent_format"),
-            load_device=model.load_device, manual_cast_dtype=None,
-        )  # fmt: skip
+        control = comfy.controlnet.ControlNet(network, load_device=model.load_device)
         control.set_cond_hint(torch.rand(1, 3, 64, 64), 1.0, (0.0, 1.0))
-        conditioning = [[tensor, {**options, "control": control, "control_apply_to_uncond": True}]
-                        for tensor, options in parts[2]]
+        conditioning = [
+            [tensor, {**options, "control": control, "control_apply_to_uncond": True}]
+            for tensor, options in parts[2]
+        ]
     controlled = (*parts[:2], conditioning, parts[3])
     gradient = run(controlled, differentiate)
     assert torch.isfinite(gradient).all()

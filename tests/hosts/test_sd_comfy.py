@@ -1,4 +1,4 @@
-"""The demo's text model inside ComfyUI: the same numbers as diffusers and transformers, and native behaviour."""
+"""The demo's text model in ComfyUI: the same numbers as diffusers and transformers, and native behaviour."""
 
 from __future__ import annotations
 
@@ -54,8 +54,16 @@ def ksample(model, conditioning, steps: int = 2):
 
     with torch.inference_mode():
         return comfy.sample.sample(
-            model, torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(3)), steps, 3.0, "euler", "simple",
-            [[conditioning, {}]], [[torch.zeros_like(conditioning), {}]], torch.zeros(1, 8, 16, 16), disable_pbar=True,
+            model,
+            torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(3)),
+            steps,
+            3.0,
+            "euler",
+            "simple",
+            [[conditioning, {}]],
+            [[torch.zeros_like(conditioning), {}]],
+            torch.zeros(1, 8, 16, 16),
+            disable_pbar=True,
         )
 
 
@@ -69,7 +77,9 @@ def test_model_predicts_what_diffusers_unet_predicts(loaded, reference, t):
         eps = unet(x / (1 + sigma**2) ** 0.5, torch.full((2,), t), context).sample
         x0 = model.apply_model(x, sigma.expand(2), c_crossattn=context)
     assert eps.std() > 0.1
-    assert ((x - x0) / sigma - eps).abs().max() < (1e-4 if t else 1e-3)  # x - x0 loses digits at the smallest σ
+    assert ((x - x0) / sigma - eps).abs().max() < (
+        1e-4 if t else 1e-3
+    )  # x - x0 loses digits at the smallest σ
 
 
 def test_model_has_the_schedule_it_was_trained_on(loaded, text_model):
@@ -82,7 +92,9 @@ def test_model_has_the_schedule_it_was_trained_on(loaded, text_model):
 
 @pytest.mark.parametrize("prompt", [PROMPT, "", "a pink moon and a cyan dotted ring"])
 def test_clip_encodes_as_transformers_does(loaded, reference, prompt):
-    torch.testing.assert_close(encode(loaded[1], prompt), reference_conditioning(reference, prompt), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        encode(loaded[1], prompt), reference_conditioning(reference, prompt), rtol=0, atol=1e-4
+    )
 
 
 def test_prompt_weights_change_the_conditioning(loaded):
@@ -130,7 +142,10 @@ def test_model_and_vae_agree_on_the_latent(loaded, text_model):
     model, _, vae = loaded
     latent_format = model.get_model_object("latent_format")
     assert latent_format.latent_channels == vae.latent_channels == 8
-    assert latent_format.scale_factor == json.loads((text_model / "vae" / "config.json").read_text())["scaling_factor"]
+    assert (
+        latent_format.scale_factor
+        == json.loads((text_model / "vae" / "config.json").read_text())["scaling_factor"]
+    )
     assert vae.downscale_ratio == 4
     assert vae.encode(torch.rand(1, 64, 48, 3)).shape == (1, 8, 16, 12)
 
@@ -156,10 +171,12 @@ def test_lora_in_diffusers_names_reaches_the_unet(loaded):
 
     model, clip, _ = loaded
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    generator = torch.Generator().manual_seed(0)
     lora = {
-        f"{name}.lora_up.weight": torch.full((96, 4), 0.1), f"{name}.lora_down.weight": torch.full((4, 96), 0.1),
+        f"{name}.lora_up.weight": torch.randn(96, 4, generator=generator) * 0.5,
+        f"{name}.lora_down.weight": torch.randn(4, 96, generator=generator) * 0.5,
         f"{name}.alpha": torch.tensor(4.0),
-    }  # fmt: skip
+    }
     with_lora, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
     assert len(with_lora.patches) == 1
     conditioning = encode(clip, PROMPT)
@@ -176,6 +193,7 @@ def test_attention_patches_see_self_and_cross_attention_at_two_resolutions(loade
         def patch(q, k, v, extra_options):
             seen.add((kind, extra_options["block"][0], q.shape[1]))
             return q, k, v
+
         return patch
 
     hooked = model.clone()
@@ -223,7 +241,9 @@ def test_a_model_that_comfyui_cannot_hold_is_refused(comfy, text_model, tmp_path
         load_demo_text_model(changed(text_model, tmp_path, part, **setting))
 
 
-@pytest.mark.parametrize("missing", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"])
+@pytest.mark.parametrize(
+    "missing", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"]
+)
 def test_a_missing_file_is_named(comfy, text_model, tmp_path, missing):
     from blendswap.hosts.sd_comfy import load_demo_text_model
 
@@ -248,5 +268,7 @@ def test_v_prediction_is_read_from_the_scheduler(comfy, text_model, tmp_path):
 
     from blendswap.hosts.sd_comfy import load_demo_text_model
 
-    model, _, _ = load_demo_text_model(changed(text_model, tmp_path, "scheduler", prediction_type="v_prediction"))
+    model, _, _ = load_demo_text_model(
+        changed(text_model, tmp_path, "scheduler", prediction_type="v_prediction")
+    )
     assert isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION)

@@ -79,7 +79,7 @@ def test_without_the_model_the_error_says_what_to_do(tmp_path: Path, monkeypatch
     from blendswap.nodes import demo
 
     monkeypatch.setattr(demo, "TEXT_MODEL", tmp_path / "text")
-    with pytest.raises(FileNotFoundError, match="run.py train text"):
+    with pytest.raises(FileNotFoundError, match="train text"):
         demo.DemoModelLoader.execute()
 
 
@@ -89,3 +89,20 @@ def test_every_schema_is_accepted_by_comfyui():
     for node in (DemoModelLoader, DemoScene):
         node.GET_SCHEMA().validate()
         node.GET_NODE_INFO_V1()
+
+
+def test_the_prior_loader_offers_the_demo_prior():
+    from blendswap.nodes import folders, guided_diffusion
+
+    folders.register()
+    assert guided_diffusion.checkpoint_names()[0] == "demo"
+    model, vae, _ = guided_diffusion.GuidedDiffusionLoader.execute("demo").args
+    assert model.model.image_size == 64 and vae.latent_channels == 3
+
+
+def test_without_the_demo_prior_the_prior_loader_offers_what_is_in_its_folder(tmp_path: Path, monkeypatch):
+    from blendswap.nodes import folders, guided_diffusion
+
+    folders.register()
+    monkeypatch.setattr(guided_diffusion, "DEMO_FOLDER", tmp_path)
+    assert guided_diffusion.checkpoint_names() == folders.model_names("guided_diffusion")

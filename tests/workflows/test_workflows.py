@@ -24,7 +24,8 @@ WANTED = {"blend_replace_object", "blend_latent", "blend_candidates_report", "bl
           "blend_replace_object_adm", "blend_latent_sd"}
 QUICK = {"CLIPBlendSampler": {"steps": 4, "start": 1, "candidates": 2, "batch_size": 2, "resolution": 0},
          "ExtendingAugment": {"copies": 2}}
-USERS_FILES = {"256x256_diffusion_uncond.pt", "ViT-B-16.pt", "v1-5-pruned-emaonly-fp16.safetensors", "example.png"}
+USERS_FILES = {"256x256_diffusion_uncond.pt", "ViT-B-16.pt", "v1-5-pruned-emaonly-fp16.safetensors",
+               "example.png"}
 """What the workflows for real checkpoints choose, which no server here has of itself."""
 
 needs_text_model = pytest.mark.skipif(
@@ -32,7 +33,7 @@ needs_text_model = pytest.mark.skipif(
     reason=f"the demo text model has not been trained: python run.py train text makes {edits.TEXT_MODEL}")
 needs_lpips = pytest.mark.skipif(
     not (ROOT / "demo" / "models" / "lpips" / "model.safetensors").is_file(),
-    reason="the demo's LPIPS backbone has not been trained: python run.py train backbone makes demo/models/lpips")
+    reason="the demo's LPIPS backbone has not been trained: python run.py train backbone makes it")
 
 
 @pytest.fixture(params=["server", "floor_server"])
@@ -125,7 +126,7 @@ def test_every_widget_value_is_one_that_its_node_takes(any_server, name):
                 choices = kind if isinstance(kind, list) else options["options"]
                 assert value in choices or value in USERS_FILES or trained_later, (node["class_type"], key)
             elif kind in ("INT", "FLOAT"):
-                assert options.get("min", value) <= value <= options.get("max", value), (node["class_type"], key)
+                assert options.get("min", value) <= value <= options.get("max", value), key
             elif kind in ("STRING", "BOOLEAN"):
                 assert isinstance(value, {"STRING": str, "BOOLEAN": bool}[kind]), (node["class_type"], key)
 
@@ -142,10 +143,13 @@ def test_a_note_tells_a_newcomer_what_to_do(name):
 # -- on a server, with the demo models
 
 
-@pytest.mark.parametrize("name", ["blend_replace_object", pytest.param("blend_latent", marks=needs_text_model)])
+@pytest.mark.parametrize("name", [
+    "blend_replace_object",
+    pytest.param("blend_latent", marks=needs_text_model),
+])
 def test_the_masked_region_changes_and_nothing_else(any_server, name):
     run = run_quickly(any_server, name)
-    source, mask = (arrays(any_server, run, title, mode)[0] for title, mode in ((edits.SOURCE, "RGB"), (edits.MASK, "L")))
+    source, mask = arrays(any_server, run, edits.SOURCE)[0], arrays(any_server, run, edits.MASK, "L")[0]
     assert_edited(source, mask, arrays(any_server, run, edits.RESULT))
     assert "identical 100.00%" in text(run, "Edit Report")
     scene = next(inputs["inputs"] for inputs in run[0].values() if inputs["class_type"] == "DemoScene")
@@ -209,7 +213,8 @@ def tiny_files(server: ComfyServer, photograph: Path) -> dict[str, dict[str, Any
         (models / folder).mkdir(parents=True, exist_ok=True)
     server.upload_image(photograph)
     spec = {"image_size": 32, "channels": 32, "multipliers": [1, 2], "blocks": 1, "attention_levels": [1],
-            "head_channels": 32, "classes": 0, "learn_sigma": True, "resblock_updown": True, "scale_shift": True}
+            "head_channels": 32, "classes": 0, "learn_sigma": True, "resblock_updown": True,
+            "scale_shift": True}
     torch.save(published_weights(spec), models / "guided_diffusion" / "256x256_diffusion_uncond.pt")
     tokenizer = CompactTokenizer(compact_vocabulary(["a bunch of red flowers"]), 16)
     config = {"embed_dim": 32, "vision_cfg": {"layers": 1, "width": 64, "head_width": 32, "patch_size": 8,
@@ -261,4 +266,5 @@ def test_the_workflow_for_stable_diffusion_edits_a_photograph(server, photograph
 
 def test_the_two_loaders_of_latent_models_have_the_same_outputs(server):
     info = server.object_info()
-    assert info["DemoModelLoader"]["output"] == info["CheckpointLoaderSimple"]["output"] == ["MODEL", "CLIP", "VAE"]
+    outputs = [info[name]["output"] for name in ("DemoModelLoader", "CheckpointLoaderSimple")]
+    assert outputs == [["MODEL", "CLIP", "VAE"]] * 2
