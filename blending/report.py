@@ -191,7 +191,7 @@ def picture(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:
     source, mask = source.expand(count, -1, -1, -1), mask.expand(count, -1, -1, -1)
     masks = mask.movedim(1, -1).expand(-1, -1, -1, 3)
     difference = ((result - source).abs() * AMPLIFICATION).clamp(0, 1)
-    labels = ("source", "mask", "result", f"difference ×{AMPLIFICATION}")
+    labels = ("source", "mask", "result", f"difference x{AMPLIFICATION}")
     rows = [_row(panels, labels) for panels in zip(source, masks, result, difference)]
     sheet = np.concatenate(rows, axis=0)
     return torch.from_numpy(sheet.astype(np.float32) / 255)[None]

@@ -52,7 +52,7 @@ class ExtendingAugment(io.ComfyNode):
         return io.Schema(
             node_id="ExtendingAugment",
             display_name="Extending Augmentations",
-            category="BlendSwap/blending",
+            category="BlendSwap/blend",
             description=(
                 "The views of a picture over which CLIP's gradient is averaged, so that patterns that fool "
                 "CLIP in one view only do not pay. More copies: cleaner edits, more time. Connect a picture "

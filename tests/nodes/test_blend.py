@@ -181,6 +181,24 @@ def test_a_single_step_runs_and_a_start_beyond_the_steps_is_refused(sample):
         sample(image, mask, steps=4, start=4)
 
 
+def test_clamp_keeps_every_estimate_in_the_range_of_a_picture(sample, monkeypatch):
+    from blendswap.blending import sampler as core
+
+    estimates, real = [], core.Edit.step
+
+    def watched(self, *arguments):
+        outcome = real(self, *arguments)
+        estimates.append(outcome[1].abs().max().item())
+        return outcome
+
+    monkeypatch.setattr(core.Edit, "step", watched)
+    image, mask = scene_image()
+    sample(image, mask, clamp=False)
+    loose, estimates[:] = max(estimates), []
+    sample(image, mask, clamp=True)
+    assert max(estimates) <= 1 < loose
+
+
 def test_a_preset_says_what_it_sets(sample):
     image, mask = scene_image()
     _, _, _, summary = sample(image, mask, preset="fast", candidates=1)
