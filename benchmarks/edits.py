@@ -60,6 +60,7 @@ class Variant:
     settings: BlendSettings
     copies: int = 16
     prompted: bool = True
+    same: bool = False  # asks for what is already there
 
 
 def variants() -> dict[str, Variant]:
@@ -70,6 +71,7 @@ def variants() -> dict[str, Variant]:
         "no_augmentation": Variant(method, copies=1),
         "four_copies": Variant(method, copies=4),
         "no_guidance": Variant(method, prompted=False),
+        "already_there": Variant(method, same=True),
         "no_clamp": Variant(change(method, clamp=False)),
         "direct": Variant(change(method, gradient="direct")),
         "ddim": Variant(change(method, sampler="ddim")),
@@ -135,6 +137,9 @@ class Bench:
         found = {"shape": 0, "colour": 0, "pattern_solid": 0, "both": 0, "ranked": 0, "ranked_shape": 0}
         worst, rows, seconds = 0, [], 0.0
         for number, case in enumerate(chosen):
+            if variant.same:
+                thing = case.scene.things[0]
+                case = dataclasses.replace(case, shape=thing.shape, colour=thing.colour)
             start = time.monotonic()
             made, source, mask = self.edit(case, variant, [number * 1000 + i for i in range(candidates)])
             seconds += time.monotonic() - start

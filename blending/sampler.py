@@ -135,7 +135,8 @@ def _plain_prediction(host: DiffusionHost, settings: BlendSettings, schedule: Sc
 
 
 def _in_range(x0: Tensor, settings: BlendSettings) -> Tensor:
-    return x0.clamp(-1, 1) if settings.clamp else x0
+    # What is infinite stays so, or a broken model would pass for a saturated one.
+    return torch.where(x0.isinf(), x0, x0.clamp(-1, 1)) if settings.clamp else x0
 
 
 def _guided_prediction(

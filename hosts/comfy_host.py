@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 VARIANCE_KEY = "blendswap_variance"
 ATTENTION_KEY = "optimized_attention_override"
+SKIP_KEY = "input_block_patch_after_skip"
 
 # Activations that a backward pass keeps, in units of what ComfyUI reckons for a plain forward pass.
 GRADIENT_MEMORY = 4.0
@@ -75,6 +76,10 @@ class ComfyHost:
             options["transformer_options"][ATTENTION_KEY] = _differentiable_attention(
                 options["transformer_options"].get(ATTENTION_KEY)
             )
+            patches = options["transformer_options"].get("patches", {})
+            options["transformer_options"]["patches"] = {
+                **patches, SKIP_KEY: [*patches.get(SKIP_KEY, []), _apart_from_skip]
+            }
         sigmas = torch.full((len(x),), sigma, device=x.device, dtype=torch.float32)
         x0 = self.guider(x, sigmas, model_options=options, seed=self.extra_args.get("seed"))
         rows = torch.cat(list(variance)).float() if variance else None
@@ -235,6 +240,14 @@ def _differentiable_attention(previous: Callable | None) -> Callable:
         return plain(*args, **kwargs)
 
     return override
+
+
+def _apart_from_skip(h: Tensor, transformer_options: dict[str, Any]) -> Tensor:
+    """A patch of ComfyUI's UNet between a level's skip connection and the next block, which gives that block a copy.
+
+    A ControlNet is added to the skip in place, later; the next block keeps its input for the backward pass.
+    """
+    return h.clone()
 
 
 def _ordinary(value: Any) -> Any:

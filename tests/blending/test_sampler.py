@@ -259,6 +259,19 @@ def test_more_steps_than_the_model_was_trained_on(host, guide) -> None:
         edit(host, guide, steps=11)
 
 
+@pytest.mark.parametrize("text", [True, False])
+def test_clamp_keeps_the_estimate_in_range(host, guide, text: bool) -> None:
+    host.network.unet.conv_out.weight.data *= 3
+    _, free = edit(host, guide, text=text)
+    _, kept = edit(host, guide, text=text, clamp=True)
+    assert free[0].x0.abs().max() > 1 and all(report.x0.abs().max() <= 1 for report in kept)
+
+
+def test_clamp_is_refused_for_latents(guide) -> None:
+    with pytest.raises(ValueError, match="clamp keeps.*switch it off for a latent MODEL"):
+        edit(LatentHost(), guide, size=32, clamp=True)
+
+
 # Latent models --------------------------------------------------------------------------------------------
 
 
@@ -346,6 +359,13 @@ def test_nan_from_the_model_is_named(host, guide, text: bool) -> None:
     host.network.unet.conv_out.weight.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="MODEL gave NaN or infinite values at step 1.*bf16 or fp32"):
         edit(host, guide, text=text)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_clamp_does_not_hide_an_infinite_estimate(host, guide, text: bool) -> None:
+    host.network.unet.conv_out.bias.data[0] = math.inf
+    with pytest.raises(FloatingPointError, match="MODEL gave NaN or infinite values at step 1"):
+        edit(host, guide, text=text, clamp=True)
 
 
 def test_nan_in_the_learned_variance_alone_is_named(host, guide) -> None:

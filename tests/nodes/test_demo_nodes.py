@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from blendswap.demo import world
-from blendswap.demo.training.common import write_json
 
 pytestmark = pytest.mark.needs_comfy
 
@@ -52,26 +52,38 @@ def test_an_object_that_is_not_in_the_picture_is_an_error():
         scene(seed=0, objects=1, object=2)
 
 
-def test_the_loader_gives_model_clip_and_vae_that_belong_together(text_model: Path, monkeypatch):
-    from blendswap.nodes import demo
+def test_the_loader_gives_model_clip_and_vae_that_belong_together(caplog):
+    from blendswap.nodes.demo import DemoModelLoader
 
-    write_json(text_model / "model_index.json", {})
-    monkeypatch.setattr(demo, "TEXT_MODEL", text_model)
-    model, clip, vae = demo.DemoModelLoader.execute().args
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(scene(seed=0)[3]))
+    model, clip, vae = DemoModelLoader.execute().args
+    caplog.clear()
+    with torch.inference_mode():
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(scene(seed=0)[3]))
     assert conditioning[0][0].shape == (1, 77, 96)
+    assert not caplog.records, "a caption of the demo world holds a word that the demo model does not know"
     assert model.get_model_object("latent_format").latent_channels == vae.latent_channels
 
 
-def test_new_weights_are_loaded_again(text_model: Path, monkeypatch):
-    import os
+def test_the_demo_autoencoder_gives_a_picture_back():
+    from blendswap.nodes.demo import DemoModelLoader
 
+    vae = DemoModelLoader.execute().args[2]
+    image = scene(seed=0)[0]
+    with torch.inference_mode():
+        error = (vae.decode(vae.encode(image)) - image).square().mean()
+    assert -10 * error.log10() > 28
+
+
+def test_new_weights_are_loaded_again(tmp_path: Path, monkeypatch):
     from blendswap.nodes import demo
 
-    monkeypatch.setattr(demo, "TEXT_MODEL", text_model)
+    monkeypatch.setattr(demo, "TEXT_MODEL", tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"")
     before = demo.DemoModelLoader.fingerprint_inputs()
     assert before == demo.DemoModelLoader.fingerprint_inputs()
-    os.utime(text_model / "unet" / "diffusion_pytorch_model.safetensors", (1, 1))
+    os.utime(weights, (1, 1))
     assert demo.DemoModelLoader.fingerprint_inputs() != before
 
 
