@@ -37,7 +37,8 @@ class BlendSettings:
         background_loss: "paper", λ·½(MSE + LPIPS) of both backgrounds; "official", λ·(10·MSE + LPIPS) of the
             masked result against the unmasked source.
         clamp: keep x̂0 within -1..1, for the step and for CLIP (guided-diffusion's clip_denoised); in pixel space only.
-            Off in the paper's code. It tames a prior whose estimates overshoot at high noise, as small ones do.
+            Off in the paper's code. It tames a prior whose estimates overshoot at high noise, as small ones do; the range
+            loss is 0 then.
         chunk: copies that CLIP sees at once; 0 for all. Only memory depends on it.
     """
 
@@ -94,62 +95,28 @@ class Preset:
     copies: int
 
 
+_PAPER: dict[str, object] = {
+    name: BlendSettings.__dataclass_fields__[name].default
+    for name in (
+        "steps", "start", "sampler", "range_weight", "distance", "guided_input", "every", "gradient", "blend",
+        "background_level", "background_weight", "clamp",
+    )
+}
+
 PRESETS: dict[str, Preset] = {
-    "paper": Preset(
-        dict(
-            steps=100,
-            start=25,
-            sampler="ddpm",
-            range_weight=50.0,
-            distance="cosine",
-            guided_input="x0",
-            every=1,
-            gradient="through_model",
-            blend=True,
-            background_level="next",
-            background_weight=0.0,
-        ),
-        copies=16,
-    ),
+    "paper": Preset(_PAPER, copies=16),
     "official": Preset(
-        dict(
-            steps=100,
-            start=25,
-            sampler="ddpm",
-            range_weight=50.0,
-            distance="spherical",
-            guided_input="mixed",
-            every=1,
-            gradient="through_model",
-            blend=True,
-            background_level="current",
-            background_weight=0.0,
-        ),
-        copies=8,
+        _PAPER | {"distance": "spherical", "guided_input": "mixed", "background_level": "current"}, copies=8
     ),
-    "fast": Preset(
-        dict(
-            steps=50,
-            start=12,
-            sampler="ddpm",
-            range_weight=50.0,
-            distance="cosine",
-            guided_input="x0",
-            every=1,
-            gradient="direct",
-            blend=True,
-            background_level="next",
-            background_weight=0.0,
-        ),
-        copies=4,
-    ),
+    "fast": Preset(_PAPER | {"steps": 50, "start": 12, "gradient": "direct"}, copies=4),
 }
 
 
 def preset_settings(name: str, settings: BlendSettings) -> tuple[BlendSettings, dict[str, object]]:
     """Lays a preset over `settings`. Returns the result and the dials whose value the preset changed.
 
-    The guidance weight stays a dial under every preset, because it depends on the CLIP and the model in use.
+    The guidance weight stays a dial under every preset, because it depends on the CLIP and the model in use; so does
+    the chunk, which only memory depends on, and the form of a background loss that no preset uses.
     """
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")

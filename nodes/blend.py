@@ -67,7 +67,7 @@ class CLIPBlendSampler(io.ComfyNode):
                     "preset", options=[CUSTOM, "paper", "official", "fast"], default=CUSTOM,
                     tooltip="custom: the dials below, whose defaults are the paper's. paper and official (the published "
                     "code's arithmetic) and fast (half the steps, no gradient through the model) replace the dials "
-                    "from steps to background_weight, except guidance and clamp; what they set is said in the summary.",
+                    "from steps to clamp, except guidance; what they set is said in the summary.",
                 ),
                 io.Float.Input(
                     "guidance", default=1000.0, min=0.0, max=100000.0, step=10.0,
