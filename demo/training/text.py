@@ -142,7 +142,9 @@ def train(run: Run) -> nn.Module:
         for part, file, kind in (("unet", "diffusion_pytorch_model.safetensors", "UNet2DConditionModel"),
                                  ("text_encoder", "model.safetensors", "CLIPTextModel")):
             module = getattr(average, part)
-            write_weights(folder / part / file, half(module), {"format": "pt"})
+            # transformers 5 leaves this prefix out and reads both; its older releases read only names that have it.
+            prefix = "text_model." if part == "text_encoder" else ""
+            write_weights(folder / part / file, {prefix + k: v for k, v in half(module).items()}, {"format": "pt"})
             config = json.loads(module.config.to_json_string()) if part == "text_encoder" else dict(module.config)
             write_json(folder / part / "config.json", {
                 "_class_name": kind, **{k: v for k, v in config.items() if not k.startswith("_")}})
