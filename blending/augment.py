@@ -189,11 +189,17 @@ def _warp(images: Tensor, parameters: AugmentParameters, copies: slice, size: in
         images = _replace(
             images,
             tilted,
-            lambda rows: warp_perspective(
-                rows, matrices.to(rows), (size, size), "bilinear", "zeros", align_corners=False
+            lambda rows: _or_grey(
+                warp_perspective(rows, matrices.to(rows), (size, size), "bilinear", "zeros", align_corners=False)
             ),
         )
     return images
+
+
+def _or_grey(views: Tensor) -> Tensor:
+    """A pixel that lies just on a view's horizon has no place in the picture, and comes out as NaN: it is mid-grey, as
+    everything outside the picture is."""
+    return torch.where(views.isfinite(), views, torch.zeros_like(views))
 
 
 def _replace(images: Tensor, rows: Tensor, function) -> Tensor:

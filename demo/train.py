@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile the model first: about 1.3 times as fast")
+    parser.add_argument("--go-on", action="store_true",
+                        help="start from the models that are there where no checkpoint is left (prior and text)")
     options = parser.parse_args()
     unknown = set(options.models) - set(DEFAULTS)
     if unknown:
@@ -50,7 +52,7 @@ def main() -> None:
     for name in options.models:
         samples, batch, lr = DEFAULTS[name]
         run = Run(options.work, options.out, options.samples or samples, options.batch or batch, options.lr or lr,
-                  options.seed, options.device, options.threads, options.compile)
+                  options.seed, options.device, options.threads, options.compile, options.go_on)
         importlib.import_module(f".training.{name}", __package__).train(run)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import world
@@ -29,6 +29,7 @@ class Run:
 
     `work` holds the pictures and the checkpoints; `out` receives what is exported. `samples` is the length of the
     training in pictures. `threads` and `device` say what it may use. `compile` trades a minute at the start for speed.
+    `go_on` starts from the exported weights where there is no checkpoint.
     """
 
     work: Path
@@ -40,6 +41,7 @@ class Run:
     device: str
     threads: int
     compile: bool
+    go_on: bool = False
     checkpoint_minutes: float = 5.0
 
 
@@ -119,6 +121,7 @@ def fit(
     loss: Callable[[nn.Module, np.ndarray, torch.Generator], tuple[Tensor, dict[str, float]]],
     export: Callable[[nn.Module, dict], None],
     *,
+    exported: Callable[[nn.Module], None] | None = None,
     average: float = 0.999,
     weight_decay: float = 0.01,
     clip_gradient: float = 1.0,
@@ -127,13 +130,19 @@ def fit(
 
     `loss(module, indices, generator)` gives the loss and figures for the log. A checkpoint is written every few
     minutes, atomically; a killed run resumes from it. `export(average, facts)` is called with each checkpoint.
+    `exported(module)` loads what an earlier training exported, for `run.go_on`.
     """
     torch.set_num_threads(run.threads)
+    checkpoint = run.work / f"{name}.checkpoint.pt"
+    if run.go_on and not checkpoint.exists():
+        if exported is None:
+            raise ValueError(f"{name} cannot go on from its exported weights; train it from the start")
+        exported(module)
+        logger.info("%s: goes on from the exported weights", name)
     module.to(run.device).train()
     moving = Average(module, average)
     optimiser = torch.optim.AdamW(module.parameters(), lr=run.lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     total, step, seconds = run.samples // run.batch, 0, 0.0
-    checkpoint = run.work / f"{name}.checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=run.device, weights_only=True)
         module.load_state_dict(state["module"])
@@ -194,6 +203,11 @@ def half(module: nn.Module) -> dict[str, Tensor]:
         key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
         for key, value in module.state_dict().items()
     }
+
+
+def read_weights(module: nn.Module, path: Path) -> None:
+    """Loads what `write_weights` wrote of `half(module)`."""
+    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import world
-from .common import Pictures, Run, fit, half, write_json, write_weights
+from .common import Pictures, Run, fit, half, read_weights, write_json, write_weights
 
 STEPS = 1000
 UNSHUFFLE = 2
@@ -78,4 +78,5 @@ def train(run: Run) -> nn.Module:
 
     torch.manual_seed(run.seed)
     return fit("prior", run, build().to(memory_format=torch.channels_last), len(pictures), loss, export,
+               exported=lambda unet: read_weights(unet, run.out / "prior" / "diffusion_pytorch_model.safetensors"),
                average=0.9995)

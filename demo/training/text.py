@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .. import world
-from .common import Pictures, Run, fit, half, logger, write_json, write_weights
+from .common import Pictures, Run, fit, half, logger, read_weights, write_json, write_weights
 from .prior import STEPS, min_snr_weight, noised
 
 EMPTY_CAPTIONS = 0.1
@@ -157,6 +157,10 @@ def train(run: Run) -> nn.Module:
         })
         write_json(folder / "training.json", facts)
 
+    def exported(model: nn.Module) -> None:
+        read_weights(model.unet, folder / "unet" / "diffusion_pytorch_model.safetensors")
+        model.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
+
     torch.manual_seed(run.seed)
     model = build(len(tokenizer)).to(memory_format=torch.channels_last)
-    return fit("text", run, model, len(pictures), loss, export, average=0.9995)
+    return fit("text", run, model, len(pictures), loss, export, exported=exported, average=0.9995)
