@@ -27,7 +27,7 @@ from ..blending.guide import load_clip_guide
 from ..blending.sampler import _guided_prediction, _plain_prediction
 from ..blending.settings import BlendSettings
 from ..blending.steps import Schedule
-from ..demo.training.common import MODELS
+from ..demo import files
 from ..hosts.adm import GuidedDiffusionUNet
 from ..hosts.diffusers_host import DiffusersHost
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--clip", type=Path, default=MODELS / "clip" / "model.safetensors")
+    parser.add_argument("--clip", type=Path, default=files.CLIP)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--copies", default="1,4,16")
     parser.add_argument("--batches", default="1,4")

@@ -32,8 +32,7 @@ from ..blending.ranking import rank
 from ..blending.report import to_8_bit
 from ..blending.sampler import blended_diffusion
 from ..blending.settings import PRESETS, BlendSettings, preset_settings
-from ..demo import judge, world
-from ..demo.training.common import MODELS
+from ..demo import files, judge, world
 from ..hosts.diffusers_host import DiffusersHost
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def variants() -> dict[str, Variant]:
            for weight in (100, 1000, 10000)},
     }
     for name, preset in PRESETS.items():
-        table[name] = Variant(preset_settings(name, method)[0], copies=preset.copies)
+        table[name] = Variant(preset_settings(name, dataclasses.asdict(method)), copies=preset.copies)
     return table
 
 
@@ -112,11 +111,10 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
 
 class Bench:
     def __init__(self, model: str):
-        self.guide = load_clip_guide(MODELS / "clip" / "model.safetensors", "auto", "cpu", torch.float32)
-        lpips = MODELS / "lpips" / "model.safetensors"
-        self.perceptual = Perceptual("demo", lpips) if lpips.is_file() else None
+        self.guide = load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
+        self.perceptual = Perceptual("demo", files.LPIPS)
         self.model = model
-        self.host = DiffusersHost.from_prior(MODELS / "prior") if model == "prior" else None
+        self.host = DiffusersHost.from_prior(files.PRIOR) if model == "prior" else None
 
     def edit(self, case: Case, variant: Variant, seeds: list[int]) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Candidates [N, 3, H, W] in -1..1 after the paste, the source uint8, and the mask."""
@@ -130,7 +128,7 @@ class Bench:
             variant.settings, self.guide, self.guide.embed_text([case.prompt])[0] if variant.prompted else None,
             canvas.source, canvas.mask, augment, augment.generators(seeds), self.perceptual,
         )
-        host = self.host or DiffusersHost.from_pipeline(MODELS / "text", case.prompt, "", 4.0)
+        host = self.host or DiffusersHost.from_pipeline(files.TEXT, case.prompt, "", 4.0)
         made = canvas.restore(blended_diffusion(host, guidance, seeds, variant.settings))
         return exact_paste(picture, made, masks), source, mask
 

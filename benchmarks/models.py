@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..blending.guide import load_clip_guide
-from ..demo import judge, world
-from ..demo.training.common import MODELS
+from ..demo import files, judge, world
 
 SEED = 4_000_000
 
@@ -41,7 +40,7 @@ def uint8(pictures: Tensor) -> np.ndarray:
 def clip(count: int) -> dict:
     """Zero-shot accuracy among 256 sentences from "a red circle" to "a pink checked moon": whole picture, and the
     object alone on grey."""
-    guide = load_clip_guide(MODELS / "clip" / "model.safetensors", "auto", "cpu", torch.float32)
+    guide = load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
     scenes, pictures = unseen(count)
     masks = torch.from_numpy(np.stack([world.edit_mask(scene) for scene in scenes]))[:, None].float()
     results = {}
@@ -79,7 +78,7 @@ def judges(count: int) -> dict:
 def vae(count: int) -> dict:
     from diffusers import AutoencoderKL
 
-    network = AutoencoderKL.from_pretrained(MODELS / "text" / "vae", torch_dtype=torch.float32).eval()
+    network = AutoencoderKL.from_pretrained(files.TEXT / "vae", torch_dtype=torch.float32).eval()
     scenes, pictures = unseen(count)
     made = torch.cat([network.decode(network.encode(part).latent_dist.mode()).sample for part in pictures.split(64)])
     error = (made.clamp(-1, 1) - pictures).square().mean((1, 2, 3)) / 4
@@ -94,7 +93,7 @@ def prior(count: int) -> dict:
     from ..blending.steps import Schedule, ddim_step
     from ..hosts.diffusers_host import DiffusersHost
 
-    host = DiffusersHost.from_prior(MODELS / "prior")
+    host = DiffusersHost.from_prior(files.PRIOR)
     schedule = Schedule.respaced(host.train_sigmas, 50)
     x = torch.randn(count, 3, world.SIZE, world.SIZE, generator=torch.Generator().manual_seed(SEED))
     for index in reversed(range(50)):
@@ -110,7 +109,7 @@ def text(count: int, cfg: float = 6.0) -> dict:
     """Do pictures made from a caption (DDIM, 50 steps) show the object that it names?"""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(MODELS / "text", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(files.TEXT, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     scenes, _ = unseen(count)
     made = []
@@ -133,7 +132,7 @@ def lpips(count: int) -> dict:
 
     from ..blending.perceptual import Perceptual
 
-    perceptual = Perceptual("demo", MODELS / "lpips" / "model.safetensors")
+    perceptual = Perceptual("demo", files.LPIPS)
     scenes, pictures = unseen(count)
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(SEED))
 

@@ -34,6 +34,7 @@ def loss_plot(history: Sequence[dict[str, Tensor]], title: str = "") -> Tensor:
         panels[0].set_axis_off()
     panels[-1].set_xlabel("step")
     if title:
-        figure.suptitle(title, fontsize=10)
+        # A dollar sign is a dollar sign, not mathematics.
+        figure.suptitle(title, fontsize=10, parse_math=False)
     canvas.draw()
     return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).float().div(255)[None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 SAMPLERS = ("ddpm", "ddim")
 DISTANCES = ("cosine", "spherical")
@@ -112,14 +113,12 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset_settings(name: str, settings: BlendSettings) -> tuple[BlendSettings, dict[str, object]]:
-    """Lays a preset over `settings`. Returns the result and the dials whose value the preset changed.
+def preset_settings(name: str, dials: Mapping[str, object]) -> BlendSettings:
+    """Settings of `dials` (fields of BlendSettings) with a preset laid over them.
 
-    The guidance weight stays a dial under every preset, because it depends on the CLIP and the model in use; so does
+    Dials that the preset replaces may hold anything. The guidance weight stays a dial under every preset, because it depends on the CLIP and the model in use; so does
     the chunk, which only memory depends on, and the form of a background loss that no preset uses.
     """
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")
-    dials = PRESETS[name].dials
-    changed = {key: value for key, value in dials.items() if getattr(settings, key) != value}
-    return dataclasses.replace(settings, **dials), changed
+    return BlendSettings(**{**dials, **PRESETS[name].dials})

@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from . import world
+from . import files, world
 from .judge import judge
 from .server import ComfyServer, ServerDied, ServerError
 from .workflow import ui_to_api
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
-TEXT_MODEL = Path(__file__).parent / "models" / "text" / "model_index.json"
 SOURCE, MASK, RESULT = "Source", "Mask: white may change", "Result"
 """Titles of the workflows' nodes whose pictures are fetched."""
 
@@ -295,9 +294,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.thumbnails:
                 write_thumbnails(server, WORKFLOWS)
                 return 0
-            edits = [edit for edit in EDITS if TEXT_MODEL.is_file() or not edit.latent]
+            has_text_model = (files.TEXT / "model_index.json").is_file()
+            edits = [edit for edit in EDITS if has_text_model or not edit.latent]
             if len(edits) < len(EDITS):
-                say(f"The demo text model is not in {TEXT_MODEL.parent}: its edits are left out.")
+                say(f"The demo text model is not in {files.TEXT}: its edits are left out.")
             return run_all(server, edits, options.out)
         except (ServerDied, ServerError) as error:
             say(f"\nERROR: {error}")

@@ -15,7 +15,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.exit("start this through `python run.py train`, or as a module: python -m blendswap.demo.train")
 
-from .training.common import MODELS, Run
+from .files import MODELS
+from .training.common import Run
 
 # name: (pictures, batch, learning rate); the order is that of a training from nothing
 DEFAULTS = {

@@ -23,6 +23,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .protocol import PREDICTIONS
+
 StateDict = dict[str, Tensor]
 
 TRAINING_STEPS = 1000
@@ -41,6 +43,7 @@ OWN_CONFIG = {
     "image_size": None,
     "pixel_unshuffle": 1,
     "model_channels": None,
+    "prediction_type": "epsilon",
     "beta_schedule": "linear",
     "beta_start": 1e-4,
     "beta_end": 0.02,
@@ -61,7 +64,7 @@ WANTED = (
 
 
 class GuidedDiffusionUNet(nn.Module):
-    """A UNet2DModel that predicts noise on pixels, with what a sampler has to know about it.
+    """A UNet2DModel that predicts noise, or v, on pixels, with what a sampler has to know about it.
 
     `config` is UNet2DModel's configuration, `sample_size` being the image size in pixels unless `image_size`
     states that; it may hold the other keys of `OWN_CONFIG` too. With `pixel_unshuffle` r the network sees
@@ -69,9 +72,10 @@ class GuidedDiffusionUNet(nn.Module):
     embedding where it is not the first block's width.
 
     Attributes: `image_size` (int, pixels), `size_multiple` (int; height and width must be multiples of it),
-    `learned_variance` (bool), `num_classes` (int or None), `betas` (float64 [T]), `dtype` (of the weights).
+    `learned_variance` (bool), `num_classes` (int or None), `prediction` ("epsilon" or "v_prediction"),
+    `betas` (float64 [T]), `dtype` (of the weights).
 
-    Raises ValueError for a configuration that is not an epsilon-predicting network on RGB pixels.
+    Raises ValueError for a configuration that is not a network of that kind on RGB pixels.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -86,6 +90,7 @@ class GuidedDiffusionUNet(nn.Module):
         self.size_multiple: int = self.pixel_unshuffle * 2 ** (len(built["block_out_channels"]) - 1)
         self.learned_variance: bool = built["out_channels"] == 2 * built["in_channels"]
         self.num_classes: int | None = built["num_class_embeds"]
+        self.prediction: str = own["prediction_type"]
         self.betas: Tensor = torch.linspace(
             own["beta_start"], own["beta_end"], TRAINING_STEPS, dtype=torch.float64, device="cpu"
         )
@@ -104,12 +109,12 @@ class GuidedDiffusionUNet(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Predict the noise in x.
+        """Predict the noise eps in x, or v = sqrt(ᾱ)·eps - sqrt(1-ᾱ)·x0 if that is the network's `prediction`.
 
         x: [B, 3, H, W] in VP space, x = sqrt(ᾱ)·x0 + sqrt(1-ᾱ)·eps with x0 in -1..1.
         t: [B], timesteps in 0..T-1.
         class_labels: [B] long, for a class-conditional network (and only there).
-        Returns eps [B, 3, H, W] and, where the variance is learned, the raw channels [B, 3, H, W] that place
+        Returns the prediction [B, 3, H, W] and, where the variance is learned, the raw channels [B, 3, H, W] that place
         the log variance between its bounds (about -1..1; the fraction of eq. 15 of Nichol and Dhariwal 2021
         is (v+1)/2), else None. Raises ValueError for a size the network cannot take and for labels missing or
         out of place.
@@ -127,8 +132,8 @@ class GuidedDiffusionUNet(nn.Module):
         if self.pixel_unshuffle > 1:
             out = F.pixel_shuffle(out, self.pixel_unshuffle)
         if self.learned_variance:
-            eps, variance = out.chunk(2, dim=1)
-            return eps, variance
+            predicted, variance = out.chunk(2, dim=1)
+            return predicted, variance
         return out, None
 
     def check_size(self, height: int, width: int) -> None:
@@ -526,6 +531,10 @@ def _check_config(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     image_size = own["image_size"] or config.get("sample_size")
     if not isinstance(image_size, int):
         raise ValueError(f"sample_size must be the image size in pixels, one number; got {image_size!r}.")
+    if own["prediction_type"] not in PREDICTIONS:
+        raise ValueError(
+            f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {own['prediction_type']!r}."
+        )
     if own["beta_schedule"] != "linear":
         raise ValueError(f"beta_schedule must be 'linear', got {own['beta_schedule']!r}.")
     if config.get("time_embedding_type", "positional") != "positional":

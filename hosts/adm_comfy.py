@@ -73,20 +73,20 @@ class NativeGuidedDiffusionUNet(GuidedDiffusionUNet):
         class_labels: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Noise [B, 3, H, W] for x [B, 3, H, W] in VP space at timesteps [B].
+        """ε, or v, [B, 3, H, W] for x [B, 3, H, W] in VP space at timesteps [B].
 
         Text conditioning has no meaning here and is ignored. The raw variance channels [B, 3, H, W] are
         appended to transformer_options["blendswap_variance"] where that is there.
         """
-        eps, variance = super().forward(x, timesteps, class_labels)
+        predicted, variance = super().forward(x, timesteps, class_labels)
         wanted = (transformer_options or {}).get(VARIANCE_KEY)
         if wanted is not None and variance is not None:
             wanted.append(variance)
-        return eps
+        return predicted
 
 
 class GuidedDiffusion(comfy.model_base.BaseModel):
-    """BaseModel around an ADM network: epsilon prediction on pixels, with the schedule it was trained on.
+    """BaseModel around an ADM network: ε- or v-prediction on pixels, with the schedule it was trained on.
 
     Attributes beside BaseModel's: `image_size` (int, pixels it was trained at), `size_multiple` (int),
     `learned_variance` (bool), `num_classes` (int or None), `class_label` (int, -1: random in each row).
@@ -111,7 +111,8 @@ class GuidedDiffusion(comfy.model_base.BaseModel):
             "timesteps": TRAINING_STEPS,
         }
         config.set_inference_dtype(weight_dtype, None if compute_dtype == weight_dtype else compute_dtype)
-        super().__init__(config, model_type=comfy.model_base.ModelType.EPS)
+        kinds = {"epsilon": comfy.model_base.ModelType.EPS, "v_prediction": comfy.model_base.ModelType.V_PREDICTION}
+        super().__init__(config, model_type=kinds[network.prediction])
         self.diffusion_model = _adopt(network, compute_dtype)
         self.image_size = network.image_size
         self.size_multiple = network.size_multiple

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .protocol import Prediction
+from .protocol import PREDICTIONS, Prediction
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
 Network = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """x [B, C, h, w] in VP space, t [B] → (ε or v [B, C, h, w], raw variance channels or None)."""
-
-PREDICTIONS = ("epsilon", "v_prediction")
 
 
 class DiffusersHost:
@@ -66,7 +65,7 @@ class DiffusersHost:
             labels = torch.full_like(t, class_label) if prior.num_classes else None
             return prior(x, t, labels)
 
-        return cls(network, torch.cumprod(1 - prior.betas, 0), device=device)
+        return cls(network, torch.cumprod(1 - prior.betas, 0), device=device, prediction=prior.prediction)
 
     @classmethod
     def from_pipeline(
@@ -84,36 +83,10 @@ class DiffusersHost:
         `negative` out.
         Raises FileNotFoundError for a part that is missing.
         """
-        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        folder = Path(folder)
-        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-            if not (folder / part).is_dir():
-                raise FileNotFoundError(
-                    f"{folder / part} is missing: {folder} is not a whole Stable Diffusion pipeline"
-                )
-
-        def load(kind, part: str):
-            model = kind.from_pretrained(folder / part, torch_dtype=torch.float32, local_files_only=True)
-            return model.to(device).eval().requires_grad_(False)
-
-        unet, vae, encoder = (
-            load(UNet2DConditionModel, "unet"),
-            load(AutoencoderKL, "vae"),
-            load(CLIPTextModel, "text_encoder"),
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        tokens = tokenizer(
-            [prompt] if cfg == 1 else [prompt, negative], padding="max_length",
-            max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt",
-        )  # fmt: skip
-        with torch.no_grad():
-            context = encoder(tokens.input_ids.to(device)).last_hidden_state
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        parts = load_pipeline(folder, [prompt] if cfg == 1 else [prompt, negative], device)
         return cls(
-            guided_network(unet, context, cfg), scheduler.alphas_cumprod, device=device,
-            prediction=scheduler.config.prediction_type, vae=vae,
+            guided_network(parts.unet, parts.context, cfg), parts.alphas_cumprod, device=device,
+            prediction=parts.prediction, vae=parts.vae,
         )  # fmt: skip
 
     def encode(self, image: Tensor) -> Tensor:
@@ -129,14 +102,63 @@ class DiffusersHost:
 
     def predict(self, x: Tensor, sigma: float) -> Prediction:
         """See `DiffusionHost.predict`; σ off the training grid takes the nearest timestep (in log σ)."""
+        return self._ask(self.network, x, sigma)
+
+    def _ask(self, network: Network, x: Tensor, sigma: float) -> Prediction:
         level = torch.as_tensor(sigma, dtype=torch.float32, device=self.device)
         t = (self.train_sigmas.log() - level.log()).abs().argmin().expand(len(x))
-        output, variance = self.network(x / (1 + sigma**2) ** 0.5, t)
+        output, variance = network(x / (1 + sigma**2) ** 0.5, t)
         if self.prediction == "v_prediction":
             x0 = x / (1 + sigma**2) - output * sigma / (1 + sigma**2) ** 0.5
         else:
             x0 = x - sigma * output
         return Prediction(x0, variance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """The opened parts of a Stable Diffusion pipeline folder. `context` [P, L, D] has a row for every prompt."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    context: Tensor
+    alphas_cumprod: Tensor
+    prediction: str
+
+
+def load_pipeline(folder: str | Path, prompts: Sequence[str], device: torch.device | str) -> Pipeline:
+    """Opens a Stable Diffusion pipeline folder in float32 and encodes `prompts`.
+
+    Raises FileNotFoundError for a part that is missing.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = Path(folder)
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(
+                f"{folder / part} is missing: {folder} is not a whole Stable Diffusion pipeline"
+            )
+
+    def load(kind, part: str):
+        model = kind.from_pretrained(folder / part, torch_dtype=torch.float32, local_files_only=True)
+        return model.to(device).eval().requires_grad_(False)
+
+    unet, vae, encoder = (
+        load(UNet2DConditionModel, "unet"),
+        load(AutoencoderKL, "vae"),
+        load(CLIPTextModel, "text_encoder"),
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    tokens = tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    with torch.no_grad():
+        context = encoder(tokens.input_ids.to(device)).last_hidden_state
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    return Pipeline(unet, vae, context, scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
 
 def guided_network(unet: UNet2DConditionModel, context: Tensor, cfg: float) -> Network:

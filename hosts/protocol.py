@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+PREDICTIONS = ("epsilon", "v_prediction")
+"""What a network may give, in diffusers' words."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """A model's answer.

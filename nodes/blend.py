@@ -149,15 +149,17 @@ class CLIPBlendSampler(io.ComfyNode):
         from ..blending.ranking import table
         from ..blending.settings import PRESETS, BlendSettings, preset_settings
 
-        settings = BlendSettings(
-            steps=steps if preset == CUSTOM else 1000, start=start if preset == CUSTOM else 0, sampler=sampler,
+        dials = dict(
+            steps=steps, start=start, sampler=sampler,
             guidance=guidance, range_weight=range_weight, distance=distance, guided_input=guided_input,
             every=guide_every, gradient=gradient, blend=blend, background_level=background_level,
             background_weight=background_weight, background_loss=background_loss, clamp=clamp, chunk=clip_chunk,
         )
         copies, said = 16, []
-        if preset != CUSTOM:
-            settings, _ = preset_settings(preset, settings)
+        if preset == CUSTOM:
+            settings = BlendSettings(**dials)
+        else:
+            settings = preset_settings(preset, dials)
             copies = PRESETS[preset].copies
             said.append(f"preset {preset}: " + ", ".join(f"{k} {v}" for k, v in PRESETS[preset].dials.items()))
         if augment is None:

@@ -8,12 +8,12 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
+from ..demo import files
 from . import folders
 from .sockets import ClipGuideIO
 
 FOLDER = "clip_guidance"
 DEMO = "demo"
-DEMO_FILE = Path(__file__).parents[1] / "demo" / "models" / "clip" / "model.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -21,14 +21,14 @@ def guide_names() -> list[str]:
     """What can be loaded: "demo" where the demo CLIP is there, then the files and folders in
     models/clip_guidance."""
     found = folders.model_names(FOLDER)
-    if not DEMO_FILE.is_file():
+    if not files.CLIP.is_file():
         return found
     return [DEMO, *(name for name in found if name != folders.nothing_there(FOLDER))]
 
 
 def guide_path(choice: str) -> Path:
     """Path of a name of `guide_names`; FileNotFoundError, saying what goes where, if it is not there."""
-    return DEMO_FILE if choice == DEMO else folders.resolve(FOLDER, choice)
+    return files.CLIP if choice == DEMO else folders.resolve(FOLDER, choice)
 
 
 class CLIPGuideLoader(io.ComfyNode):

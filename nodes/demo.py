@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from comfy_api.latest import io
 
-TEXT_MODEL = Path(__file__).parents[1] / "demo" / "models" / "text"
+from ..demo import files
 
 # Trainings draw their scenes from seeds below 1,000,000: no model has seen the ones from here on.
 FIRST_SEED = 2_000_000
@@ -34,19 +32,19 @@ class DemoModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_) -> str:
-        return ",".join(str(file.stat().st_mtime_ns) for file in sorted(TEXT_MODEL.rglob("*.safetensors")))
+        return ",".join(str(file.stat().st_mtime_ns) for file in sorted(files.TEXT.rglob("*.safetensors")))
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
         from ..hosts.sd_comfy import load_demo_text_model
 
-        if not (TEXT_MODEL / "model_index.json").is_file():
+        if not (files.TEXT / "model_index.json").is_file():
             raise FileNotFoundError(
-                f"The demo's text model is not there: {TEXT_MODEL} has no model_index.json. Get the pack's "
+                f"The demo's text model is not there: {files.TEXT} has no model_index.json. Get the pack's "
                 "demo/models folder again, or train the model: python run.py train vae, then python run.py "
                 "train text."
             )
-        return io.NodeOutput(*load_demo_text_model(TEXT_MODEL))
+        return io.NodeOutput(*load_demo_text_model(files.TEXT))
 
 
 class DemoScene(io.ComfyNode):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..demo import files
 from . import folders
 
 FOLDER = "guided_diffusion"
 DEMO = "demo"
-DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "models" / "prior"
 DTYPES = ("default", "fp16", "bf16", "fp32")
 
 
@@ -18,14 +18,14 @@ def checkpoint_names() -> list[str]:
     """What can be loaded: "demo" where the demo prior is there, then the files and folders in
     models/guided_diffusion."""
     found = folders.model_names(FOLDER)
-    if not (DEMO_FOLDER / "config.json").is_file():
+    if not (files.PRIOR / "config.json").is_file():
         return found
     return [DEMO, *(name for name in found if name != folders.nothing_there(FOLDER))]
 
 
 def checkpoint_path(choice: str) -> Path:
     """Path of a name of `checkpoint_names`; FileNotFoundError, saying what goes where, if it is not there."""
-    return DEMO_FOLDER if choice == DEMO else folders.resolve(FOLDER, choice)
+    return files.PRIOR if choice == DEMO else folders.resolve(FOLDER, choice)
 
 
 class GuidedDiffusionLoader(io.ComfyNode):

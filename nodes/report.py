@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io, ui
 
+from ..demo import files
 from . import folders
 from .convert import mask_for, split_alpha
 from .sockets import ClipGuideIO
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 FOLDER = "lpips"
 NONE = "none"
 DEMO = "demo"
-DEMO_FILE = Path(__file__).parents[1] / "demo" / "models" / "lpips" / "model.safetensors"
 BACKBONES = ("alex", "vgg", "squeeze")
 
 
 def lpips_choices() -> list[str]:
     """ "none", "demo" where the demo backbone is there, and the published backbones (a missing file is an
     error then)."""
-    return [NONE, *([DEMO] if DEMO_FILE.is_file() else []), *BACKBONES]
+    return [NONE, *([DEMO] if files.LPIPS.is_file() else []), *BACKBONES]
 
 
 def load_perceptual(choice: str) -> Perceptual | None:
@@ -38,7 +37,7 @@ def load_perceptual(choice: str) -> Perceptual | None:
     if choice == NONE:
         return None
     return Perceptual(
-        choice, DEMO_FILE if choice == DEMO else folders.resolve(FOLDER, BACKBONE_FILES[choice])
+        choice, files.LPIPS if choice == DEMO else folders.resolve(FOLDER, BACKBONE_FILES[choice])
     )
 
 

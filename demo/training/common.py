@@ -20,8 +20,6 @@ from .. import world
 
 logger = logging.getLogger(__name__)
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:

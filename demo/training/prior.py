@@ -34,36 +34,43 @@ def build() -> UNet2DModel:
     )
 
 
-def min_snr_weight(alphas_cumprod: Tensor, gamma: float = 5.0) -> Tensor:
-    """Weight of the ε loss per timestep: min(SNR, γ) / SNR (Hang et al. 2023)."""
+def v_weight(alphas_cumprod: Tensor) -> Tensor:
+    """Weight of the v loss per timestep, such that the error of x̂0 has weight min(SNR, 5) (Hang et al. 2023), but never
+    below 0.5: blended editing decides colours where there is hardly any signal, and the weight of the ε loss vanishes there.
+    """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / snr
+    return snr.clamp(0.5, 5.0) / (snr + 1)
 
 
 def noised(clean: Tensor, generator: torch.Generator, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise for a training batch: (x_t, ε, t). Timesteps are spread evenly over the batch (less variance)."""
+    """A training batch: (x_t, v, t) with v = sqrt(ᾱ)·ε - sqrt(1-ᾱ)·x0 (Salimans and Ho 2022).
+
+    An ε-predicting network loses x̂0 at high noise, where an error of ε is multiplied by up to 156; v does not.
+    Timesteps are spread evenly over the batch (less variance).
+    """
     count = clean.shape[0]
     spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     t = (spread * STEPS).long().clamp(max=STEPS - 1)
     eps = torch.randn(clean.shape, generator=generator)
     alpha = alphas_cumprod[t].view(-1, *[1] * (clean.dim() - 1))
-    return (clean * alpha.sqrt() + eps.to(clean) * (1 - alpha).sqrt(), eps.to(clean), t)
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    return clean * signal + eps * noise, eps * signal - clean * noise, t
 
 
 def train(run: Run) -> nn.Module:
     pictures = Pictures(run.work, seed=11, count=100_000)
     alphas_cumprod = linear_alphas_cumprod()
-    weight = min_snr_weight(alphas_cumprod)
+    weight = v_weight(alphas_cumprod)
 
     def loss(unet: nn.Module, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         clean = pictures.batch(indices)
         flip = torch.rand(len(clean), 1, 1, 1, generator=generator) < 0.5
         clean = F.pixel_unshuffle(torch.where(flip, clean.flip(-1), clean), UNSHUFFLE)
-        x, eps, t = noised(clean, generator, alphas_cumprod)
+        x, v, t = noised(clean, generator, alphas_cumprod)
         x = x.to(run.device).to(memory_format=torch.channels_last)
         with torch.autocast(run.device, torch.bfloat16):
             predicted = unet(x, t.to(run.device)).sample
-        error = (predicted.float() - eps.to(run.device)).square().mean((1, 2, 3))
+        error = (predicted.float() - v.to(run.device)).square().mean((1, 2, 3))
         return (error * weight[t].to(run.device)).mean(), {"mse": error.mean().item()}
 
     def export(average: nn.Module, facts: dict) -> None:
@@ -71,7 +78,7 @@ def train(run: Run) -> nn.Module:
         write_weights(folder / "diffusion_pytorch_model.safetensors", half(average), {"format": "pt"})
         write_json(folder / "config.json", {
             "_class_name": "UNet2DModel", **{k: v for k, v in average.config.items() if not k.startswith("_")},
-            "sample_size": world.SIZE, "pixel_unshuffle": UNSHUFFLE,
+            "sample_size": world.SIZE, "pixel_unshuffle": UNSHUFFLE, "prediction_type": "v_prediction",
             "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
         })
         write_json(folder / "training.json", facts)

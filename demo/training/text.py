@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .. import world
 from .common import Pictures, Run, fit, half, logger, read_weights, write_json, write_weights
-from .prior import STEPS, min_snr_weight, noised
+from .prior import STEPS, noised, v_weight
 
 EMPTY_CAPTIONS = 0.1
 TEXT_WIDTH = 96
@@ -122,20 +122,21 @@ def train(run: Run) -> nn.Module:
     write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1, num_train_timesteps=STEPS)
+                              set_alpha_to_one=False, steps_offset=1, num_train_timesteps=STEPS,
+                              prediction_type="v_prediction")
     alphas_cumprod = scheduler.alphas_cumprod
-    weight = min_snr_weight(alphas_cumprod)
+    weight = v_weight(alphas_cumprod)
 
     def loss(model: nn.Module, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         clean = torch.from_numpy(clean_latents[indices]).float()
-        x, eps, t = noised(clean, generator, alphas_cumprod)
+        x, v, t = noised(clean, generator, alphas_cumprod)
         tokens = tokenizer([captions(pictures.scenes[i], rng) for i in indices], padding="max_length",
                            max_length=77, truncation=True, return_tensors="pt").input_ids
         x = x.to(run.device).to(memory_format=torch.channels_last)
         with torch.autocast(run.device, torch.bfloat16):
             predicted = model(x, t.to(run.device), tokens.to(run.device))
-        error = (predicted.float() - eps.to(run.device)).square().mean((1, 2, 3))
+        error = (predicted.float() - v.to(run.device)).square().mean((1, 2, 3))
         return (error * weight[t].to(run.device)).mean(), {"mse": error.mean().item()}
 
     def export(average: nn.Module, facts: dict) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
-from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
+from blendswap.blending.guide import ClipGuide
 from blendswap.blending.losses import DISTANCES
 from blendswap.blending.settings import BlendSettings
 from torch import Tensor
@@ -28,20 +28,8 @@ class ShortOfMemory(ClipGuide):
 
 
 @pytest.fixture
-def guide() -> ShortOfMemory:
-    tokenizer = CompactTokenizer(compact_vocabulary(["a red star"]), 16)
-    torch.manual_seed(0)
-    model = build_demo_clip(
-        {
-            "embed_dim": 16,
-            "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16},
-            "text_cfg": {
-                "context_length": 16, "width": 32, "heads": 2, "layers": 1,
-                "vocab_size": tokenizer.vocab_size,
-            },
-        }
-    )  # fmt: skip
-    return ShortOfMemory(model, tokenizer, "tiny")
+def guide(tiny_guide) -> ShortOfMemory:
+    return tiny_guide(ShortOfMemory, 0)
 
 
 def pictures(count: int = 2, seed: int = 0) -> Tensor:

@@ -131,7 +131,7 @@ def host() -> PixelHost:
 
 def settings_of(case: dict) -> BlendSettings:
     """`official`, with what the case's command line changed."""
-    settings, _ = preset_settings("official", BlendSettings(guidance=1000.0))
+    settings = preset_settings("official", {"guidance": 1000.0})
     changes = {"sampler": case["sampler"], "start": 99 - case["index"]}
     if case["background_loss"]:
         changes |= {"background_weight": 1000.0, "background_loss": "official"}

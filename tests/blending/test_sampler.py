@@ -8,7 +8,7 @@ import pytest
 import torch
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
-from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
+from blendswap.blending.guide import ClipGuide
 from blendswap.blending.sampler import CandidateNoise, Edit, StepReport, blended_diffusion
 from blendswap.blending.settings import BlendSettings
 from blendswap.blending.steps import Schedule
@@ -94,20 +94,8 @@ def host() -> PixelHost:
 
 
 @pytest.fixture
-def guide() -> CountedGuide:
-    tokenizer = CompactTokenizer(compact_vocabulary(["a red star"]), 16)
-    torch.manual_seed(1)
-    model = build_demo_clip(
-        {
-            "embed_dim": 16,
-            "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16},
-            "text_cfg": {
-                "context_length": 16, "width": 32, "heads": 2, "layers": 1,
-                "vocab_size": tokenizer.vocab_size,
-            },
-        }
-    )  # fmt: skip
-    return CountedGuide(model, tokenizer, "tiny")
+def guide(tiny_guide) -> CountedGuide:
+    return tiny_guide(CountedGuide, 1)
 
 
 def source_picture(size: int = SIZE) -> Tensor:

@@ -435,6 +435,7 @@ def test_files_and_folders_that_are_not_there(tmp_path: Path) -> None:
         ({"in_channels": 4}, "channels in"),
         ({"sample_size": None}, "sample_size"),
         ({"beta_schedule": "scaled_linear"}, "beta_schedule"),
+        ({"prediction_type": "sample"}, "prediction_type"),
         ({"time_embedding_type": "fourier"}, "timesteps"),
         ({"layers_per_block": 2}, "weights do not fit"),
         ({"block_out_channels": [32]}, "not one this loader can build"),

@@ -87,6 +87,8 @@ def ddim_by_hand(network: adm.GuidedDiffusionUNet, noise: torch.Tensor, labels=N
     for t, previous in ((999, 666), (666, 333), (333, None)):
         with torch.no_grad():
             eps, _ = network(x, torch.full((x.shape[0],), t), labels)
+        if network.prediction == "v_prediction":
+            eps = alpha_bar[t].sqrt() * eps + (1 - alpha_bar[t]).sqrt() * x
         x0 = (x - (1 - alpha_bar[t]).sqrt() * eps) / alpha_bar[t].sqrt()
         if previous is None:
             return x0
@@ -106,6 +108,13 @@ def test_stock_ksampler_is_ddim_on_the_same_weights(prior: Path, sampler: str) -
     samples, noise = ksample(load(prior), batch=2, sampler=sampler)
     assert samples.isfinite().all()
     assert difference(samples, ddim_by_hand(adm.load_guided_diffusion(prior), noise)) < 1e-4
+
+
+def test_a_v_predicting_prior_samples_as_by_hand(tmp_path: Path) -> None:
+    folder = make_prior(tmp_path / "by_v", PLAIN | {"prediction_type": "v_prediction"})
+    samples, noise = ksample(load(folder), batch=2)
+    assert difference(samples, ddim_by_hand(adm.load_guided_diffusion(folder), noise)) < 1e-4
+    assert difference(samples, ksample(load(make_prior(tmp_path / "by_eps")), batch=2)[0]) > 0.01
 
 
 def test_a_seed_repeats_and_another_differs(prior: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blendswap.demo.training.common import MODELS
+from blendswap.demo import files
 
 pytestmark = pytest.mark.needs_comfy
 
@@ -147,7 +147,7 @@ def test_gradients_flow_through_weights_loaded_in_inference_mode(parts):
     clean = run(parts, differentiate)
     with torch.inference_mode():
         guide = ComfyGuide.wrap(
-            load_clip_guide(MODELS / "clip" / "model.safetensors", "auto", "cpu", torch.float32)
+            load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
         )
     for module in (model.model, vae.first_stage_model, guide.patcher.model):
         poison(module)

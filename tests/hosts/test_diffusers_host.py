@@ -15,7 +15,7 @@ from blendswap.blending.guidance import Guidance
 from blendswap.blending.guide import load_clip_guide
 from blendswap.blending.sampler import blended_diffusion
 from blendswap.blending.settings import BlendSettings
-from blendswap.demo.training.common import MODELS
+from blendswap.demo import files
 from blendswap.hosts.diffusers_host import DiffusersHost
 
 PROMPT, NEGATIVE, CFG = "a red striped star", "a blue circle", 2.5
@@ -120,7 +120,7 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path, text_model: Path):
 def edit(host, size: int, sampler: str) -> torch.Tensor:
     """Three guided steps for two candidates, on the right half of a picture."""
     settings = BlendSettings(steps=6, start=3, guidance=100.0, sampler=sampler)
-    guide = load_clip_guide(MODELS / "clip" / "model.safetensors", "auto", "cpu", torch.float32)
+    guide = load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
     augment, seeds = ExtendingAugmentations(copies=2), [3, 4]
     mask = torch.zeros(1, 1, size, size)
     mask[..., size // 2 :] = 1

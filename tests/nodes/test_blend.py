@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blendswap.demo import world
-from blendswap.demo.training.common import MODELS
+from blendswap.demo import files
 
 pytestmark = pytest.mark.needs_comfy
 
@@ -23,8 +23,8 @@ def parts(comfy):
     from blendswap.hosts.comfy_guide import ComfyGuide
 
     with torch.inference_mode():
-        model = adm_comfy.load_native_model(MODELS / "prior", dtype=torch.float32)
-        guide = ComfyGuide.wrap(load_clip_guide(MODELS / "clip" / "model.safetensors", "auto", "cpu", torch.float32))
+        model = adm_comfy.load_native_model(files.PRIOR, dtype=torch.float32)
+        guide = ComfyGuide.wrap(load_clip_guide(files.CLIP, "auto", "cpu", torch.float32))
         return model, adm_comfy.pixel_space_vae(), guide
 
 

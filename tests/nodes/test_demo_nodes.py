@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blendswap.demo import world
+from blendswap.demo import files, world
 
 pytestmark = pytest.mark.needs_comfy
 
@@ -77,7 +77,7 @@ def test_the_demo_autoencoder_gives_a_picture_back():
 def test_new_weights_are_loaded_again(tmp_path: Path, monkeypatch):
     from blendswap.nodes import demo
 
-    monkeypatch.setattr(demo, "TEXT_MODEL", tmp_path)
+    monkeypatch.setattr(files, "TEXT", tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"")
@@ -90,7 +90,7 @@ def test_new_weights_are_loaded_again(tmp_path: Path, monkeypatch):
 def test_without_the_model_the_error_says_what_to_do(tmp_path: Path, monkeypatch):
     from blendswap.nodes import demo
 
-    monkeypatch.setattr(demo, "TEXT_MODEL", tmp_path / "text")
+    monkeypatch.setattr(files, "TEXT", tmp_path / "text")
     with pytest.raises(FileNotFoundError, match="train text"):
         demo.DemoModelLoader.execute()
 
@@ -116,5 +116,5 @@ def test_without_the_demo_prior_the_prior_loader_offers_what_is_in_its_folder(tm
     from blendswap.nodes import folders, guided_diffusion
 
     folders.register()
-    monkeypatch.setattr(guided_diffusion, "DEMO_FOLDER", tmp_path)
+    monkeypatch.setattr(files, "PRIOR", tmp_path)
     assert guided_diffusion.checkpoint_names() == folders.model_names("guided_diffusion")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from blendswap.demo import edits, world
+from blendswap.demo import edits, files, world
 from blendswap.demo.server import ComfyServer
 from blendswap.demo.workflow import ui_to_api
 from PIL import Image
@@ -29,10 +29,10 @@ USERS_FILES = {"256x256_diffusion_uncond.pt", "ViT-B-16.pt", "v1-5-pruned-emaonl
 """What the workflows for real checkpoints choose, which no server here has of itself."""
 
 needs_text_model = pytest.mark.skipif(
-    not edits.TEXT_MODEL.is_file(),
-    reason=f"the demo text model has not been trained: python run.py train text makes {edits.TEXT_MODEL}")
+    not (files.TEXT / "model_index.json").is_file(),
+    reason=f"the demo text model has not been trained: python run.py train text makes {files.TEXT}")
 needs_lpips = pytest.mark.skipif(
-    not (ROOT / "demo" / "models" / "lpips" / "model.safetensors").is_file(),
+    not files.LPIPS.is_file(),
     reason="the demo's LPIPS backbone has not been trained: python run.py train backbone makes it")
 
 
