@@ -77,7 +77,13 @@ class NativeGuidedDiffusionUNet(GuidedDiffusionUNet):
 
         Text conditioning has no meaning here and is ignored. The raw variance channels [B, 3, H, W] are
         appended to transformer_options["blendswap_variance"] where that is there.
+        Raises ValueError for a ControlNet, which this network has no place for.
         """
+        if control is not None:
+            raise ValueError(
+                "A ControlNet is applied, but pixel-space priors have no place for one: take it out of the "
+                "conditioning, or use a latent MODEL."
+            )
         predicted, variance = super().forward(x, timesteps, class_labels)
         wanted = (transformer_options or {}).get(VARIANCE_KEY)
         if wanted is not None and variance is not None:

@@ -217,6 +217,7 @@ class _Job:
                  resolution, batch_size):
         from ..hosts import comfy_host
 
+        self.said: list[str] = []
         comfy_host.check_model(model)
         if comfy_host.needs_conditioning(model):
             if positive is None:
@@ -227,6 +228,10 @@ class _Job:
             if negative is None and cfg != 1.0:
                 raise ValueError("negative is not connected: connect an (empty) CLIPTextEncode, or set cfg to 1.")
         else:
+            if positive is not None or negative is not None:
+                self.said.append(
+                    "positive and negative are not used: this MODEL takes no text, the prompt goes to CLIP alone"
+                )
             positive = negative = None
         self.model, self.vae, self.positive, self.negative, self.cfg = model, vae, positive, negative, cfg
         self.guide, self.scorer, self.prompt = guide, scorer, prompt
@@ -234,7 +239,6 @@ class _Job:
         self.batch_size = batch_size
         self.multiple = comfy_host.size_multiple(model, vae)
         self.resolution = resolution or comfy_host.training_size(model)
-        self.said: list[str] = []
 
     def edit(self, image, mask, seeds: list[int], progress: _Progress):
         """One picture [1, H, W, C], its mask [1, 1, H, W] → results best first, their scores, losses by step."""

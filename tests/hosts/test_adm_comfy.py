@@ -131,6 +131,12 @@ def test_conditioning_of_text_models_is_ignored(prior: Path) -> None:
     assert difference(ksample(load(prior), positive=text, cfg=8.0)[0], plain) < 1e-4
 
 
+def test_a_controlnet_is_refused_in_words(prior: Path) -> None:
+    network = load(prior).model.diffusion_model
+    with pytest.raises(ValueError, match="ControlNet is applied.*use a latent MODEL"):
+        network(torch.zeros(1, 3, 16, 16), torch.tensor([5]), control={"output": [torch.zeros(1, 32, 16, 16)]})
+
+
 def test_an_unshuffled_prior_samples_at_another_size(tmp_path: Path) -> None:
     config = PLAIN | {"pixel_unshuffle": 2, "in_channels": 12, "out_channels": 12, "sample_size": 32}
     folder = make_prior(tmp_path / "unshuffled", config)

@@ -205,6 +205,13 @@ def test_a_preset_says_what_it_sets(sample):
     assert "preset fast" in summary and "gradient direct" in summary
 
 
+def test_a_conditioning_that_a_pixel_prior_cannot_use_is_named(sample):
+    image, mask = scene_image()
+    text = [[torch.zeros(1, 77, 96), {}]]
+    assert "positive and negative are not used" in sample(image, mask, positive=text, steps=2)[3]
+    assert "not used" not in sample(image, mask, steps=2)[3]
+
+
 def test_the_baseline_needs_an_lpips_backbone(sample):
     image, mask = scene_image()
     with pytest.raises(ValueError, match="LPIPS"):
