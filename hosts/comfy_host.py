@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -28,10 +29,14 @@ VARIANCE_KEY = "blendswap_variance"
 ATTENTION_KEY = "optimized_attention_override"
 SKIP_KEY = "input_block_patch_after_skip"
 
+# Picture pixels per latent cell of Stable Diffusion's autoencoders, for a run without a VAE.
+LATENT_DOWNSCALE = 8
+
 # Activations that a backward pass keeps, in units of what ComfyUI reckons for a plain forward pass.
 GRADIENT_MEMORY = 4.0
 
 Result = TypeVar("Result")
+Host = TypeVar("Host", bound="ComfyHost")
 
 
 class UnsupportedModel(ValueError):
@@ -43,7 +48,7 @@ class ComfyHost:
     """A ComfyUI MODEL, its conditioning and its VAE during one run. See `DiffusionHost`; made by `run`."""
 
     guider: comfy.samplers.CFGGuider
-    vae: Any
+    vae: Any | None
     extra_args: dict[str, Any]
     device: torch.device
     downscale: int
@@ -68,23 +73,34 @@ class ComfyHost:
         return network.decode(latent).float()
 
     def predict(self, x: Tensor, sigma: float) -> Prediction:
-        comfy.model_management.throw_exception_if_processing_interrupted()
         variance: collections.deque[Tensor] = collections.deque()
-        options = dict(self.extra_args["model_options"])
-        options["transformer_options"] = {**options.get("transformer_options", {}), VARIANCE_KEY: variance}
-        if torch.is_grad_enabled():
-            options["transformer_options"][ATTENTION_KEY] = _differentiable_attention(
-                options["transformer_options"].get(ATTENTION_KEY)
-            )
-            patches = options["transformer_options"].get("patches", {})
-            options["transformer_options"]["patches"] = {
-                **patches, SKIP_KEY: [*patches.get(SKIP_KEY, []), _apart_from_skip]
-            }
-        sigmas = torch.full((len(x),), sigma, device=x.device, dtype=torch.float32)
-        x0 = self.guider(x, sigmas, model_options=options, seed=self.extra_args.get("seed"))
+        options = self._options()
+        options["transformer_options"][VARIANCE_KEY] = variance
+        x0 = self._guide(x, sigma, options)
         rows = torch.cat(list(variance)).float() if variance else None
         # With cfg the unconditional half comes along; both halves share the network's variance of the first rows.
         return Prediction(x0.float(), None if rows is None else rows[: len(x)])
+
+    def _options(self) -> dict[str, Any]:
+        """model_options of one evaluation: a copy, with what a gradient needs where grad mode is on."""
+        options = dict(self.extra_args["model_options"])
+        inner = options["transformer_options"] = dict(options.get("transformer_options", {}))
+        if torch.is_grad_enabled():
+            inner[ATTENTION_KEY] = _differentiable_attention(inner.get(ATTENTION_KEY))
+            patches = inner.get("patches", {})
+            inner["patches"] = {**patches, SKIP_KEY: [*patches.get(SKIP_KEY, []), _apart_from_skip]}
+        return options
+
+    def _guide(self, x: Tensor, sigma: float, options: dict[str, Any]) -> Tensor:
+        """One evaluation through the guider, and whatever guidance other packs added to it."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self.guider(
+            x, rows_of(sigma, x), model_options=options, seed=self.extra_args.get("seed")
+        )
+
+
+def rows_of(sigma: float, x: Tensor) -> Tensor:
+    return torch.full((len(x),), sigma, device=x.device, dtype=torch.float32)
 
 
 class _Body(comfy.samplers.Sampler):
@@ -101,19 +117,26 @@ class _Body(comfy.samplers.Sampler):
         return self.body(extra_args)
 
 
-def check_model(model: Any) -> None:
-    """Raises UnsupportedModel where a MODEL is not a discrete ε- or v-prediction diffusion model."""
+def check_model(
+    model: Any,
+    method: str = "Blended Diffusion",
+    models: str = "SD 1.x, SD 2.x, SDXL, or a pixel-space prior through GuidedDiffusionLoader",
+) -> None:
+    """Raises UnsupportedModel where a MODEL is not a discrete ε- or v-prediction diffusion model.
+
+    method, models: what needs one, and which to load instead, in the words of the message.
+    """
     sampling = model.get_model_object("model_sampling")
     family = type(model.model).__name__
     if isinstance(sampling, comfy.model_sampling.CONST):
         raise UnsupportedModel(
-            f"The MODEL is a flow model ({family}). Blended Diffusion needs a diffusion model with a noise schedule: "
-            "load SD 1.x, SD 2.x, SDXL, or a pixel-space prior through GuidedDiffusionLoader."
+            f"The MODEL is a flow model ({family}). {method} needs a diffusion model with a noise schedule: load "
+            f"{models}."
         )
     if not isinstance(sampling, comfy.model_sampling.EPS) or getattr(sampling, "sigmas", None) is None:
         raise UnsupportedModel(
-            f"The MODEL ({family}) does not predict noise or v on a discrete schedule. Load SD 1.x, SD 2.x, SDXL, or a "
-            "pixel-space prior through GuidedDiffusionLoader."
+            f"The MODEL ({family}) does not predict noise or v on a discrete schedule. {method} needs that: load "
+            f"{models}."
         )
 
 
@@ -139,30 +162,33 @@ def latent_shape(model: Any, vae: Any, height: int, width: int) -> torch.Size:
     channels = model.get_model_object("latent_format").latent_channels
     if channels != vae.latent_channels:
         raise UnsupportedModel(
-            f"The MODEL works on latents of {channels} channels, the VAE makes {vae.latent_channels}: connect the VAE that "
-            "belongs to the MODEL."
+            f"The MODEL works on latents of {channels} channels, the VAE makes {vae.latent_channels}: connect the VAE "
+            "that belongs to the MODEL."
         )
     return torch.Size([channels, height // _downscale(vae), width // _downscale(vae)])
 
 
 def run(
     model: Any,
-    vae: Any,
+    vae: Any | None,
     positive: Any,
     negative: Any,
     cfg: float,
     noise: Tensor,
     seed: int,
-    body: Callable[[ComfyHost], Result],
+    body: Callable[[Host], Result],
     *,
     gradients: bool,
     beside: Sequence[Any] = (),
+    host: type[Host] = ComfyHost,
 ) -> Result:
     """Runs `body(host)` with everything loaded on ComfyUI's device and returns what it returns.
 
+    vae: None where `body` neither encodes nor decodes.
     noise: [B, C, h, w]; says how large the run is, and draws the class of class-conditional priors.
     gradients: whether `body` differentiates through the model or the VAE.
     beside: further ModelPatchers that must be loaded at the same time.
+    host: the kind of host that `body` gets.
 
     The caller's MODEL and CONDITIONING stay as they are, also after an error or an interrupt.
     """
@@ -186,26 +212,34 @@ def run(
             if gradients:
                 _refuse_partial_load(private)
                 # ControlNets and the like are part of the graph as well.
-                beside_it = (patcher.model for patcher in guider.loaded_models)
-                for part in (guider.inner_model.diffusion_model, vae.first_stage_model, *beside_it):
+                beside_it = [patcher.model for patcher in guider.loaded_models]
+                decoder = [] if vae is None else [vae.first_stage_model]
+                for part in (guider.inner_model.diffusion_model, *decoder, *beside_it):
                     repair_inference_tensors(part)
             guider.conds = _ordinary(guider.conds)
-            host = ComfyHost(guider, vae, extra_args, private.load_device, _downscale(vae))
-            results.append(body(host))
+            results.append(body(host(guider, vae, extra_args, private.load_device, _downscale(vae))))
             return torch.zeros_like(noise)
 
         shape = list(noise.shape)
         needed = private.memory_required([shape[0] * 2, *shape[1:]]) * (GRADIENT_MEMORY if gradients else 1)
-        patchers = [private, vae.patcher, *beside]
+        patchers = [private, *([] if vae is None else [vae.patcher]), *beside]
         comfy.model_management.load_models_gpu(patchers, memory_required=needed, force_full_load=gradients)
         sigmas = private.get_model_object("model_sampling").sigmas.flip(0)[:2].detach().clone()
-        guider.sample(
-            noise.detach().clone(), torch.zeros_like(noise), _Body(inside), sigmas, disable_pbar=True, seed=seed
-        )
+        try:
+            guider.sample(
+                noise.detach().clone(), torch.zeros_like(noise), _Body(inside), sigmas, disable_pbar=True, seed=seed
+            )
+        except BaseException:
+            # ComfyUI leaves it out after an error: ControlNets, which are the caller's, would keep their pictures.
+            if hasattr(guider, "loaded_models"):
+                comfy.sampler_helpers.cleanup_models(guider.conds, guider.loaded_models)
+            raise
         return results[0]
 
 
-def _downscale(vae: Any) -> int:
+def _downscale(vae: Any | None) -> int:
+    if vae is None:
+        return LATENT_DOWNSCALE
     ratio = vae.downscale_ratio
     if not isinstance(ratio, int):
         raise UnsupportedModel("The VAE is a video VAE. Use the image VAE that belongs to the MODEL.")
@@ -217,9 +251,10 @@ def _refuse_partial_load(patcher: Any) -> None:
         total, loaded = patcher.model_size(), patcher.loaded_size()
         if loaded < total:
             raise torch.OutOfMemoryError(
-                f"Guidance needs the whole MODEL on the device ({total / 2**30:.1f} GiB), but only "
-                f"{loaded / 2**30:.1f} GiB of it fit beside the rest. Set gradient to direct, lower batch_size or "
-                "resolution, or start ComfyUI without --lowvram and --novram."
+                f"A gradient needs the whole MODEL on the device ({total / 2**30:.1f} GiB), but only "
+                f"{loaded / 2**30:.1f} GiB of it fit beside the rest. Lower batch_size or resolution, choose what "
+                "needs no gradient through the MODEL (CLIPBlendSampler: gradient direct; NullTextInvert: another "
+                "method than null_text), or start ComfyUI without --lowvram and --novram."
             )
 
 
@@ -239,6 +274,7 @@ def _differentiable_attention(previous: Callable | None) -> Callable:
             return previous(plain, *args, **kwargs)
         return plain(*args, **kwargs)
 
+    override.plain = previous is None
     return override
 
 

@@ -1,0 +1,100 @@
+"""A source and a target that run side by side on ComfyUI, each with its own MODEL and conditioning.
+
+The two MODELs may be one, two checkpoints, or one checkpoint with different patches on it (a concept's LoRA). Of the last
+ComfyUI keeps one in place at a time, and where memory is short it puts a whole model away for another: so each host takes
+its turn, with its weights brought back where they are gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import comfy.model_management
+from torch import Tensor
+
+from .attention import Branch
+from .comfy_text import ComfyTextHost, run_text
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two: MODEL, CONDITIONING with text, and guidance."""
+
+    model: Any
+    positive: Any
+    negative: Any
+    cfg: float
+
+
+def run_beside(
+    source: Side,
+    target: Side,
+    vae: Any | None,
+    noise: Tensor,
+    seed: int,
+    body: Callable[[HostInTurn, HostInTurn], Result],
+) -> Result:
+    """Runs `body(source_host, host)`, both loaded, and returns what it returns. See `run_text`.
+
+    vae: the target's; None where `body` neither encodes nor decodes.
+    """
+
+    def with_source(source_host: ComfyTextHost) -> Result:
+        def with_both(host: ComfyTextHost) -> Result:
+            return body(HostInTurn(source_host, host, noise), HostInTurn(host, source_host, noise))
+
+        return run_text(target.model, vae, target.positive, target.negative, target.cfg, noise, seed, with_both)
+
+    return run_text(source.model, None, source.positive, source.negative, source.cfg, noise, seed, with_source)
+
+
+class HostInTurn:
+    """`TextHost` of a run beside another: `host`, with its weights in place for each of its evaluations."""
+
+    def __init__(self, host: ComfyTextHost, other: ComfyTextHost, noise: Tensor) -> None:
+        self._host = host
+        self._patcher, self._other = host.guider.model_patcher, other.guider.model_patcher
+        self._memory = self._patcher.memory_required([2 * len(noise), *noise.shape[1:]])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)
+
+    def branch(self, x: Tensor, sigma: float, branch: Branch, embedding: Tensor | None = None) -> Tensor:
+        self._take_turn()
+        return self._host.branch(x, sigma, branch, embedding)
+
+    def guided(self, x: Tensor, sigma: float, null: Tensor | None = None) -> Tensor:
+        self._take_turn()
+        return self._host.guided(x, sigma, null)
+
+    def _take_turn(self) -> None:
+        network = self._patcher.model
+        if network is self._other.model and network.current_patcher is not self._patcher:
+            # Weights that a conditioning's hooks have changed are put back by the one who changed them.
+            self._other.clean_hooks()
+            network.current_patcher = self._patcher
+        if not self._in_place():
+            models = [self._patcher, *self._host.guider.loaded_models]
+            comfy.model_management.load_models_gpu(models, memory_required=self._memory)
+
+    def _in_place(self) -> bool:
+        loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
+        if any(patcher is self._patcher for patcher in loaded):
+            return True
+        return any(patcher is self._other for patcher in loaded) and _same_weights(self._patcher, self._other)
+
+
+def _same_weights(one: Any, other: Any) -> bool:
+    """Whether two MODELs are the same network with the same changes to it."""
+    return (
+        one.model is other.model
+        and one.patches_uuid == other.patches_uuid
+        and not one.injections
+        and not other.injections
+        and one.object_patches.keys() == other.object_patches.keys()
+        and all(one.object_patches[key] is other.object_patches[key] for key in one.object_patches)
+    )
