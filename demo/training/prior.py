@@ -6,6 +6,9 @@ independent under that permutation, so for a sampler it is a pixel-space model l
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import UNet2DModel
@@ -57,6 +60,13 @@ def noised(clean: Tensor, generator: torch.Generator, alphas_cumprod: Tensor) ->
     return clean * signal + eps * noise, eps * signal - clean * noise, t
 
 
+def require_v(config: Path) -> None:
+    """Raises ValueError where exported weights, whose `prediction_type` stands in `config`, do not predict v."""
+    prediction = json.loads(config.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+    if prediction != "v_prediction":
+        raise ValueError(f"{config.parent} predicts {prediction}, this training goes on with v alone: leave --go-on out")
+
+
 def train(run: Run) -> nn.Module:
     pictures = Pictures(run.work, seed=11, count=100_000)
     alphas_cumprod = linear_alphas_cumprod()
@@ -83,7 +93,10 @@ def train(run: Run) -> nn.Module:
         })
         write_json(folder / "training.json", facts)
 
+    def exported(unet: nn.Module) -> None:
+        require_v(run.out / "prior" / "config.json")
+        read_weights(unet, run.out / "prior" / "diffusion_pytorch_model.safetensors")
+
     torch.manual_seed(run.seed)
-    return fit("prior", run, build().to(memory_format=torch.channels_last), len(pictures), loss, export,
-               exported=lambda unet: read_weights(unet, run.out / "prior" / "diffusion_pytorch_model.safetensors"),
+    return fit("prior", run, build().to(memory_format=torch.channels_last), len(pictures), loss, export, exported=exported,
                average=0.9995)

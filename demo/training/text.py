@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .. import world
 from .common import Pictures, Run, fit, half, logger, read_weights, write_json, write_weights
-from .prior import STEPS, noised, v_weight
+from .prior import STEPS, noised, require_v, v_weight
 
 EMPTY_CAPTIONS = 0.1
 TEXT_WIDTH = 96
@@ -159,6 +159,7 @@ def train(run: Run) -> nn.Module:
         write_json(folder / "training.json", facts)
 
     def exported(model: nn.Module) -> None:
+        require_v(folder / "scheduler" / "scheduler_config.json")
         read_weights(model.unet, folder / "unet" / "diffusion_pytorch_model.safetensors")
         model.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
 
