@@ -1,0 +1,1 @@
+"""Photoswap: swapping a subject through the attention of two runs. Pure torch; knows nothing of ComfyUI."""
