@@ -148,7 +148,7 @@ class Inversion:
         try:
             made = cls(
                 tensors["sigmas"], tensors["trajectory"], tensors.get("null"), about["method"], float(about["cfg"]),
-                about["facts"],
+                dict(about["facts"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error

@@ -1,8 +1,9 @@
-"""Null-text optimisation (Mokady et al. 2022): unconditional embeddings that keep guided sampling on the inverted path."""
+"""Null-text optimisation (Mokady et al. 2022): unconditional embeddings keep guided sampling on an inverted path."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,8 +21,8 @@ SLOPE = 2e-5
 PUBLISHED_STEPS = 50
 
 WORTHWHILE = 0.1
-"""Part of a step's loss that an update of the fast optimiser must take off for another to follow: errors that an embedding
-cannot mend are left to the steps to come, which see them in x."""
+"""Part of a step's loss that an update of the fast optimiser must take off for another to follow: what an embedding
+cannot mend is left to the steps to come, which see it in x."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +154,9 @@ class _Fast:
     Where it starts: with the source prompt's embedding both branches are equal, so what is left is the inversion's own
     error (Miyake et al. 2023), most often below the tolerance already. Otherwise the better of it and of the embedding
     found last.
-    How it goes on: the error r(e) is small and smooth, a least-squares problem. Conjugate gradients (Polak and Ribière)
-    with the Gauss-Newton length along a direction d, -⟨r, J·d⟩ / ⟨J·d, J·d⟩. J·d is what r changes by on the way to the
-    trial point, which has to be evaluated anyway; the length found is the next one's trial.
+    How it goes on: the error r(e) is small and smooth, a least-squares problem. Conjugate gradients (Polak and
+    Ribière) with the Gauss-Newton length along a direction d, -⟨r, J·d⟩ / ⟨J·d, J·d⟩. J·d is what r changes by on the
+    way to the trial point, which has to be evaluated anyway; the length found is the next one's trial.
     """
 
     def __init__(self, host: TextHost) -> None:
@@ -189,16 +190,26 @@ class _Fast:
 
     def _along(self, point: _Point, direction: Tensor) -> _Point | None:
         """The point that a Gauss-Newton step along `direction` leads to; None where it is no better."""
+        size = float(direction.norm())
+        if not 0 < size < math.inf:
+            return None
         # Nothing is known about the first length; a hundredth of the embedding is seen in fp16 too.
-        length = self.length or float(0.01 * point.embedding.norm() / direction.norm())
+        length = self.length or 0.01 * float(point.embedding.norm()) / size
         trial = point.moved(length * direction)
         change = trial.residual - point.residual
         curvature = float(change.square().sum())
-        ratio = -float((point.residual * change).sum()) / curvature if curvature > 0 else 10.0
-        ratio = min(max(ratio, 0.1), 10.0)
+        if not math.isfinite(curvature):
+            ratio = 0.1
+        elif curvature == 0:
+            ratio = 10.0
+        else:
+            ratio = min(max(-float((point.residual * change).sum()) / curvature, 0.1), 10.0)
         self.length = length * ratio
         if not (trial.loss < point.loss and 0.5 < ratio < 2):
-            trial = min(trial, point.moved(self.length * direction), key=lambda end: end.loss)
+            trial.forget()
+            again = point.moved(self.length * direction)
+            # Not min(): a loss may be NaN.
+            trial = again if again.loss < trial.loss or math.isnan(trial.loss) else trial
         return trial if trial.loss < point.loss else None
 
 
@@ -211,19 +222,32 @@ class _Point:
 
     def __init__(self, step: _Step, embedding: Tensor) -> None:
         self.step, self.embedding = step, embedding
-        self._leaf = embedding.clone().requires_grad_()
-        unit = (step.host.cfg - 1) * (step.sigma - step.after) / (1 + step.after**2) ** 0.5
+        self._look()
+        self.loss = float(self.residual.square().mean()) * self._unit**2
+
+    @property
+    def _unit(self) -> float:
+        step = self.step
+        return (step.host.cfg - 1) * (step.sigma - step.after) / (1 + step.after**2) ** 0.5
+
+    def _look(self) -> None:
+        self._leaf = self.embedding.clone().requires_grad_()
         with torch.enable_grad():
-            uncond = step.uncond(self._leaf)
-            residual = step.error(uncond) / unit
-            self._objective = residual.square().sum() / 2
+            uncond = self.step.uncond(self._leaf)
+            residual = self.step.error(uncond) / self._unit
+            self._objective: Tensor | None = residual.square().sum() / 2
         self.uncond, self.residual = uncond.detach(), residual.detach()
-        self.loss = float(self.residual.square().mean()) * unit**2
 
     def gradient(self) -> Tensor:
+        if self._objective is None:
+            self._look()
         gradient = self.step.gradient(self._objective, self._leaf)
-        del self._objective  # and the model's activations with it
+        self.forget()
         return gradient
+
+    def forget(self) -> None:
+        """Frees the model's activations: never two points have theirs."""
+        self._objective = None
 
     def moved(self, by: Tensor) -> _Point:
         return _Point(self.step, self.embedding + by)

@@ -19,8 +19,8 @@ KINDS = ("hard", "soft")
 class Proximal:
     """The proximal operator of an inversion.
 
-    kind: "hard" keeps what is above the threshold as it is (the l0 norm's operator), "soft" also takes the threshold off
-        it (the l1 norm's).
+    kind: "hard" keeps what is above the threshold as it is (the l0 norm's operator), "soft" also takes the threshold
+        off it (the l1 norm's).
     quantile: of the absolute differences of a picture, in 0..1; the threshold. 0.7 as published, 0 leaves all.
 
     Raises ValueError for another kind or quantile.

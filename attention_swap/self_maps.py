@@ -2,14 +2,15 @@
 and 4).
 
 A run's maps are many and large (SD 1.5 at 512²: 16 layers, 8 heads, 50 steps, up to 4096 × 4096), their mean is one
-operator. What is held of it: for each size of layer the sum of its maps, where a layer has no more tokens than the grid
-has cells n; finer layers are brought to the grid row by row as their maps are made. So memory is bounded by two n × n
-sums (of the run and of the step), 128 MiB at 64 × 64, whatever the model's layers, heads, steps and tokens.
+operator. What is held of it: for each size of layer the sum of its maps, where a layer has no more tokens than the
+grid has cells n; finer layers are brought to the grid row by row as their maps are made. So memory is bounded by two
+n × n sums (of the run and of the step, 64 MiB each at 64 × 64) and smaller ones, whatever the model's layers, heads,
+steps and tokens.
 
-A sketch in one pass (M̄Ω and M̄ᵀΨ; Tropp et al. 2017) would hold less, but not do less: M̄ᵀΨ takes the softmax of every map
-as well, a chunk of rows at a time, since fused attention has no transpose. And it is good only where the singular values
-fall fast; those of attention fall slowly, near tokens attend to each other. The mean itself is exact, and its leading
-singular vectors come from products with it (Lanczos), without a full decomposition.
+A sketch in one pass (M̄Ω and M̄ᵀΨ; Tropp et al. 2017) would hold less, but not do less: M̄ᵀΨ takes the softmax of every
+map as well, a chunk of rows at a time, since fused attention has no transpose. And it is good only where the singular
+values fall fast; those of attention fall slowly, as near tokens attend to each other. The mean itself is exact, and
+its leading singular vectors come from products with it (Lanczos), without a full decomposition.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ class MeanMap:
         if not self.count:
             raise ValueError("no self-attention map was seen: the MODEL has no self-attention that shows itself")
         if not 1 <= count < cells:
-            raise ValueError(f"components is {count}; on a grid of {self.grid[0]}×{self.grid[1]} there are 1 to {cells - 1}")
+            raise ValueError(
+                f"components is {count}; on a grid of {self.grid[0]}×{self.grid[1]} there are 1 to {cells - 1}"
+            )
         batch = len(next(iter(self._sums.values())))
         return [self._components(row, count) for row in range(batch)]
 

@@ -19,9 +19,9 @@ def ddim_grid(train_sigmas: Tensor, steps: int, scheduler: str = "ddim_uniform")
 
     train_sigmas: σ of every training timestep, [T], ascending.
     scheduler:
-        "ddim_uniform": the timesteps 1, 1 + s, 1 + 2s, … below T with s = T // steps, and 0 at the end; as in ComfyUI,
-            and as DDIM's published grid (981, …, 21, 1 of 1000 at 50 steps). Where `steps` does not divide T, N may be
-            larger than `steps`, also as in ComfyUI.
+        "ddim_uniform": the timesteps 1, 1 + s, 1 + 2s, … below T with s = T // steps, and 0 at the end; as in
+            ComfyUI, and as DDIM's published grid (981, …, 21, 1 of 1000 at 50 steps). Where `steps` does not divide T,
+            N may be larger than `steps`, also as in ComfyUI.
         "simple": ComfyUI's simple, from the highest timestep on.
         "official": ddim_uniform cut to `steps`, ending not at 0 but at the level of the first training timestep: the
             published null-text and Photoswap code's scheduler (set_alpha_to_one=False).
@@ -49,16 +49,15 @@ def ddim_grid(train_sigmas: Tensor, steps: int, scheduler: str = "ddim_uniform")
 def timesteps(train_sigmas: Tensor, sigmas: Tensor) -> list[int]:
     """The training timestep nearest to each level (in log σ); -1 for σ = 0."""
     grid = train_sigmas.detach().double().cpu().log()
-    return [
-        -1 if float(sigma) == 0 else int((grid - sigma.double().cpu().log()).abs().argmin()) for sigma in sigmas
-    ]
+    levels = sigmas.double().cpu().log()
+    return [-1 if torch.isinf(level) else int((grid - level).abs().argmin()) for level in levels]
 
 
 def percent_ranges(train_sigmas: Tensor, sigmas: Tensor) -> list[tuple[float, float]]:
     """(start_percent, end_percent) for each of the N steps of `sigmas` [N+1], for ComfyUI's CONDITIONING.
 
-    ComfyUI uses an entry where σ(start) ≥ σ ≥ σ(end), with percent p standing for the timestep (1 - p)·999. The edges
-    lie halfway between the timesteps of neighbouring steps, so every step meets its own entry and no other.
+    ComfyUI uses an entry where σ(start) ≥ σ ≥ σ(end), with percent p standing for the timestep (1 - p)·999. The
+    edges lie halfway between the timesteps of neighbouring steps, so every step meets its own entry and no other.
     """
     levels = timesteps(train_sigmas, sigmas[:-1])
     inner = [1 - (one + two) / 2 / COMFY_TIMESTEPS for one, two in zip(levels, levels[1:])]

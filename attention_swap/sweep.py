@@ -160,27 +160,31 @@ def table(labels: Sequence[str], scores: Mapping[Column, Sequence[float]]) -> st
 
 
 def contact_sheet(
-    pictures: Sequence[Tensor], labels: Sequence[str], columns: int, marked: int | None = None
+    source: Tensor, pictures: Sequence[Tensor], labels: Sequence[str], columns: int, marked: int | None = None
 ) -> Tensor:
-    """Labelled pictures [H, W, 3] in 0..1, all of one size, in rows of `columns`: [1, h, w, 3] in 0..1.
+    """The source, and below it labelled pictures in rows of `columns`: [1, h, w, 3] in 0..1.
 
-    Small pictures are enlarged pixel by pixel; `marked` gets a frame.
+    All pictures are [H, W, 3] in 0..1 and of one size; small ones are enlarged pixel by pixel. Number `marked` gets a frame.
     """
-    height, width = pictures[0].shape[:2]
+    height, width = source.shape[:2]
     enlarge = max(1, math.ceil(_PANEL / width))
     height, width = height * enlarge, width * enlarge
     font = ImageFont.load_default(size=max(13, width // 22))
     lines = [_wrapped(label, font, width) for label in labels]
     strip = max(map(len, lines)) * (int(font.size) + 3) + 2 * _GAP
-    rows = -(-len(pictures) // columns)
+    rows = 1 + -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * (height + strip + _GAP) + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, picture in enumerate(pictures):
-        left, top = _GAP + index % columns * (width + _GAP), _GAP + index // columns * (height + strip + _GAP)
+    panels = [(0, 0, source, ["source"])]
+    panels += [
+        (1 + index // columns, index % columns, picture, lines[index]) for index, picture in enumerate(pictures)
+    ]
+    for number, (row, column, picture, label) in enumerate(panels):
+        left, top = _GAP + column * (width + _GAP), _GAP + row * (height + strip + _GAP)
         pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        draw.multiline_text((left, top), "\n".join(lines[index]), fill="black", font=font, spacing=3)
+        draw.multiline_text((left, top), "\n".join(label), fill="black", font=font, spacing=3)
         sheet.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top + strip))
-        if index == marked:
+        if marked is not None and number == marked + 1:
             box = (left - _GAP, top + strip - _GAP, left + width + _GAP - 1, top + strip + height + _GAP - 1)
             draw.rectangle(box, outline=(0, 150, 0), width=_GAP)
     return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

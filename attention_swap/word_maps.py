@@ -53,8 +53,9 @@ def word_layers(layout: Layout, smallest: int = 0, largest: int = 0) -> list[Lay
     if not found:
         sizes = sorted({info.size for info in cross}, reverse=True)
         raise ValueError(
-            f"no cross-attention layer has a side of {smallest} to {largest or 'any number of'} tokens; at this size the "
-            f"MODEL has layers of {', '.join(f'{height}×{width}' for height, width in sizes)}: change min_size or max_size"
+            f"no cross-attention layer has a side of {smallest} to {largest or 'any number of'} tokens; at this size "
+            f"the MODEL has layers of {', '.join(f'{height}×{width}' for height, width in sizes)}: change min_size or "
+            "max_size"
         )
     return found
 
@@ -82,7 +83,8 @@ class WordMaps(Watcher):
             return
         if k.shape[1] % self.length:
             raise ValueError(
-                f"positive has {k.shape[1]} tokens, the prompt {self.length}: give the prompt that positive was made from"
+                f"positive has {k.shape[1]} tokens, the prompt {self.length}: give the prompt that positive was made "
+                "from"
             )
         columns = word_map(q, k, call.heads, self._positions, self.length)
         parts = columns.split([len(word.positions) for word in self.words], 2)

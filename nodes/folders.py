@@ -11,12 +11,14 @@ import folder_paths
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder under models/: which files it lists, which file marks a sub-folder as one model, what belongs
-    there."""
+    """A folder under models/, or under output/: which files it lists, which file marks a sub-folder as one model,
+    what belongs there, and what its list says while it is empty."""
 
     extensions: frozenset[str]
     marker: str | None
     wanted: str
+    output: bool = False
+    empty: str = "put a checkpoint into models/"
 
 
 FOLDERS = {
@@ -39,13 +41,21 @@ FOLDERS = {
         wanted="torchvision's weights of the LPIPS backbone under their own name (alexnet-owt-7be5be79.pth, "
         "vgg16-397923af.pth or squeezenet1_1-b8a52dc0.pth)",
     ),
+    "inversions": ModelFolder(
+        extensions=frozenset({".safetensors"}),
+        marker=None,
+        wanted="what SaveInversion writes",
+        output=True,
+        empty="SaveInversion writes into output/",
+    ),
 }
 
 
 def register() -> None:
     """Add the folders to ComfyUI's lists (done on import); calling it again changes nothing."""
     for name, folder in FOLDERS.items():
-        folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
+        root = folder_paths.get_output_directory() if folder.output else folder_paths.models_dir
+        folder_paths.add_model_folder_path(name, os.path.join(root, name))
         paths, extensions = folder_paths.folder_names_and_paths[name]
         # A new set: the one there may be shared with other folders. ComfyUI makes a folder with an empty one.
         folder_paths.folder_names_and_paths[name] = (paths, set(extensions) | folder.extensions)
@@ -68,7 +78,11 @@ def model_names(name: str) -> list[str]:
 
 def nothing_there(name: str) -> str:
     """The entry that stands for an empty folder."""
-    return f"(put a checkpoint into models/{name})"
+    return f"({FOLDERS[name].empty}{name})"
+
+
+def _place(name: str) -> str:
+    return f"{'output' if FOLDERS[name].output else 'models'}/{name}"
 
 
 def resolve(name: str, choice: str) -> Path:
@@ -79,17 +93,17 @@ def resolve(name: str, choice: str) -> Path:
     folder, roots = FOLDERS[name], folder_paths.get_folder_paths(name)
     if choice == nothing_there(name):
         raise FileNotFoundError(
-            f"models/{name} is empty: put {folder.wanted} into {roots[0]}, then reload the page."
+            f"{_place(name)} is empty: put {folder.wanted} into {roots[0]}, then reload the page."
         )
     for root in map(os.path.abspath, roots):
         path = os.path.abspath(os.path.join(root, choice))
         # Judged by name, not by where links lead: models are often linked in from another disk.
         if path == root or os.path.commonpath([root, path]) != root:
-            raise ValueError(f"{choice!r} is not inside models/{name}: choose a name from the list.")
+            raise ValueError(f"{choice!r} is not inside {_place(name)}: choose a name from the list.")
         if os.path.isfile(path) or (folder.marker and os.path.isfile(os.path.join(path, folder.marker))):
             return Path(path)
     raise FileNotFoundError(
-        f"There is no {choice!r} in models/{name} (looked in {', '.join(roots)}). There belongs "
+        f"There is no {choice!r} in {_place(name)} (looked in {', '.join(roots)}). There belongs "
         f"{folder.wanted}."
     )
 

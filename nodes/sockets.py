@@ -7,3 +7,21 @@ ClipGuideIO = io.Custom("CLIP_GUIDE")
 
 AugmentIO = io.Custom("AUGMENT")
 """A `blending.augment.ExtendingAugmentations`."""
+
+InversionIO = io.Custom("INVERSION")
+"""An `attention_swap.inversion.Inversion`."""
+
+AttentionIO = io.Custom("ATTENTION")
+"""A `nodes.swap_run.Attention`: what a source's run left for swaps."""
+
+SwapTokensIO = io.Custom("SWAP_TOKENS")
+"""An `attention_swap.prompts.PromptPair`."""
+
+SwapSubjectsIO = io.Custom("SWAP_SUBJECTS")
+"""A tuple of `attention_swap.sampler.Subject`."""
+
+SwapSettingsIO = io.Custom("SWAP_SETTINGS")
+"""An `attention_swap.settings.SwapSettings`."""
+
+SwapLayersIO = io.Custom("SWAP_LAYERS")
+"""An `attention_swap.settings.Where`."""

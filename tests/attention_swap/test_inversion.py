@@ -166,8 +166,13 @@ def test_an_inversion_tells_later_sampling_of_its_operator():
     assert Proximal.of(inverted("negative_prompt").inversion.facts) is None
 
 
-@pytest.mark.parametrize(("kind", "quantile", "said"), [("l1", 0.7, "choose hard or soft"), ("hard", 1.0, "below 1"),
-                                                        ("hard", -0.1, "at least 0"), ("hard", float("nan"), "below 1")])
+@pytest.mark.parametrize(
+    ("kind", "quantile", "said"),
+    [
+        ("l1", 0.7, "choose hard or soft"), ("hard", 1.0, "below 1"), ("hard", -0.1, "at least 0"),
+        ("hard", float("nan"), "below 1"),
+    ],
+)  # fmt: skip
 def test_operators_out_of_range_are_refused(kind: str, quantile: float, said: str):
     with pytest.raises(ValueError, match=said):
         Proximal(kind, quantile)
@@ -178,9 +183,8 @@ def test_operators_out_of_range_are_refused(kind: str, quantile: float, said: st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_file_gives_back_exactly_what_was_saved(tmp_path: Path, method: str):
-    saved = dataclasses.replace(
-        inverted(method).inversion, facts={"prompt": "ein Stern, été", "psnr": 31.25, "proximal": "hard", "quantile": 0.7}
-    )
+    facts = {"prompt": "ein Stern, été", "psnr": 31.25, "proximal": "hard", "quantile": 0.7}
+    saved = dataclasses.replace(inverted(method).inversion, facts=facts)
     saved.save(tmp_path / "a.safetensors")
     loaded = Inversion.load(tmp_path / "a.safetensors")
     for name in ("sigmas", "trajectory", "null"):
@@ -232,6 +236,7 @@ def rewritten(path: Path, tensors: dict[str, Tensor] | None = None, **about: obj
         ({"version": 2}, "version 2, this pack reads version 1: update"),
         ({"method": "guess"}, "is damaged: method is 'guess'"),
         ({"cfg": None}, "is damaged"),
+        ({"facts": 3}, "is damaged"),
         ({"tensors": {"trajectory": torch.zeros(3, 1, 4, 2, 2)}}, "is damaged: trajectory is"),
         ({"tensors": {"null": torch.zeros(3, 1, 77, 8)}}, "is damaged: null is"),
         ({"tensors": {"sigmas": torch.zeros(STEPS + 1)}}, "is damaged: sigmas must"),

@@ -163,6 +163,19 @@ def test_weights_in_bf16_are_optimised_in_fp32(optimiser: str):
     assert error(made[-1]) < 2 * error(expected[-1]) + 0.02
 
 
+@pytest.mark.parametrize("weight", [0.0, 1e-30])
+def test_a_model_that_the_embedding_does_not_move_ends_the_search(monkeypatch: pytest.MonkeyPatch, weight: float):
+    deaf = host()
+
+    def branch(x: Tensor, sigma: float, branch: str, embedding: Tensor = deaf.null) -> Tensor:
+        return x * 0.5 + weight * embedding.sum()
+
+    monkeypatch.setattr(deaf, "branch", branch)
+    made, found, reports = optimise_null_text(deaf, *path(), NullTextSettings("fast"))
+    assert made.isfinite().all() and found.isfinite().all()
+    assert all(report.backwards <= 1 for report in reports)
+
+
 def test_nothing_of_the_model_is_left_with_a_gradient():
     optimise_null_text(host(), *path(), NullTextSettings(inner_steps=1))
     assert all(parameter.grad is None for parameter in model().unet.parameters())

@@ -1,0 +1,92 @@
+"""A swap of demo pictures through the nodes, as ComfyUI would run them: in inference mode, one after another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+
+SOURCE, TARGET = "a red star on a blue sky background", "a green heart on a blue sky background"
+STEPS = 4
+
+
+@dataclasses.dataclass
+class Kit:
+    """The demo's MODEL, CLIP and VAE, and the nodes of a swap with few steps. Inputs by name replace those given here."""
+
+    model: Any
+    clip: Any
+    vae: Any
+
+    @staticmethod
+    def run(node: Any, **inputs: Any) -> tuple:
+        with torch.inference_mode():
+            return node.execute(**inputs).args
+
+    def prompts(self, source: str = SOURCE, target: str = TARGET, **more: Any) -> tuple:
+        """source, target, tokens, words"""
+        from blendswap.nodes.prompts import SwapPrompts
+
+        return self.run(SwapPrompts, clip=self.clip, source_prompt=source, target_prompt=target, **more)
+
+    def settings(self, preset: str = "photoswap", **more: Any) -> Any:
+        from blendswap.nodes.swap_settings import SwapSettings
+
+        return self.run(SwapSettings, preset=preset, **more)[0]
+
+    def subject(self, *words: str, **more: Any) -> Any:
+        from blendswap.nodes.swap import SwapSubject
+
+        return self.run(SwapSubject, source_word=words[0], target_word=words[1], **more)[0]
+
+    def empty(self, batch: int = 1) -> dict:
+        return {"samples": torch.zeros(batch, 8, 16, 16)}
+
+    def capture(self, **more: Any) -> tuple:
+        """attention, latent, summary; of a source that is made up"""
+        from blendswap.nodes.capture import AttentionCapture
+
+        defaults = dict(
+            model=self.model, positive=self.prompts()[0], negative=self.prompts("", "")[0], seed=3, steps=STEPS, cfg=4.0,
+            storage="tape", latent=self.empty(),
+        )
+        return self.run(AttentionCapture, **{**defaults, **more})
+
+    def swap(self, attention: Any, target: str = TARGET, **more: Any) -> tuple:
+        """latent, image, report, json"""
+        from blendswap.nodes.swap import AttentionSwapSampler
+
+        _, positive, tokens, _ = self.prompts(SOURCE, target)
+        defaults = dict(model=self.model, attention=attention, positive=positive, tokens=tokens)
+        return self.run(AttentionSwapSampler, **{**defaults, **more})
+
+    @staticmethod
+    def snapshot(model: Any) -> str:
+        """What sits on a MODEL and on its network."""
+        unet = model.model.diffusion_model
+        hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in unet.modules())
+        return json.dumps([repr(model.model_options), sorted(model.patches), sorted(model.object_patches),
+                           sorted(model.wrappers), sorted(model.callbacks), hooks], default=str)
+
+
+def checksum(model: Any) -> float:
+    """Of a network's weights."""
+    return sum(float(weight.double().abs().sum()) for weight in model.model.diffusion_model.parameters())
+
+
+def half_mask(size: int = 64) -> torch.Tensor:
+    """The left half."""
+    mask = torch.zeros(1, size, size)
+    mask[..., : size // 2] = 1
+    return mask
+
+
+@pytest.fixture(scope="module")
+def kit(comfy) -> Kit:
+    from blendswap.nodes.demo import DemoModelLoader
+
+    with torch.inference_mode():
+        return Kit(*DemoModelLoader.execute().args)

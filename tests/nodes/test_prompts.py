@@ -1,0 +1,162 @@
+"""SwapPrompts: the conditioning it gives, the words it aligns, the input it refuses; and SwapSettings and SwapLayers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .conftest import SOURCE, TARGET
+
+pytestmark = pytest.mark.needs_comfy
+
+
+def test_the_conditioning_is_that_of_the_stock_node(kit):
+    from nodes import CLIPTextEncode
+
+    source, target, *_ = kit.prompts("a (red:1.3) star", "a green heart")
+    with torch.inference_mode():
+        stock = CLIPTextEncode().encode(kit.clip, "a (red:1.3) star")[0]
+    assert torch.equal(source[0][0], stock[0][0]) and not torch.equal(source[0][0], target[0][0])
+
+
+def test_words_are_aligned_whole_and_said(kit):
+    *_, pair, words = kit.prompts(SOURCE, "a green dotted heart on a blue sky background")
+    assert "star" in words and "heart" in words and "background" not in words
+    alignment = pair.align()
+    assert alignment.target_positions("heart") == (4,) and pair.subjects == ()
+    assert pair.found_subjects() == (("red star", "green dotted heart"),)
+
+
+def test_named_subjects_correspond_whatever_stands_around_them(kit):
+    *_, pair, words = kit.prompts(SOURCE, TARGET, source_subject=" star ", target_subject="heart")
+    assert pair.found_subjects() == (("star", "heart"),) and "star → heart" in words
+
+
+def test_equal_prompts_need_no_subject(kit):
+    *_, pair, words = kit.prompts(SOURCE, SOURCE)
+    assert pair.align().identical and pair.found_subjects() == () and "same words" in words
+
+
+def test_a_concepts_clip_encodes_the_target(kit):
+    other = kit.clip.clone()
+    other.add_patches({key: (torch.full_like(weight, 0.1),) for key, weight in other.patcher.model.state_dict().items()
+                       if key.endswith("token_embedding.weight")})
+    plain, concept = kit.prompts(), kit.prompts(target_clip=other)
+    assert torch.equal(plain[0][0][0], concept[0][0][0]) and not torch.equal(plain[1][0][0], concept[1][0][0])
+
+
+def test_word_weights_are_read_with_commas_lines_and_words_in_a_row(kit):
+    *_, pair, _ = kit.prompts(word_weights="heart:1.5, blue sky: 0.5\nbackground:2")
+    weights = pair.align().weights
+    positions = [pair.align().target_positions(word)[0] for word in ("heart", "blue", "sky", "background", "green")]
+    assert weights[positions].tolist() == [1.5, 0.5, 0.5, 2.0, 1.0]
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"word_weights": "heart=2"}, "word_weights: 'heart=2' is no word with a weight.*star:1.5"),
+    ({"word_weights": "heart:loud"}, "word_weights: 'heart:loud'"),
+    ({"word_weights": ":2"}, "word_weights: ':2'"),
+    ({"word_weights": "heart:1, heart:2"}, "'heart' has two weights"),
+    ({"word_weights": "moon:2"}, "'moon' is not in the target's prompt"),
+    ({"source_subject": "moon", "target_subject": "heart"}, "'moon' is not in the source's prompt"),
+    ({"source_subject": "star"}, "target_subject is empty, but source_subject is 'star'"),
+    ({"target_prompt": "ring"}, "the prompts share no word"),
+    ({"clip": None}, "clip is empty"),
+])
+def test_bad_input_is_named_with_its_cure(kit, more, message):
+    from blendswap.nodes.prompts import SwapPrompts
+
+    inputs = {"clip": kit.clip, "source_prompt": SOURCE, "target_prompt": TARGET, **more}
+    with pytest.raises(ValueError, match=message):
+        kit.run(SwapPrompts, **inputs)
+
+
+def test_a_clip_of_another_kind_of_model_is_refused(kit):
+    class T5:
+        class tokenizer:
+            pass
+
+        @staticmethod
+        def tokenize(text, **_):
+            return {"t5xxl": [[(1, 1.0, 1)]]}
+
+    with pytest.raises(ValueError, match="encoders t5xxl.*SD 1.x, SD 2.x or SDXL"):
+        kit.prompts(target_clip=T5())
+
+
+def test_sdxl_and_sd2_prompts_are_aligned_by_their_own_tokenizers(comfy):
+    from comfy.sdxl_clip import SDXLTokenizer
+    from comfy.text_encoders.sd2_clip import SD2Tokenizer
+
+    from blendswap.nodes.prompts import encoded
+
+    class Clip:
+        """A CLIP whose text encoder is left out."""
+
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def tokenize(self, text, return_word_ids):
+            return self.tokenizer.tokenize_with_weights(text, return_word_ids)
+
+        def encode_from_tokens_scheduled(self, tokens):
+            assert all(len(entry) == 2 for chunks in tokens.values() for chunk in chunks for entry in chunk)
+
+    for tokenizer in (SDXLTokenizer(), SD2Tokenizer()):
+        words = encoded(Clip(tokenizer), "a photo of an extraordinarycat, sitting")[1].words
+        assert [word.text for word in words] == ["a", "photo", "of", "an", "extraordinarycat", ",", "sitting"]
+        assert len(words[4].positions) > 1
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_dials_are_the_papers_in_every_unit(kit):
+    from blendswap.attention_swap.settings import PRESETS, Steps
+
+    paper = PRESETS["photoswap"]
+    assert kit.settings("custom") == paper
+    fractions = kit.settings("custom", unit="fraction", self_map=0.5, cross_map=0.4, self_output=0.2)
+    assert fractions == paper
+    steps = kit.settings("custom", unit="steps")
+    assert (steps.self_map, steps.cross_map, steps.self_output) == (Steps(25), Steps(20), Steps(10))
+
+
+@pytest.mark.parametrize("preset", ["photoswap", "official", "p2p", "pnp", "masactrl"])
+def test_a_preset_replaces_the_dials_and_says_what_it_sets(kit, preset):
+    from blendswap.attention_swap.settings import PRESETS
+    from blendswap.nodes.swap_settings import SwapSettings
+
+    settings, summary = kit.run(SwapSettings, preset=preset, self_map=50.0)
+    assert settings == PRESETS[preset] and f"preset {preset}" in summary and "%" in summary
+
+
+def test_layers_narrow_a_swap_down_with_a_preset_too(kit):
+    from blendswap.attention_swap.settings import Where
+    from blendswap.nodes.swap_settings import SwapLayers, SwapSettings
+
+    layers = kit.run(SwapLayers, halves="cond", down=False, mid=False, first=1, last=5, max_tokens=1024)[0]
+    assert layers == Where(("cond",), ("up",), 1, 5, 0.0, 0, 1024)
+    settings, summary = kit.run(SwapSettings, preset="photoswap", map_layers=layers)
+    assert settings.map_where == layers and settings.output_where == Where()
+    assert "cond half, up, layers 1 to 5, 0 to 1024 tokens" in summary
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"self_map": 60.0}, "self_map is 60; with unit 'of 50 steps' it must be 0 to 50"),
+    ({"unit": "fraction"}, "self_map is 25; with unit 'fraction' it must be 0 to 1"),
+    ({"unit": "steps", "cross_map": 2.5}, "must be whole"),
+    ({"counting": "published", "self_map": 45.0}, "add up to more than 1"),
+])
+def test_a_lambda_out_of_range_is_named(kit, more, message):
+    with pytest.raises(ValueError, match=message):
+        kit.settings("custom", **more)
+
+
+def test_layers_that_leave_none_are_refused(kit):
+    from blendswap.nodes.swap_settings import SwapLayers
+
+    with pytest.raises(ValueError, match="down, mid and up are all off"):
+        kit.run(SwapLayers, down=False, mid=False, up=False)
+    with pytest.raises(ValueError, match="layer range 5 to 2 is empty"):
+        kit.run(SwapLayers, first=5, last=2)
