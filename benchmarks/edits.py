@@ -38,7 +38,7 @@ from ..hosts.diffusers_host import DiffusersHost
 logger = logging.getLogger(__name__)
 
 FIRST_SCENE_SEED = 3_000_000
-METHOD = BlendSettings(guidance=250.0, distance="spherical", clamp=True)
+METHOD = BlendSettings(guidance=120.0, distance="spherical", clamp=True)
 """What the demo workflows use: the paper's 100 steps from 25, with what suits the small models."""
 
 
@@ -77,8 +77,8 @@ def variants() -> dict[str, Variant]:
         "direct": Variant(change(method, gradient="direct")),
         "ddim": Variant(change(method, sampler="ddim")),
         "cosine": Variant(change(method, distance="cosine")),
-        "guidance_100": Variant(change(method, guidance=100.0)),
-        "guidance_1000": Variant(change(method, guidance=1000.0)),
+        "guidance_60": Variant(change(method, guidance=60.0)),
+        "guidance_300": Variant(change(method, guidance=300.0)),
         **{f"baseline_{weight}": Variant(change(method, blend=False, background_weight=float(weight)))
            for weight in (100, 1000, 10000)},
     }

@@ -2,15 +2,15 @@
 
     python run.py bench swap_cost [--device cuda] [--dtype float16] [--only runs,tokens]
 
-The model has SD 1.x's structure and random weights (its cost does not depend on them). "runs": Photoswap's λ's on the whole
-model. The source is synthetic; "replay, direct" has a known path and the corrections of direct inversion, the way up not
-counted. What materialises maps is the same swap as published codes do it: source and target side by side, every layer's
-softmax map of both computed, kept for the step and multiplied; how far its result is from ours is printed. "tokens": the same
-with attention at one resolution alone, of 256 to 16384 tokens; the exponent is that of a power of the tokens between two rows,
-and 1 is linear.
+The model has SD 1.x's structure and random weights (its cost does not depend on them). "runs": Photoswap's λ's on the
+whole model. The source is synthetic; "replay, direct" has a known path and the corrections of direct inversion, the
+way up not counted. What materialises maps is the same swap as published codes do it: source and target side by side,
+every layer's softmax map of both computed, kept for the step and multiplied; how far its result is from ours is
+printed. "tokens": the same with attention at one resolution alone, of 256 to 16384 tokens; the exponent is that of a
+power of the tokens between two rows, and 1 is linear.
 
-Time is the median over rounds in which everything compared takes its turn. Memory is the peak above the weights: PyTorch's
-own count on a GPU, and on a CPU what its profiler counts of allocations, the tape included there.
+Time is the median over rounds in which everything compared takes its turn. Memory is the peak above the weights:
+PyTorch's own count on a GPU, and on a CPU what its profiler counts of allocations, the tape included there.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ TWO_STEPS = SwapSettings(self_output=0.5, self_map=1.0, cross_map=1.0)
 class Pair:
     """Source and target on one random network, and the ways to make the two pictures.
 
-    widths: of the network's levels. attention: for each level whether it has any; of two levels the middle block has none.
-    size: of the latents.
+    widths: of the network's levels. attention: for each level whether it has any; with two levels the middle block has
+        none. size: of the latents.
     """
 
     def __init__(

@@ -1,21 +1,21 @@
-"""Is the new subject there, and did the rest stay? Photoswap and its rivals on the demo world, judged by what took no part.
+"""Is the new subject there, and did the rest stay? Photoswap and its rivals, judged by what took no part.
 
     python run.py bench swaps [--cases 64] [--steps 20] [--methods photoswap,p2p,...]
     python run.py bench swaps --sweep [--cases 24]        # each λ from 0 to 1 with the others at 0
 
 Every case is a scene with one object that no model has seen, and the same scene with the object in another colour,
-another pattern, both, or as another shape in another colour. The picture is inverted with `direct` under its caption, and the
-caption of the changed scene is the target's prompt. All methods share the inversion and one capture.
+another pattern, both, or as another shape in another colour. The picture is inverted with `direct` under its caption,
+and the caption of the changed scene is the target's prompt. All methods share the inversion and one capture.
 
-"subject": the judge network finds shape and pattern as asked, and the palette the colour; "asked" is the share of those
-attributes alone that had to change, all of them as asked. "pose": IoU of the known mask with the outline that saturation
-shows, over the whole picture, holes and gaps filled in both. "background": PSNR against the source outside of the object's
-known mask grown by a latent cell, before any paste; mean over cases. "overall": subject as asked, pose at least 0.7, background
-at least 20 dB. Intervals are 95 % (Wilson for rates). The two bounds are drawn pictures after the VAE's round trip: the source
-itself, which keeps all and changes nothing, and the changed scene.
+"subject": the judge network finds shape and pattern as asked, and the palette the colour; "asked" is the share of
+those attributes alone that had to change, all of them as asked. "pose": IoU of the known mask with the outline that
+saturation shows, over the whole picture, holes and gaps filled in both. "background": PSNR against the source outside
+of the object's known mask grown by a latent cell, before any paste; mean over cases. "overall": subject as asked,
+pose at least 0.7, background at least 20 dB. Intervals are 95 % (Wilson for rates). The two bounds are drawn pictures
+after the VAE's round trip: the source itself, which keeps all and changes nothing, and the changed scene.
 
-`NAME_uncorrected` runs a method without what direct inversion adds to the target's steps: Ju et al. 2023 correct the source
-alone.
+`NAME_uncorrected` runs a method without what direct inversion adds to the target's steps: Ju et al. 2023 correct the
+source alone.
 """
 
 from __future__ import annotations
@@ -308,8 +308,8 @@ def kinds_table(found: dict[str, list[Judged]], chosen: Sequence[Case]) -> str:
 
 
 def duels(found: dict[str, list[Judged]], champion: str = "photoswap") -> str:
-    """Case by case against each other swap: better, equal, worse. Pose within 0.02 and background within 0.5 dB count as
-    equal, as the paper's people could say "tie"."""
+    """Case by case against each other swap: better, equal, worse. Pose within 0.02 and background within 0.5 dB count
+    as equal, as the paper's people could say "tie"."""
     lines = [f"| {champion} against | subject | pose | background |", "|---|---|---|---|"]
     measures = {"subject": 0.0, "pose": 0.02, "background": 0.5}
     for name, others in found.items():
@@ -425,7 +425,10 @@ def run_methods(bench: Bench, chosen: Sequence[Case], methods: dict[str, Method]
         **settled, "seconds": bench.seconds,
         "methods": {name: summary(ones) for name, ones in found.items()},
         "by case": [
-            {"words": case.words, "kind": case.kind, **{name: dataclasses.asdict(one) for name, one in zip(found, said)}}
+            {
+                "words": case.words, "kind": case.kind,
+                **{name: dataclasses.asdict(one) for name, one in zip(found, said)},
+            }
             for case, _, said in rows
         ],
     })

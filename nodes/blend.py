@@ -72,7 +72,7 @@ class CLIPBlendSampler(io.ComfyNode):
                 io.Float.Input(
                     "guidance", default=1000.0, min=0.0, max=100000.0, step=10.0,
                     tooltip="Weight of the CLIP loss. 1000 for ViT-B/16 with the published priors; more follows the "
-                    "prompt more and looks less natural. The demo models want about 250.",
+                    "prompt more and looks less natural. The demo models want about 120.",
                 ),
                 io.Int.Input("steps", default=100, min=1, max=1000, tooltip="Length of the schedule."),
                 io.Int.Input(

@@ -97,7 +97,8 @@ def test_the_best_is_best_on_the_whole() -> None:
 
 def test_the_sheet_shows_every_picture_whole_and_frames_the_best() -> None:
     pictures = [torch.full((40, 64, 3), value) for value in (0.2, 0.4, 0.6)]
-    sheet = contact_sheet(pictures[0], pictures[1:], ["M 0, A 10, phi 30", "a longer label, than the others, that is wrapped"], 2, 0)
+    labels = ["M 0, A 10, phi 30", "a longer label, than the others, that is wrapped"]
+    sheet = contact_sheet(pictures[0], pictures[1:], labels, 2, 0)
     assert sheet.shape[0] == 1 and sheet.min() >= 0 and sheet.max() <= 1
     for value in (0.2, 0.4, 0.6):
         shown = (sheet[0] - round(value * 255) / 255).abs().amax(-1) < 1e-3
