@@ -188,7 +188,7 @@ class Needs:
         return cls({key: frozenset(steps) for key, steps in found.items()})
 
     def __or__(self, other: Needs) -> Needs:
-        keys = {*self.steps, *other.steps}
+        keys = dict.fromkeys((*self.steps, *other.steps))
         nothing: frozenset[int] = frozenset()
         return Needs({key: self.steps.get(key, nothing) | other.steps.get(key, nothing) for key in keys})
 

@@ -75,8 +75,8 @@ def word_weights(text: str, name: str = "word_weights") -> dict[str, float]:
             factor = math.nan
         if not word or not math.isfinite(factor):
             raise ValueError(
-                f"{name}: {entry!r} is no word with a weight. Write the word as in target_prompt, a colon and a number, with "
-                "commas between: star:1.5, blue sky:0.5"
+                f"{name}: {entry!r} is no word with a weight. Write the word as in target_prompt, a colon and a "
+                "number, with commas between: star:1.5, blue sky:0.5"
             )
         if word in weights:
             raise ValueError(f"{name}: {word!r} has two weights; keep one")

@@ -20,7 +20,7 @@ from torch import Tensor
 from .settings import Steps, SwapSettings
 
 BLUR = 1 / 64
-"""Standard deviation of the blur on outlines, as a share of the picture's shorter side: an edge may move by that much."""
+"""Standard deviation of the blur on outlines, as a share of the shorter side: an edge may move by that much."""
 
 PSNR_OF_EQUALS = 99.0
 """dB; stands for the infinite PSNR of equal pictures in an average."""
@@ -29,7 +29,7 @@ _PANEL, _GAP = 128, 4
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A score: its name in the table, what it is about ("background", "pose", "identity"), and whether more is better."""
+    """A score: its name in the table, what it is about ("background", "pose", "identity"), whether more is better."""
 
     name: str
     about: str
@@ -96,7 +96,7 @@ def _sum(one: float | Steps, other: float | Steps) -> float | Steps:
 
 
 def background_psnr(source: Tensor, result: Tensor, mask: Tensor) -> float:
-    """PSNR in dB of `result` against `source`, [H, W, 3] in 0..1, where `mask` [H, W] is 0; infinite where they are equal.
+    """PSNR in dB of `result` against `source`, [H, W, 3] in 0..1, where `mask` [H, W] is 0; infinite for equal ones.
 
     Raises ValueError for a mask that leaves no background.
     """
@@ -110,8 +110,9 @@ def background_psnr(source: Tensor, result: Tensor, mask: Tensor) -> float:
 def pose_overlap(source: Tensor, result: Tensor, mask: Tensor) -> float:
     """How much of the outlines within `mask` [H, W] is the same in both pictures [H, W, 3] in 0..1: 0 nothing, 1 all.
 
-    The edge strength (largest Sobel gradient of the three colours), blurred by `BLUR` and divided by its mean within the
-    mask, is intersected over united: Σ min / Σ max. Colour and contrast of the subject do not count, its outline does.
+    The edge strength (largest Sobel gradient of the three colours), blurred by `BLUR` and divided by its mean within
+    the mask, is intersected over united: Σ min / Σ max. Colour and contrast of the subject do not count, its outline
+    does.
     """
     from skimage.filters import gaussian, sobel
 
@@ -127,15 +128,16 @@ def pose_overlap(source: Tensor, result: Tensor, mask: Tensor) -> float:
 
 
 def best(scores: Mapping[Column, Sequence[float]]) -> tuple[int, list[float]]:
-    """The best of a grid, and each one's overall score in 0..1: its place between the worst and the best in each column,
-    averaged over the columns of one matter, then over the matters."""
+    """The best of a grid, and each one's overall score in 0..1: its place between the worst and the best in each
+    column, averaged over the columns of one matter, then over the matters."""
     count = len(next(iter(scores.values())))
     matters: dict[str, list[list[float]]] = {}
     for column, given in scores.items():
         kept = [min(value, PSNR_OF_EQUALS) if column is BACKGROUND else value for value in given]
         low, high = min(kept), max(kept)
         places = [0.5 if high == low else (value - low) / (high - low) for value in kept]
-        matters.setdefault(column.about, []).append(places if column.more_is_better else [1 - place for place in places])
+        places = places if column.more_is_better else [1 - place for place in places]
+        matters.setdefault(column.about, []).append(places)
     means = [np.mean(columns, axis=0) for columns in matters.values()]
     overall = np.mean(means, axis=0).tolist() if means else [0.0] * count
     return int(np.argmax(overall)), overall
@@ -164,7 +166,8 @@ def contact_sheet(
 ) -> Tensor:
     """The source, and below it labelled pictures in rows of `columns`: [1, h, w, 3] in 0..1.
 
-    All pictures are [H, W, 3] in 0..1 and of one size; small ones are enlarged pixel by pixel. Number `marked` gets a frame.
+    All pictures are [H, W, 3] in 0..1 and of one size; small ones are enlarged pixel by pixel. Number `marked` gets a
+    frame.
     """
     height, width = source.shape[:2]
     enlarge = max(1, math.ceil(_PANEL / width))

@@ -1,8 +1,8 @@
 """A source and a target that run side by side on ComfyUI, each with its own MODEL and conditioning.
 
-The two MODELs may be one, two checkpoints, or one checkpoint with different patches on it (a concept's LoRA). Of the last
-ComfyUI keeps one in place at a time, and where memory is short it puts a whole model away for another: so each host takes
-its turn, with its weights brought back where they are gone.
+The two MODELs may be one, two checkpoints, or one checkpoint with different patches on it (a concept's LoRA). Of the
+last ComfyUI keeps one in place at a time, and where memory is short it puts a whole model away for another: so each
+host takes its turn, with its weights brought back where they are gone.
 """
 
 from __future__ import annotations

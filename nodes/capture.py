@@ -39,9 +39,9 @@ class AttentionCapture(io.ComfyNode):
             display_name="Attention Capture",
             category="BlendSwap/swap",
             description=(
-                "Samples the source, a picture that was inverted or one made from noise, and keeps what AttentionSwapSampler "
-                "will take of its attention: only the kinds, steps and layers that the settings name, and never a map of "
-                "every token to every token."
+                "Samples the source, a picture that was inverted or one made from noise, and keeps what "
+                "AttentionSwapSampler will take of its attention: only the kinds, steps and layers that the settings "
+                "name, and never a map of every token to every token."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL: for an inversion the MODEL that made it."),
@@ -55,33 +55,38 @@ class AttentionCapture(io.ComfyNode):
                                "above zero noise."),
                 io.Combo.Input(
                     "storage", options=["auto", "tape", "replay"], default="auto",
-                    tooltip="tape: what a swap needs is kept in main memory, and a target costs one run. replay: nothing is "
-                    "kept, the source runs again beside each target. auto: a tape where it fits into memory_gib.",
+                    tooltip="tape: what a swap needs is kept in main memory, and a target costs one run. replay: "
+                    "nothing is kept, the source runs again beside each target. auto: a tape where it fits into "
+                    "memory_gib.",
                 ),
                 io.Float.Input("memory_gib", default=0.0, min=0.0, max=4096.0, step=0.5,
                                tooltip="Main memory that a tape may take, in GiB; 0 for half of what is free."),
                 dial(io.Boolean.Input("for_sweep", default=False,
-                                      tooltip="Keep what every smaller λ needs too, so that AttentionSwapSweep can run a grid "
-                                      "up to the settings' λ's from one tape.")),
+                                      tooltip="Keep what every smaller λ needs too, so that AttentionSwapSweep can "
+                                      "run a grid up to the settings' λ's from one tape.")),
                 dial(io.Boolean.Input("sample_source", default=True,
-                                      tooltip="With replay: sample the source here, for the LATENT output. A swap does not "
-                                      "need it; off saves a run.")),
+                                      tooltip="With replay: sample the source here, for the LATENT output. A swap "
+                                      "does not need it; off saves a run.")),
                 io.Conditioning.Input("negative", optional=True,
                                       tooltip="As at the inversion. Not needed for cfg 1, nor for an inversion by "
                                       "negative_prompt or proximal."),
                 InversionIO.Input("inversion", optional=True,
                                   tooltip="A real picture (NullTextInvert). Its steps, cfg and scheduler hold."),
                 io.Latent.Input("latent", optional=True,
-                                tooltip="A picture that is made up: an empty latent for its size, filled with noise by seed; "
-                                "or noise itself."),
-                SwapSettingsIO.Input("settings", optional=True, tooltip="SwapSettings; without it the Photoswap paper's."),
+                                tooltip="A picture that is made up: an empty latent for its size, filled with noise "
+                                "by seed; or noise itself."),
+                SwapSettingsIO.Input("settings", optional=True,
+                                     tooltip="SwapSettings; without it the Photoswap paper's."),
                 SwapSubjectsIO.Input("subjects", optional=True,
-                                     tooltip="SwapSubject, where subjects have λ's of their own: a tape must know of them."),
+                                     tooltip="SwapSubject, where subjects have λ's of their own: a tape must know of "
+                                     "them."),
             ],
             outputs=[
-                AttentionIO.Output(display_name="attention", tooltip="For AttentionSwapSampler and AttentionSwapSweep."),
+                AttentionIO.Output(display_name="attention",
+                                   tooltip="For AttentionSwapSampler and AttentionSwapSweep."),
                 io.Latent.Output(display_name="latent", tooltip="The source as it was sampled."),
-                io.String.Output(display_name="summary", tooltip="What was run, what is kept, and how much memory it takes."),
+                io.String.Output(display_name="summary",
+                                 tooltip="What was run, what is kept, and how much memory it takes."),
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
@@ -89,9 +94,9 @@ class AttentionCapture(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, seed: int = 0, steps: int = 50, cfg: float = 7.5, scheduler: str = "ddim_uniform",
-        storage: str = "auto", memory_gib: float = 0.0, for_sweep: bool = False, sample_source: bool = True, negative=None,
-        inversion: Inversion | None = None, latent: dict | None = None, settings: SwapSettings | None = None,
-        subjects: tuple[Subject, ...] | None = None,
+        storage: str = "auto", memory_gib: float = 0.0, for_sweep: bool = False, sample_source: bool = True,
+        negative=None, inversion: Inversion | None = None, latent: dict | None = None,
+        settings: SwapSettings | None = None, subjects: tuple[Subject, ...] | None = None,
     ) -> io.NodeOutput:
         from comfy_execution.graph_utils import ExecutionBlocker
 
@@ -116,7 +121,9 @@ class AttentionCapture(io.ComfyNode):
 
         total = len(source[1]) - 1 if isinstance(source, tuple) else source.steps
         wanted = _Wanted(settings, subjects or (), for_sweep, estimated)
-        made = _run(model, positive, negative, cfg, seed, source, wanted, storage, budget, sample_source, Progress(model, total))
+        made = _run(
+            model, positive, negative, cfg, seed, source, wanted, storage, budget, sample_source, Progress(model, total)
+        )
         said.append(_kept(made, storage))
         if "note" in made.facts:
             said.append(f"note: {made.facts['note']}")
@@ -152,15 +159,15 @@ class _Wanted:
 def _of_inversion(model, inversion: Inversion, latent: dict | None, said: list[str]) -> Inversion:
     if latent is not None:
         raise ValueError(
-            "inversion and latent are both connected: the source is either a picture that was inverted, or one made up from "
-            "noise. Disconnect one of them."
+            "inversion and latent are both connected: the source is either a picture that was inverted, or one made "
+            "up from noise. Disconnect one of them."
         )
     check_fits(model, inversion)
     if not torch.isfinite(inversion.trajectory).all():
         raise ValueError("inversion holds NaN or infinite values: invert the picture again")
     said.append(
-        f"source: inversion by {inversion.method}, {inversion.steps} steps, cfg {inversion.cfg:g} (they hold here, and steps, "
-        "cfg, scheduler and seed of this node do not count)"
+        f"source: inversion by {inversion.method}, {inversion.steps} steps, cfg {inversion.cfg:g} (they hold here, "
+        "and steps, cfg, scheduler and seed of this node do not count)"
     )
     return inversion
 
@@ -196,8 +203,8 @@ def _made_up(model, latent: dict | None, seed: int, steps: int, scheduler: str, 
             if noise.std() < NOISE_SHARE * sigmas[0]:
                 raise ValueError(
                     f"latent is neither empty nor noise (its values spread by {noise.std():.2g}, noise here would by "
-                    f"{sigmas[0]:.3g}): for a real picture connect NullTextInvert's inversion, for one that is made up an "
-                    "EmptyLatentImage"
+                    f"{sigmas[0]:.3g}): for a real picture connect NullTextInvert's inversion, for one that is made "
+                    "up an EmptyLatentImage"
                 )
     height, width = noise.shape[-2:]
     said.append(
@@ -229,8 +236,8 @@ def _size(count: int) -> str:
 
 
 def _run(
-    model, positive, negative, cfg: float, seed: int, source: Any, wanted: _Wanted, storage: str, budget: int, sample: bool,
-    progress: Progress,
+    model, positive, negative, cfg: float, seed: int, source: Any, wanted: _Wanted, storage: str, budget: int,
+    sample: bool, progress: Progress,
 ) -> Capture:
     from ..attention_swap.capture import branches_of, capture
     from ..hosts.comfy_text import run_text
@@ -252,8 +259,8 @@ def _check_null(host: TextHost, source: Any) -> None:
     null = None if isinstance(source, tuple) else source.null
     if null is not None and null.shape[-1] != host.null.shape[-1]:
         raise ValueError(
-            f"inversion has text embeddings of {null.shape[-1]} channels, the MODEL's text has {host.null.shape[-1]}: it was "
-            "made with another model family. Invert with this MODEL."
+            f"inversion has text embeddings of {null.shape[-1]} channels, the MODEL's text has {host.null.shape[-1]}: "
+            "it was made with another model family. Invert with this MODEL."
         )
 
 

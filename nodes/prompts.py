@@ -25,9 +25,9 @@ class SwapPrompts(io.ComfyNode):
             display_name="Swap Prompts",
             category="BlendSwap/swap",
             description=(
-                "Encodes the source's prompt and the target's, and says which words correspond, so that a swap knows whose "
-                "cross-attention a new word takes. The target's prompt is best the source's with the subject replaced. "
-                "Embeddings and prompt weights work as in CLIPTextEncode."
+                "Encodes the source's prompt and the target's, and says which words correspond, so that a swap knows "
+                "whose cross-attention a new word takes. The target's prompt is best the source's with the subject "
+                "replaced. Embeddings and prompt weights work as in CLIPTextEncode."
             ),
             inputs=[
                 io.Clip.Input("clip", tooltip="CLIP of SD 1.x, SD 2.x or SDXL."),
@@ -36,17 +36,19 @@ class SwapPrompts(io.ComfyNode):
                 io.String.Input("target_prompt", multiline=True, default="",
                                 tooltip="The same with the new subject in the old one's place."),
                 io.String.Input("source_subject", default="",
-                                tooltip="The subject's word, or words in a row, in source_prompt. Empty: the words that "
-                                "were replaced. For several subjects use SwapSubject."),
+                                tooltip="The subject's word, or words in a row, in source_prompt. Empty: the words "
+                                "that were replaced. For several subjects use SwapSubject."),
                 io.String.Input("target_subject", default="",
                                 tooltip="What stands in its place in target_prompt. Both, or neither."),
                 io.String.Input("word_weights", default="", multiline=True,
-                                tooltip="How strongly words of target_prompt attend, 1 being normal: star:1.5, blue sky:0.5"),
+                                tooltip="How strongly words of target_prompt attend, 1 being normal: star:1.5, blue "
+                                "sky:0.5"),
                 io.Clip.Input("target_clip", optional=True,
                               tooltip="CLIP for the target's prompt where it is another one, such as a concept's."),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="source", tooltip="positive for NullTextInvert and AttentionCapture."),
+                io.Conditioning.Output(display_name="source",
+                                       tooltip="positive for NullTextInvert and AttentionCapture."),
                 io.Conditioning.Output(display_name="target", tooltip="positive for AttentionSwapSampler."),
                 SwapTokensIO.Output(display_name="tokens", tooltip="For AttentionSwapSampler."),
                 io.String.Output(display_name="words", tooltip="What became of the words."),
@@ -64,8 +66,8 @@ class SwapPrompts(io.ComfyNode):
         if bool(source_subject) != bool(target_subject):
             missing, given = ("target", "source") if source_subject else ("source", "target")
             raise ValueError(
-                f"{missing}_subject is empty, but {given}_subject is {source_subject or target_subject!r}: name the subject "
-                "in both prompts, or in neither"
+                f"{missing}_subject is empty, but {given}_subject is {source_subject or target_subject!r}: name the "
+                "subject in both prompts, or in neither"
             )
         if clip is None:
             raise ValueError("clip is empty: the checkpoint has no text encoder. Load one and connect it.")
@@ -89,8 +91,8 @@ def encoded(clip: Any, prompt: str) -> tuple[Any, TokenisedPrompt]:
     tokenizers = [one for one in vars(clip.tokenizer).values() if hasattr(one, "inv_vocab")]
     if not tokenizers or not set(tokens) <= ENCODERS:
         raise ValueError(
-            f"the CLIP ({type(clip.tokenizer).__name__}, encoders {', '.join(tokens)}) is not one of Stable Diffusion's: connect "
-            "the CLIP of an SD 1.x, SD 2.x or SDXL checkpoint"
+            f"the CLIP ({type(clip.tokenizer).__name__}, encoders {', '.join(tokens)}) is not one of Stable "
+            "Diffusion's: connect the CLIP of an SD 1.x, SD 2.x or SDXL checkpoint"
         )
     words = from_comfy(tokens, lambda token: tokenizers[0].inv_vocab.get(token, ""), prompt)
     plain = {name: [[entry[:2] for entry in chunk] for chunk in chunks] for name, chunks in tokens.items()}

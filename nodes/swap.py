@@ -31,12 +31,13 @@ class AttentionSwapSampler(io.ComfyNode):
             display_name="Attention Swap Sampler (Photoswap)",
             category="BlendSwap/swap",
             description=(
-                "Photoswap (NeurIPS 2023): samples the target from the source's noise, taking self-attention outputs, self- and "
-                "cross-attention maps from the source, so that pose, layout and background are the source's and the subject is "
-                "the target's. MODEL and target prompt may be a concept's."
+                "Photoswap (NeurIPS 2023): samples the target from the source's noise, taking self-attention outputs, "
+                "self- and cross-attention maps from the source, so that pose, layout and background are the source's "
+                "and the subject is the target's. MODEL and target prompt may be a concept's."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The target's MODEL: the source's, or one that knows the new subject (a "
+                io.Model.Input("model",
+                               tooltip="The target's MODEL: the source's, or one that knows the new subject (a "
                                "checkpoint or LoRA of the same family)."),
                 AttentionIO.Input("attention", tooltip="The source (AttentionCapture)."),
                 io.Conditioning.Input("positive", tooltip="The target's prompt."),
@@ -45,13 +46,15 @@ class AttentionSwapSampler(io.ComfyNode):
                 io.Combo.Input("mask_side", options=[INSIDE, OUTSIDE], default=INSIDE,
                                tooltip="On which side of the mask the picture may change."),
                 SwapTokensIO.Input("tokens", optional=True,
-                                   tooltip="How the prompts' words correspond (SwapPrompts). Needed while cross_map is above 0."),
+                                   tooltip="How the prompts' words correspond (SwapPrompts). Needed while cross_map "
+                                   "is above 0."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Without it the source's."),
                 SwapSettingsIO.Input("settings", optional=True,
-                                     tooltip="SwapSettings; without it the capture's. A tape has what its own settings need, a "
-                                     "replay serves all."),
+                                     tooltip="SwapSettings; without it the capture's. A tape has what its own "
+                                     "settings need, a replay serves all."),
                 SwapSubjectsIO.Input("subjects", optional=True,
-                                     tooltip="SwapSubject: several subjects, each with words, a mask and λ's of its own."),
+                                     tooltip="SwapSubject: several subjects, each with words, a mask and λ's of its "
+                                     "own."),
                 io.Mask.Input("mask", optional=True, tooltip="Where the picture may change (see mask_side)."),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the result to the image output."),
                 io.Image.Input("image", optional=True,
@@ -76,7 +79,9 @@ class AttentionSwapSampler(io.ComfyNode):
         from comfy_execution.graph_utils import ExecutionBlocker
 
         if image is not None and vae is None:
-            raise ValueError("image is connected, but vae is not: connect the VAE, which makes the picture that image is laid around")
+            raise ValueError(
+                "image is connected, but vae is not: connect the VAE, which makes the picture that image is laid around"
+            )
         outside = mask_side == OUTSIDE
         settings = settings or attention.settings
         frame, edited = None, None
@@ -88,7 +93,9 @@ class AttentionSwapSampler(io.ComfyNode):
         progress = Progress(model, attention.capture.steps)
         result = target.run([settings], progress, mask, outside)[0]
         latent = as_latent(model, result.latents)
-        picture = ExecutionBlocker("AttentionSwapSampler has no image without a VAE: connect vae, or decode latent (VAEDecode).")
+        picture = ExecutionBlocker(
+            "AttentionSwapSampler has no image without a VAE: connect vae, or decode latent (VAEDecode)."
+        )
         report = result.report.to_text()
         if vae is not None:
             picture = vae.decode(latent["samples"])
@@ -106,8 +113,8 @@ def _frame(image, attention: Attention, vae, mask, outside: bool, subjects) -> t
     edited = edit_mask(mask, outside, subjects or (), frame.size)
     if edited is None:
         raise ValueError(
-            "image is connected, but nothing says where its background is: connect mask, or give each SwapSubject one. Without, "
-            "disconnect image."
+            "image is connected, but nothing says where its background is: connect mask, or give each SwapSubject "
+            "one. Without, disconnect image."
         )
     return frame, edited
 
@@ -132,12 +139,13 @@ class SwapSubject(io.ComfyNode):
             display_name="Swap Subject",
             category="BlendSwap/swap",
             description=(
-                "One subject of a swap: its words in the two prompts, where it is, and λ's of its own. Chain several, one for "
-                "each subject; give them to AttentionCapture too where they have λ's of their own. Where every subject has a "
-                "mask, the rest of the picture stays the source's."
+                "One subject of a swap: its words in the two prompts, where it is, and λ's of its own. Chain several, "
+                "one for each subject; give them to AttentionCapture too where they have λ's of their own. Where "
+                "every subject has a mask, the rest of the picture stays the source's."
             ),
             inputs=[
-                io.String.Input("source_word", default="", tooltip="The subject's word, or words in a row, in the source's prompt."),
+                io.String.Input("source_word", default="",
+                                tooltip="The subject's word, or words in a row, in the source's prompt."),
                 io.String.Input("target_word", default="", tooltip="What stands in its place in the target's prompt."),
                 unit_input(),
                 own("self_map", "λ_M, self-attention maps,"),
@@ -146,7 +154,8 @@ class SwapSubject(io.ComfyNode):
                 io.Mask.Input("mask", optional=True, tooltip="Where this subject is and may change the picture."),
                 SwapSubjectsIO.Input("subjects", optional=True, tooltip="The SwapSubject before this one."),
             ],
-            outputs=[SwapSubjectsIO.Output(display_name="subjects", tooltip="For AttentionSwapSampler, or the next SwapSubject.")],
+            outputs=[SwapSubjectsIO.Output(display_name="subjects",
+                                           tooltip="For AttentionSwapSampler, or the next SwapSubject.")],
         )  # fmt: skip
 
     @classmethod
@@ -166,7 +175,7 @@ class SwapSubject(io.ComfyNode):
         own = {name: amount(name, value, unit) for name, value in lambdas.items() if value >= 0}
         if own and mask is None:
             raise ValueError(
-                f"{', '.join(own)} of the subject {source_word} → {target_word}: a λ of its own needs a mask to hold in. Connect "
-                "mask, or set it to -1"
+                f"{', '.join(own)} of the subject {source_word} → {target_word}: a λ of its own needs a mask to hold "
+                "in. Connect mask, or set it to -1"
             )
         return io.NodeOutput((*(subjects or ()), Subject(source_word, target_word, mask, **own)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .convert import mask_for, paste_into, split_alpha, to_bchw
 
@@ -56,8 +57,8 @@ def check_family(model: Any, capture: Capture) -> None:
     family, made_with = type(model.model).__name__, capture.facts.get("model", type(model.model).__name__)
     if capture.noise.shape[1] != channels or family != made_with:
         raise ValueError(
-            f"attention was captured with a {made_with} of {capture.noise.shape[1]} latent channels, MODEL is a {family} of "
-            f"{channels}: connect a MODEL of the same family as AttentionCapture's."
+            f"attention was captured with a {made_with} of {capture.noise.shape[1]} latent channels, MODEL is a "
+            f"{family} of {channels}: connect a MODEL of the same family as AttentionCapture's."
         )
 
 
@@ -157,8 +158,8 @@ def as_latent(model: Any, latents: Tensor) -> dict[str, Tensor]:
 class Frame:
     """Where a decoded picture of `inner` (height, width) lies in the source picture of `size`.
 
-    ComfyUI cuts a picture's sides to the VAE's multiple, in the middle, before it encodes: `top` and `left` are what it cuts
-    off there. A picture that was resized before is resized back: `resized`.
+    ComfyUI cuts a picture's sides to the VAE's multiple, in the middle, before it encodes: `top` and `left` are what it
+    cuts off there. A picture that was resized before is resized back: `resized`.
     """
 
     size: tuple[int, int]
@@ -188,8 +189,8 @@ class Frame:
         if abs(size[0] * inner[1] / (size[1] * inner[0]) - 1) < 0.02:
             return cls(size, inner, resized=True)
         raise ValueError(
-            f"image is {size[1]}×{size[0]} (width×height), the result {inner[1]}×{inner[0]}: connect the picture that the source "
-            "was made from, as it went into the VAE"
+            f"image is {size[1]}×{size[0]} (width×height), the result {inner[1]}×{inner[0]}: connect the picture that "
+            "the source was made from, as it went into the VAE"
         )
 
     def cut(self, mask: Tensor) -> Tensor:
@@ -203,15 +204,14 @@ class Frame:
         colours = split_alpha(image)[0].float().cpu()
         if not self.resized:
             return colours[:, self.top:self.top + self.inner[0], self.left:self.left + self.inner[1]]
-        made = torch.nn.functional.interpolate(
-            colours.movedim(-1, 1), self.inner, mode="bicubic", antialias=True, align_corners=False
-        )
+        colours = colours.movedim(-1, 1)
+        made = F.interpolate(colours, self.inner, mode="bicubic", antialias=True, align_corners=False)
         return made.clamp(0, 1).movedim(1, -1)
 
     def place(self, image: Tensor, decoded: Tensor) -> Tensor:
-        """`decoded` [B, 3, h, w] in -1..1 at the source's size; what was cut off is the source `image` [1 or B, H, W, C]."""
+        """`decoded` [B, 3, h, w] in -1..1 at the source's size; what was cut off is `image`'s, [1 or B, H, W, C]."""
         if self.resized:
-            made = torch.nn.functional.interpolate(decoded, self.size, mode="bicubic", antialias=True, align_corners=False)
+            made = F.interpolate(decoded, self.size, mode="bicubic", antialias=True, align_corners=False)
             return made.clamp(-1, 1)
         whole = to_bchw(split_alpha(image)[0]).expand(len(decoded), -1, -1, -1).clone()
         whole[..., self.top:self.top + self.inner[0], self.left:self.left + self.inner[1]] = decoded
@@ -219,8 +219,8 @@ class Frame:
 
 
 def exact_background(image: Tensor, decoded: Tensor, mask: Tensor, frame: Frame) -> Tensor:
-    """`decoded` [B, H, W, 3] in 0..1 pasted into `image` [1 or B, H, W, C]: outside of `mask` [M, H, W] each of its pixels is the
-    image's, bit for bit."""
+    """`decoded` [B, H, W, 3] in 0..1 pasted into `image` [1 or B, H, W, C]: outside of `mask` [M, H, W] each pixel is
+    the image's, bit for bit."""
     if len(image) not in (1, len(decoded)):
         raise ValueError(f"image holds {len(image)} pictures for {len(decoded)} results: give one, or one for each")
     if frame.inner == frame.size or frame.resized:

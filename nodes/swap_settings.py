@@ -43,16 +43,16 @@ def amount(name: str, value: float, unit: str) -> float | Steps:
 def unit_input(**more: Any) -> io.Combo.Input:
     return io.Combo.Input(
         "unit", options=UNITS, default=OF_50, **more,
-        tooltip="What the λ's are given in. of 50 steps: as in the papers, scaled to the run's steps. fraction: 0 to 1. "
-        "steps: that many, whatever the run has.",
+        tooltip="What the λ's are given in. of 50 steps: as in the papers, scaled to the run's steps. fraction: 0 to "
+        "1. steps: that many, whatever the run has.",
     )  # fmt: skip
 
 
 def describe(settings: Settings) -> str:
     """Settings for people, a line each."""
     names = {
-        "self_output": "φ, self outputs", "self_map": "M, self maps", "cross_map": "A, cross maps", "features": "features",
-        "self_kv_from": "self keys and values from",
+        "self_output": "φ, self outputs", "self_map": "M, self maps", "cross_map": "A, cross maps",
+        "features": "features", "self_kv_from": "self keys and values from",
     }  # fmt: skip
     where = {
         "self_output": settings.output_where, "self_map": settings.map_where, "cross_map": settings.cross_where,
@@ -71,7 +71,8 @@ def describe(settings: Settings) -> str:
         lines.append(
             f"local blend from {settings.blend_from:.0%} of the steps on, threshold {settings.blend_threshold:g}"
         )
-    lines.append(f"prompts aligned by {settings.alignment}" + ("; the published code's counting" if settings.published else ""))
+    counting = "; the published code's counting" if settings.published else ""
+    lines.append(f"prompts aligned by {settings.alignment}{counting}")
     return "\n".join(lines)
 
 
@@ -84,7 +85,8 @@ def _place(where: Where) -> str:
     if where.skip:
         parts.append(f"without the first {where.skip:.0%} of them")
     if where.min_tokens or where.max_tokens is not None:
-        parts.append(f"{where.min_tokens} to {'any number of' if where.max_tokens is None else where.max_tokens} tokens")
+        most = "any number of" if where.max_tokens is None else where.max_tokens
+        parts.append(f"{where.min_tokens} to {most} tokens")
     return ", ".join(parts)
 
 
@@ -98,21 +100,22 @@ class SwapSettings(io.ComfyNode):
             display_name="Swap Settings",
             category="BlendSwap/swap",
             description=(
-                "How long a swap takes self-attention outputs (φ), self-attention maps (M) and cross-attention maps (A) from "
-                "the source (Photoswap, Gu et al. 2023). Connect one to AttentionCapture, and the capture keeps just that; "
-                "AttentionSwapSampler then uses the capture's."
+                "How long a swap takes self-attention outputs (φ), self-attention maps (M) and cross-attention maps "
+                "(A) from the source (Photoswap, Gu et al. 2023). Connect one to AttentionCapture, and the capture "
+                "keeps just that; AttentionSwapSampler then uses the capture's."
             ),
             inputs=[
                 io.Combo.Input(
                     "preset", options=[CUSTOM, *PRESET_NAMES], default=CUSTOM,
-                    tooltip="custom: the dials below, whose defaults are the Photoswap paper's. The others replace all of "
-                    "them: photoswap, official (its published code), p2p (Prompt-to-Prompt), pnp (Plug-and-Play), masactrl. "
-                    "What they set is said in the summary.",
+                    tooltip="custom: the dials below, whose defaults are the Photoswap paper's. The others replace "
+                    "all of them: photoswap, official (its published code), p2p (Prompt-to-Prompt), pnp "
+                    "(Plug-and-Play), masactrl. What they set is said in the summary.",
                 ),
                 unit_input(),
                 io.Float.Input(
                     "self_map", default=25.0, min=0.0, max=1000.0, step=1.0, round=0.001,
-                    tooltip="λ_M: how long self-attention maps are the source's. More keeps more of the source's shape.",
+                    tooltip="λ_M: how long self-attention maps are the source's. More keeps more of the source's "
+                    "shape.",
                 ),
                 io.Float.Input(
                     "cross_map", default=20.0, min=0.0, max=1000.0, step=1.0, round=0.001,
@@ -120,7 +123,8 @@ class SwapSettings(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "self_output", default=10.0, min=0.0, max=1000.0, step=1.0, round=0.001,
-                    tooltip="λ_φ: how long self-attention outputs are the source's. It holds layout and background most.",
+                    tooltip="λ_φ: how long self-attention outputs are the source's. It holds layout and background "
+                    "most.",
                 ),
                 io.Boolean.Input(
                     "local_blend", default=False,
@@ -129,18 +133,19 @@ class SwapSettings(io.ComfyNode):
                 dial(io.Float.Input("blend_from", default=0.2, min=0.0, max=0.99, step=0.01,
                                     tooltip="Local blend: from this fraction of the steps on.")),
                 dial(io.Float.Input("blend_threshold", default=0.3, min=0.0, max=0.99, step=0.01,
-                                    tooltip="Local blend: share of a word's strongest attention that counts as the word.")),
+                                    tooltip="Local blend: share of a word's strongest attention that counts as the "
+                                    "word.")),
                 dial(io.Float.Input("features", default=0.0, min=0.0, max=1000.0, step=1.0, round=0.001,
                                     tooltip="How long features of the decoder are the source's (Plug-and-Play: 40).")),
                 dial(io.Float.Input("self_kv_from", default=NOT_GIVEN, min=-1.0, max=1000.0, step=1.0, round=0.001,
                                     tooltip="From when on the target's queries look at the source's keys and values "
                                     "(MasaCtrl: 4); -1 for never.")),
                 dial(io.Combo.Input("alignment", options=["words", "tokens"], default="words",
-                                    tooltip="A replaced word takes its predecessor's map whole (words), or keeps its own, as "
-                                    "in the published code (tokens).")),
+                                    tooltip="A replaced word takes its predecessor's map whole (words), or keeps its "
+                                    "own, as in the published code (tokens).")),
                 dial(io.Combo.Input("counting", options=["paper", "published"], default="paper",
-                                    tooltip="paper: every λ counts from the first step. published: as the published code, M "
-                                    "from where φ ends, φ one step more.")),
+                                    tooltip="paper: every λ counts from the first step. published: as the published "
+                                    "code, M from where φ ends, φ one step more.")),
                 SwapLayersIO.Input("output_layers", optional=True, tooltip="SwapLayers for φ; with a preset too."),
                 SwapLayersIO.Input("map_layers", optional=True, tooltip="SwapLayers for M; with a preset too."),
                 SwapLayersIO.Input("cross_layers", optional=True, tooltip="SwapLayers for A; with a preset too."),
@@ -148,7 +153,8 @@ class SwapSettings(io.ComfyNode):
                                    tooltip="SwapLayers for keys and values; with a preset too."),
             ],
             outputs=[
-                SwapSettingsIO.Output(display_name="settings", tooltip="For AttentionCapture, or for a swap of its own."),
+                SwapSettingsIO.Output(display_name="settings",
+                                      tooltip="For AttentionCapture, or for a swap of its own."),
                 io.String.Output(display_name="summary", tooltip="What is set, by a preset too."),
             ],
         )  # fmt: skip
@@ -190,8 +196,8 @@ class SwapLayers(io.ComfyNode):
             node_id="SwapLayers",
             display_name="Swap Layers",
             category="BlendSwap/swap",
-            description="Narrows one of the swaps of SwapSettings down to some layers. All conditions count together; the "
-            "report of a swap names the layers that were left.",
+            description="Narrows one of the swaps of SwapSettings down to some layers. All conditions count together; "
+            "the report of a swap names the layers that were left.",
             inputs=[
                 io.Combo.Input("halves", options=list(HALVES), default="both",
                                tooltip="Halves of classifier-free guidance: cond (with the prompt), uncond, or both."),

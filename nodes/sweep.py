@@ -42,13 +42,15 @@ class AttentionSwapSweep(io.ComfyNode):
             display_name="Attention Swap Sweep",
             category="BlendSwap/swap",
             description=(
-                "Swaps once for each combination of the λ's and shows all on a sheet, with scores that do not come from the "
-                "MODEL: what happened to the background, how much of the outline is kept, how well the subject fits. Over a "
-                "tape (AttentionCapture with for_sweep on) N targets cost N runs, over a replay 2 N."
+                "Swaps once for each combination of the λ's and shows all on a sheet, with scores that do not come "
+                "from the MODEL: what happened to the background, how much of the outline is kept, how well the "
+                "subject fits. Over a tape (AttentionCapture with for_sweep on) N targets cost N runs, over a replay "
+                "2 N."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The target's MODEL, as for AttentionSwapSampler."),
-                AttentionIO.Input("attention", tooltip="The source; of a tape with for_sweep on and λ's at least the grid's."),
+                AttentionIO.Input("attention",
+                                  tooltip="The source; of a tape with for_sweep on and λ's at least the grid's."),
                 io.Conditioning.Input("positive", tooltip="The target's prompt."),
                 io.Vae.Input("vae", tooltip="Decodes the results."),
                 unit_input(),
@@ -57,7 +59,8 @@ class AttentionSwapSweep(io.ComfyNode):
                 values("self_output", "λ_φ", "0, 10, 20"),
                 io.Int.Input("max_targets", default=36, min=1, max=1000,
                              tooltip="A larger grid than this is refused, for its time."),
-                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance; 0 for the source's."),
+                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1,
+                               tooltip="Guidance; 0 for the source's."),
                 dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
                                     tooltip="Backbone of LPIPS, for the distance to reference.")),
                 SwapTokensIO.Input("tokens", optional=True, tooltip="How the prompts' words correspond (SwapPrompts)."),
@@ -66,13 +69,14 @@ class AttentionSwapSweep(io.ComfyNode):
                                      tooltip="Everything but the grid's λ's; without it the capture's."),
                 SwapSubjectsIO.Input("subjects", optional=True, tooltip="SwapSubject, as for AttentionSwapSampler."),
                 io.Mask.Input("mask", optional=True,
-                              tooltip="Where the subject is, for the scores: outside of it is background. It does not keep "
-                              "the swap from changing that."),
+                              tooltip="Where the subject is, for the scores: outside of it is background. It does not "
+                              "keep the swap from changing that."),
                 io.Image.Input("image", optional=True,
                                tooltip="The source picture to score against; without it the source as it was sampled."),
                 ClipGuideIO.Input("clip_guide", optional=True,
                                   tooltip="A CLIP that says how well the subject fits prompt (CLIPGuideLoader)."),
-                io.String.Input("prompt", optional=True, default="", tooltip="For clip_guide: what the subject is to be."),
+                io.String.Input("prompt", optional=True, default="",
+                                tooltip="For clip_guide: what the subject is to be."),
                 io.Image.Input("reference", optional=True,
                                tooltip="A picture of the new subject, cut to it, for LPIPS."),
             ],
@@ -89,15 +93,17 @@ class AttentionSwapSweep(io.ComfyNode):
         cls, model, attention: Attention, positive, vae, unit: str, self_map: str = GRID, cross_map: str = "",
         self_output: str = "0, 10, 20", max_targets: int = 36, cfg: float = 0.0, lpips: str = NONE,
         tokens: PromptPair | None = None, negative=None, settings: SwapSettings | None = None,
-        subjects: tuple[Subject, ...] | None = None, mask: torch.Tensor | None = None, image: torch.Tensor | None = None,
-        clip_guide: ComfyGuide | None = None, prompt: str = "", reference: torch.Tensor | None = None,
+        subjects: tuple[Subject, ...] | None = None, mask: torch.Tensor | None = None,
+        image: torch.Tensor | None = None, clip_guide: ComfyGuide | None = None, prompt: str = "",
+        reference: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         from ..attention_swap import sweep
 
         scorers = _Scorers(mask, clip_guide, prompt.strip(), reference, lpips)
         if len(attention.capture.noise) != 1:
             raise ValueError(
-                f"attention holds {len(attention.capture.noise)} pictures; a sweep is of one: capture a latent of one picture"
+                f"attention holds {len(attention.capture.noise)} pictures; a sweep is of one: capture a latent of one "
+                "picture"
             )
         texts = {"self_map": self_map, "cross_map": cross_map, "self_output": self_output}
         lambdas = {name: sweep.values(text, name) for name, text in texts.items()}
@@ -105,7 +111,8 @@ class AttentionSwapSweep(io.ComfyNode):
         if count > max_targets:
             sizes = " × ".join(f"{len(given)} of {name}" for name, given in lambdas.items() if given)
             raise ValueError(
-                f"the grid has {count} targets ({sizes}), max_targets is {max_targets}: list fewer values, or raise max_targets"
+                f"the grid has {count} targets ({sizes}), max_targets is {max_targets}: list fewer values, or raise "
+                "max_targets"
             )
         wanted = sweep.grid(
             settings or attention.settings,
@@ -117,7 +124,8 @@ class AttentionSwapSweep(io.ComfyNode):
         frame = None if image is None else Frame.of(image, attention, vae)
         scorers.fit(Frame.whole(attention, vae).inner, frame)
         results = target.run(wanted, Progress(model, count * attention.capture.steps))
-        pictures = torch.cat([vae.decode(as_latent(model, result.latents)["samples"]) for result in results])[..., :3].cpu()
+        decoded = [vae.decode(as_latent(model, result.latents)["samples"]) for result in results]
+        pictures = torch.cat(decoded)[..., :3].cpu()
         if frame is None:
             source = vae.decode(as_latent(model, results[0].source)["samples"])[..., :3].cpu()
         else:
@@ -154,8 +162,8 @@ def _check_tape(target: Target, wanted: list[SwapSettings], labels: list[str]) -
         lacking = needed(own, capture.layout, capture.steps, branches).missing(capture.needs)
         if lacking:
             raise ValueError(
-                f"attention does not have what the swap with {label} needs: {lacking}. At AttentionCapture switch for_sweep on "
-                "and give it settings with the largest λ's of the grid, or set its storage to replay."
+                f"attention does not have what the swap with {label} needs: {lacking}. At AttentionCapture switch "
+                "for_sweep on and give it settings with the largest λ's of the grid, or set its storage to replay."
             )
 
 
@@ -171,7 +179,8 @@ class _Scorers:
         if (reference is None) != (lpips == NONE):
             raise ValueError(
                 "reference is connected, but lpips is none: choose a backbone" if lpips == NONE
-                else "lpips is chosen, but reference is not connected: connect a picture of the new subject, or set lpips to none"
+                else "lpips is chosen, but reference is not connected: connect a picture of the new subject, or set "
+                "lpips to none"
             )
         self.mask, self.clip_guide, self.prompt, self.reference = mask, clip_guide, prompt, reference
         self.perceptual = load_perceptual(lpips)
@@ -179,7 +188,9 @@ class _Scorers:
         if mask is None:
             self.said.append("background and pose are left out: connect mask, which says where the subject is")
         if clip_guide is None and reference is None:
-            self.said.append("identity is left out: connect clip_guide and give prompt, or connect reference and choose lpips")
+            self.said.append(
+                "identity is left out: connect clip_guide and give prompt, or connect reference and choose lpips"
+            )
 
     def fit(self, size: tuple[int, int], frame: Frame | None) -> None:
         """Brings the mask to the results' size (height, width).
@@ -191,7 +202,9 @@ class _Scorers:
         mask = self.mask if frame is None else frame.cut(self.mask)
         self.mask = prepare_mask(mask, *size)[0, 0].cpu()
         if not (self.mask == 0).any():
-            raise ValueError("mask covers the whole picture, so there is no background to measure: draw where the subject is")
+            raise ValueError(
+                "mask covers the whole picture, so there is no background to measure: draw where the subject is"
+            )
 
     def score(self, source: torch.Tensor, pictures: torch.Tensor) -> dict[Column, list[float]]:
         """source [1, H, W, 3], pictures [N, H, W, 3] in 0..1 → N scores by column."""

@@ -1,4 +1,4 @@
-"""A source and a target side by side on ComfyUI: each is evaluated with its own weights, whatever the other has on them."""
+"""A source and a target side by side on ComfyUI: each is evaluated with its own weights, whatever the other's are."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ def parts(comfy, text_model: Path) -> tuple:
 
     with torch.inference_mode():
         model, clip, _ = load_demo_text_model(text_model)
-        return model, *(
-            clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in ("a red striped star", "a blue circle")
-        )
+        prompts = ("a red striped star", "a blue circle")
+        return model, *(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in prompts)
 
 
 def values_of(model) -> list[str]:

@@ -15,7 +15,7 @@ STEPS = 4
 
 @dataclasses.dataclass
 class Kit:
-    """The demo's MODEL, CLIP and VAE, and the nodes of a swap with few steps. Inputs by name replace those given here."""
+    """The demo's MODEL, CLIP and VAE, and a swap's nodes with few steps. Inputs by name replace those given here."""
 
     model: Any
     clip: Any
@@ -50,8 +50,8 @@ class Kit:
         from blendswap.nodes.capture import AttentionCapture
 
         defaults = dict(
-            model=self.model, positive=self.prompts()[0], negative=self.prompts("", "")[0], seed=3, steps=STEPS, cfg=4.0,
-            storage="tape", latent=self.empty(),
+            model=self.model, positive=self.prompts()[0], negative=self.prompts("", "")[0], seed=3, steps=STEPS,
+            cfg=4.0, storage="tape", latent=self.empty(),
         )
         return self.run(AttentionCapture, **{**defaults, **more})
 

@@ -40,7 +40,7 @@ def test_what_a_tape_takes_is_said_beforehand_and_true(kit, preset, caplog):
     assert made.tape.bytes == made.estimate.bytes > 0
     said = f"a tape would take {made.estimate}"
     assert said in summary and str(made.estimate) in caplog.text
-    assert attention.model is None and f"storage: tape; " in summary
+    assert attention.model is None and "storage: tape; " in summary
 
 
 def test_auto_keeps_a_tape_where_it_fits_and_else_runs_the_source_again(kit):
@@ -63,8 +63,8 @@ def test_of_an_inversion_steps_and_cfg_hold(kit, method):
     image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         latent = {"samples": kit.vae.encode(image)}
-    made = kit.run(NullTextInvert, model=kit.model, vae=kit.vae, latent=latent, positive=kit.prompts()[0], method=method,
-                   steps=3, cfg=2.0, negative=kit.prompts("", "")[0])
+    made = kit.run(NullTextInvert, model=kit.model, vae=kit.vae, latent=latent, positive=kit.prompts()[0],
+                   method=method, steps=3, cfg=2.0, negative=kit.prompts("", "")[0])
     negative = None if method == "negative_prompt" else kit.prompts("", "")[0]
     attention, result, summary = kit.capture(inversion=made[0], latent=None, steps=9, cfg=1.0, negative=negative)
     assert attention.capture.steps == 3 and attention.capture.cfg == 2.0
@@ -113,8 +113,8 @@ def nan_latent(kit) -> dict:
 @pytest.mark.parametrize(("more", "message"), [
     (lambda kit: {"latent": None}, "neither inversion nor latent is connected"),
     (lambda kit: {"latent": nan_latent(kit)}, "latent holds NaN"),
-    (lambda kit: {"latent": {"samples": torch.randn(1, 8, 16, 16)}}, "latent is neither empty nor noise.*NullTextInvert"),
-    (lambda kit: {"latent": {"samples": torch.ones(1, 4, 16, 16)}}, "this MODEL takes \\[pictures, 8, height, width\\]"),
+    (lambda kit: {"latent": {"samples": torch.randn(1, 8, 16, 16)}}, "neither empty nor noise.*NullTextInvert"),
+    (lambda kit: {"latent": {"samples": torch.ones(1, 4, 16, 16)}}, "MODEL takes \\[pictures, 8, height, width\\]"),
     (lambda kit: {"negative": None}, "negative is not connected: .* or set cfg to 1"),
     (lambda kit: {"steps": 1000}, "steps is 1000, but this model was trained on 1000 timesteps"),
     (lambda kit: {"settings": kit.settings("custom", unit="steps")}, "self_output is 10 steps, but the run has 4"),
@@ -137,8 +137,8 @@ def inversion(kit, **changes):
     ({"trajectory": torch.zeros(4, 1, 4, 16, 16)}, {}, "inversion was made with a \\w+ of 4 latent channels, MODEL is"),
     ({"facts": {"model": "SDXL"}}, {}, "inversion was made with a SDXL .* invert it again with this one"),
     ({"trajectory": torch.full((4, 1, 8, 16, 16), torch.nan)}, {}, "inversion holds NaN"),
-    ({"null": torch.zeros(3, 1, 77, 48), "method": "null_text"}, {}, "text embeddings of 48 channels, the MODEL's text has 96"),
-    ({"null": torch.zeros(3, 1, 77, 96), "method": "null_text", "cfg": 1.0}, {}, "cfg is 1, but the inversion's null-text"),
+    ({"null": torch.zeros(3, 1, 77, 48), "method": "null_text"}, {}, "of 48 channels, the MODEL's text has 96"),
+    ({"null": torch.zeros(3, 1, 77, 96), "method": "null_text", "cfg": 1.0}, {}, "the inversion's null-text was made"),
     ({}, {"latent": {"samples": torch.zeros(1, 8, 16, 16)}}, "inversion and latent are both connected"),
 ])
 def test_an_inversion_that_does_not_fit_is_refused(kit, changes, more, message):

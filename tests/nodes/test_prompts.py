@@ -1,4 +1,4 @@
-"""SwapPrompts: the conditioning it gives, the words it aligns, the input it refuses; and SwapSettings and SwapLayers."""
+"""SwapPrompts: the conditioning it gives, the words it aligns, what it refuses; and SwapSettings and SwapLayers."""
 
 from __future__ import annotations
 

@@ -242,12 +242,12 @@ def test_without_a_vae_the_image_is_blocked_with_the_reason(kit, taped):
     (lambda kit: {"tokens": None}, "tokens is not connected, but cross_map above 0"),
     (lambda kit: {"image": picture(64, 64)}, "vae is not"),
     (lambda kit: {"image": picture(64, 64), "vae": kit.vae}, "nothing says where its background is: connect mask"),
-    (lambda kit: {"image": picture(64, 200), "vae": kit.vae, "mask": half_mask()}, "image is 200×64 .*the result 64×64"),
+    (lambda kit: {"image": picture(64, 200), "vae": kit.vae, "mask": half_mask()}, "image is 200×64 .*result 64×64"),
     (lambda kit: {"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
     (lambda kit: {"mask": torch.zeros(1, 64, 64), "image": picture(64, 64), "vae": kit.vae}, "mask is empty"),
     (lambda kit: {"mask": torch.ones(1, 64, 64), "mask_side": "outside"}, "the mask covers everything, so nothing"),
     (lambda kit: {"subjects": kit.subject("moon", "heart")}, "'moon' is not in the source's prompt"),
-    (lambda kit: {"settings": kit.settings("custom", self_map=50.0)}, "capture does not have what this swap needs.*storage replay"),
+    (lambda kit: {"settings": kit.settings("custom", self_map=50.0)}, "does not have what this swap .*storage replay"),
     (lambda kit: {"cfg": 1.0}, "captured with cfg 4, the target has 1"),
     (lambda kit: {"positive": []}, "positive is empty"),
 ])
@@ -280,6 +280,7 @@ def test_a_subject_that_says_too_little_is_refused(kit, words, more, message):
 def test_a_patch_that_leaves_passes_out_is_refused_by_name(kit, taped):
     from comfy_extras.nodes_easycache import EasyCacheNode
 
-    cached = kit.run(EasyCacheNode, model=kit.model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)[0]
+    dials = dict(reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)
+    cached = kit.run(EasyCacheNode, model=kit.model, **dials)[0]
     with pytest.raises(ValueError, match="EasyCache"):
         kit.swap(taped[0], model=cached)

@@ -39,7 +39,8 @@ def test_each_target_is_the_swap_with_its_lambdas(kit, swept, sweep):
     one = kit.swap(swept[0], vae=kit.vae, settings=settings)[1]
     torch.testing.assert_close(images[2:3], one.cpu(), rtol=0, atol=1e-4)
     lines = table.splitlines()
-    assert [line.split("  ")[0].strip() for line in lines[1:5]] == ["M 0, phi 0", "M 0, phi 20", "M 25, phi 0", "M 25, phi 20"]
+    labels = [line.split("  ")[0].strip() for line in lines[1:5]]
+    assert labels == ["M 0, phi 0", "M 0, phi 20", "M 25, phi 0", "M 25, phi 20"]
     assert table.count("<- best") == 1 and "background PSNR" in lines[0] and "pose overlap" in lines[0]
     assert "identity is left out: connect clip_guide" in table
 
@@ -66,7 +67,8 @@ def test_a_clip_and_a_reference_score_the_subject(sweep):
     guide = CLIPGuideLoader.execute("demo").args[0]
     lpips = "demo" if files.LPIPS.is_file() else None
     reference = dict(reference=torch.rand(1, 40, 50, 3), lpips=lpips) if lpips else {}
-    table = sweep(self_map="25", self_output="0, 20", mask=half_mask(), clip_guide=guide, prompt="a green heart", **reference)[2]
+    scored = dict(mask=half_mask(), clip_guide=guide, prompt="a green heart", **reference)
+    table = sweep(self_map="25", self_output="0, 20", **scored)[2]
     assert f"CLIP ({guide.guide.name})" in table and "left out" not in table
     assert not lpips or "LPIPS to reference (lpips-demo)" in table
     assert len(re.findall(r"^M 25, phi \d+ .*\d\.\d{3}", table, re.M)) == 2
