@@ -1,4 +1,5 @@
-"""Edits pictures of the demo world in a running ComfyUI, through the shipped workflows, and has them judged.
+"""Edits pictures of the demo world and swaps subjects in a running ComfyUI, through the shipped workflows, and has
+both judged.
 
     python -m blendswap.demo.edits --server http://127.0.0.1:8188 --out DIR
 
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -27,6 +28,9 @@ from . import files, world
 from .judge import judge
 from .server import ComfyServer, ServerDied, ServerError
 from .workflow import ui_to_api
+
+if TYPE_CHECKING:
+    from .swaps import Swap
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 SOURCE, MASK, RESULT = "Source", "Mask: white may change", "Result"
@@ -52,9 +56,17 @@ class Edit:
     objects: int = 1
     object: int = 1
 
+    panels = ("source", "mask", "result")
+    kind = "blend"
+
     @property
     def latent(self) -> bool:
         return self.workflow == "blend_latent"
+
+    def run(self, server: ComfyServer, object_info: Mapping[str, Any], stem: Path,
+            on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Runs the edit, writes its pictures beside `stem`, and returns its entry of report.json."""
+        return run_edit(server, self, object_info, stem, on_progress)
 
 
 EDITS = (
@@ -149,7 +161,7 @@ def run_edit(server: ComfyServer, edit: Edit, object_info: Mapping[str, Any], st
     mask = to_array(files["mask"], "L") > 0
     largest, identical = background(source, result, mask)
     return {
-        "name": edit.name, "kind": "blend", "prompt": edit.prompt, "seed": edit.seed,
+        "name": edit.name, "kind": edit.kind, "prompt": edit.prompt, "seed": edit.seed,
         "seconds": round(seconds, 1),
         "background_max_abs": largest, "background_identical": identical,
         "judge": verdict(result, mask, edit.prompt),
@@ -157,10 +169,10 @@ def run_edit(server: ComfyServer, edit: Edit, object_info: Mapping[str, Any], st
 
 
 def overview(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
-    """A sheet with a captioned row of enlarged pictures (uint8 [H, W, 3], all of one size) per edit."""
+    """A sheet with a captioned row of enlarged pictures (uint8 [H, W, 3]; fitted to the first one's size) per edit."""
     gap, strip, font = 8, 28, ImageFont.load_default(size=17)
     height, width = (side * _ENLARGE for side in rows[0][1][0].shape[:2])
-    columns = len(rows[0][1])
+    columns = max(len(panels) for _, panels in rows)
     size = (columns * (width + gap) + gap, len(rows) * (height + strip + gap) + gap)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
@@ -168,20 +180,28 @@ def overview(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
         top = gap + place * (height + strip + gap)
         draw.text((gap, top + 2), caption, fill="black", font=font)
         for column, panel in enumerate(panels):
-            image = Image.fromarray(panel).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(image, (gap + column * (width + gap), top + strip))
+            image = Image.fromarray(panel)
+            share = min(width / image.width, height / image.height)
+            image = image.resize((round(image.width * share), round(image.height * share)), Image.Resampling.NEAREST)
+            left = gap + column * (width + gap) + (width - image.width) // 2
+            sheet.paste(image, (left, top + strip))
     return sheet
 
 
 def table(edits: Sequence[Mapping[str, Any]]) -> str:
     """The entries of report.json as lines to read."""
-    lines = [f"{'edit':<24}{'asked':<16}{'found':<24}{'judge':<8}{'background':<14}seconds"]
+    lines = [f"{'edit':<24}{'asked':<25}{'found':<25}{'judge':<8}{'background':<14}seconds"]
     for entry in edits:
         said = entry["judge"]
         largest = entry["background_max_abs"]
         kept = f"changed by {largest}" if largest else "identical"
-        lines.append(f"{entry['name']:<24}{said['asked']:<16}{said['found']:<24}"
+        lines.append(f"{entry['name']:<24}{said['asked']:<25}{said['found']:<25}"
                      f"{'yes' if said['success'] else 'NO':<8}{kept:<14}{entry['seconds']:>7.1f}")
+    for entry in edits:
+        if entry["kind"] == "swap":
+            psnr = entry["background_psnr"]
+            alone = "equal" if psnr is None else f"PSNR {psnr:.1f} dB"
+            lines.append(f"{entry['name']}: pose IoU {entry['pose_iou']:.2f}; background without a mask: {alone}")
     return "\n".join(lines)
 
 
@@ -208,15 +228,15 @@ def say(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
-def run_all(server: ComfyServer, edits: Sequence[Edit], out: Path) -> int:
-    """Runs `edits` and writes pictures, overview.png and report.json to `out`. Returns the exit code."""
+def run_all(server: ComfyServer, edits: Sequence[Edit | Swap], out: Path) -> int:
+    """Runs `edits`, swaps among them, and writes pictures, overview.png and report.json to `out`. Returns the exit code."""
     out.mkdir(parents=True, exist_ok=True)
     object_info, entries, rows, failed = server.object_info(), [], [], []
     for number, edit in enumerate(edits, start=1):
         line = _Line(f'[{number}/{len(edits)}] {edit.name}: "{edit.prompt}"')
         stem = out / f"{number:02}_{edit.name}"
         try:
-            entry = run_edit(server, edit, object_info, stem, line.step)
+            entry = edit.run(server, object_info, stem, line.step)
         except (ServerError, ValueError) as error:
             line.end("FAILED")
             failed.append(f"{edit.name} failed: {error}")
@@ -228,7 +248,7 @@ def run_all(server: ComfyServer, edits: Sequence[Edit], out: Path) -> int:
         entries.append(entry)
         rows.append((f'{number}  {edit.workflow}: "{edit.prompt}"; found {said["found"]}',
                      [to_array(stem.with_name(f"{stem.name}_{name}.png").read_bytes())
-                      for name in ("source", "mask", "result")]))
+                      for name in edit.panels]))
     (out / "report.json").write_text(
         json.dumps({"comfyui": server.version(), "edits": entries}, indent=2) + "\n", encoding="utf-8")
     if rows:
@@ -251,6 +271,18 @@ THUMBNAILS = {
     # Those for real checkpoints show what the same graph made of a demo picture.
     "blend_replace_object_adm": ("blend_replace_object", (MASK, RESULT)),
     "blend_latent_sd": ("blend_latent", (MASK, RESULT)),
+    "swap_real_image": ("swap_real_image", (SOURCE, RESULT)),
+    "swap_synthetic": ("swap_synthetic", (SOURCE, RESULT)),
+    "swap_two_subjects": ("swap_two_subjects", (SOURCE, RESULT)),
+    "swap_occluded": ("swap_occluded", (SOURCE, RESULT)),
+    "swap_null_text_ksampler": ("swap_null_text_ksampler",
+                                (SOURCE, "By KSampler: null-text", "By KSampler: empty negative")),
+    "swap_pictures": ("swap_pictures", ("Components as colours", "Word maps")),
+    "swap_sweep": ("swap_sweep", (RESULT,)),
+    "swap_p2p_beside_photoswap": ("swap_p2p_beside_photoswap",
+                                  (SOURCE, "Result: Photoswap", "Result: Prompt-to-Prompt")),
+    "swap_real_image_sd": ("swap_real_image", (MASK, RESULT)),
+    "swap_synthetic_sd": ("swap_synthetic", (RESULT, SOURCE)),
 }
 """Workflow → the workflow that is run for its thumbnail, and the nodes whose pictures are shown."""
 
@@ -262,16 +294,22 @@ def montage(tiles: Sequence[np.ndarray]) -> Image.Image:
     top = (_THUMBNAIL - side * math.ceil(len(tiles) / columns)) // 2
     square = Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "white")
     for place, tile in enumerate(tiles):
-        image = Image.fromarray(tile).resize((side - 8, side - 8), Image.Resampling.NEAREST)
-        square.paste(image, (4 + place % columns * side, top + 4 + place // columns * side))
+        scale = (side - 8) / max(tile.shape[:2])
+        size = tuple(max(round(length * scale), 1) for length in tile.shape[1::-1])
+        # What is enlarged keeps its pixels; what is reduced would lose its lines.
+        how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        image = Image.fromarray(tile).resize(size, how)
+        left, above = ((side - length) // 2 for length in size)
+        square.paste(image, (left + place % columns * side, top + above + place // columns * side))
     return square
 
 
-def write_thumbnails(server: ComfyServer, out: Path) -> None:
-    """Runs the workflows as they are shipped and saves NAME.jpg of each to `out`."""
+def write_thumbnails(server: ComfyServer, names: Sequence[str], out: Path) -> None:
+    """Runs the named workflows (none: all) as they are shipped and saves NAME.jpg of each to `out`."""
     object_info = server.object_info()
     runs: dict[str, tuple[dict, dict]] = {}
-    for name, (workflow, titles) in THUMBNAILS.items():
+    for name in names or THUMBNAILS:
+        workflow, titles = THUMBNAILS[name]
         if workflow not in runs:
             say(f"{workflow} ...")
             prompt = load_workflow(workflow, object_info)
@@ -286,17 +324,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--server", required=True, metavar="URL", help="a ComfyUI with this pack")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR",
                         help="where pictures go")
-    parser.add_argument("--thumbnails", action="store_true",
-                        help="instead run the workflows as they are and write their thumbnails beside them")
+    parser.add_argument("--kind", choices=("blend", "swap"), help="only these")
+    parser.add_argument("--thumbnails", nargs="*", choices=list(THUMBNAILS), metavar="WORKFLOW",
+                        help="instead run these workflows (or all) as they are, and write their thumbnails beside them")
     options = parser.parse_args(argv)
+    from .swaps import SWAPS  # which builds on this module
+
     with contextlib.closing(ComfyServer(options.server)) as server:
         try:
-            if options.thumbnails:
-                write_thumbnails(server, WORKFLOWS)
+            if options.thumbnails is not None:
+                write_thumbnails(server, options.thumbnails, WORKFLOWS)
                 return 0
             has_text_model = (files.TEXT / "model_index.json").is_file()
-            edits = [edit for edit in EDITS if has_text_model or not edit.latent]
-            if len(edits) < len(EDITS):
+            asked = [edit for edit in (*EDITS, *SWAPS) if options.kind in (None, edit.kind)]
+            edits = [edit for edit in asked if has_text_model or not edit.latent]
+            if len(edits) < len(asked):
                 say(f"The demo text model is not in {files.TEXT}: its edits are left out.")
             return run_all(server, edits, options.out)
         except (ServerDied, ServerError) as error:
