@@ -81,7 +81,8 @@ class Swap:
         }
 
 
-# Colour, colour and pattern, shape: of the first scenes that no training has seen, with nothing tried on them before.
+# Colour, colour and pattern, shape: the first scenes that no training has seen, prompts fixed beforehand. The λ's were chosen
+# on another scene, those of the third swap on its own, after the workflow's had left the moon as it was.
 SWAPS = (
     Swap("pink_to_blue", "blue checked triangle", scene=0),
     Swap("checked_to_striped", "purple striped triangle", scene=1),
