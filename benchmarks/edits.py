@@ -38,7 +38,7 @@ from ..hosts.diffusers_host import DiffusersHost
 logger = logging.getLogger(__name__)
 
 FIRST_SCENE_SEED = 3_000_000
-METHOD = BlendSettings(guidance=120.0, distance="spherical", clamp=True)
+METHOD = BlendSettings(guidance=120.0, distance="spherical")
 """What the demo workflows use: the paper's 100 steps from 25, with what suits the small models."""
 
 
@@ -73,7 +73,7 @@ def variants() -> dict[str, Variant]:
         "half_the_steps": Variant(change(method, steps=50, start=12)),
         "no_guidance": Variant(method, prompted=False),
         "already_there": Variant(method, same=True),
-        "no_clamp": Variant(change(method, clamp=False)),
+        "clamp": Variant(change(method, clamp=True)),
         "direct": Variant(change(method, gradient="direct")),
         "ddim": Variant(change(method, sampler="ddim")),
         "cosine": Variant(change(method, distance="cosine")),

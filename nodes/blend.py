@@ -107,7 +107,7 @@ class CLIPBlendSampler(io.ComfyNode):
                                      "the masked result against the unmasked source.")),
                 _dial(io.Boolean.Input("clamp", default=False,
                                        tooltip="Keep the clean estimate within a picture's range (pixel-space priors "
-                                       "only). Helps priors that overshoot at high noise, such as the demo's.")),
+                                       "only). Helps priors that overshoot at high noise, as small ε-predicting ones do.")),
                 _dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
                                      tooltip="Backbone of LPIPS for the background loss.")),
                 _dial(io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
