@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_api.latest import io, ui
 
-from .capture import LARGEST_SEED, _check_null, _made_up, _negative, _of_inversion
+from .capture import check_null, made_up, negative_for, of_inversion
+from .inputs import LARGEST_SEED, dial, source_kind
 from .prompts import encoded
-from .sockets import InversionIO, SwapTokensIO
+from .sockets import SwapTokensIO
 from .swap_run import Progress, as_latent
-from .swap_settings import dial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,14 +42,7 @@ def _inputs(own: list[Any], more: list[Any]) -> list[Any]:
         io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the source."),
         io.Combo.Input("scheduler", options=["ddim_uniform", "simple", "official"], default="ddim_uniform",
                        tooltip="Noise levels of the steps, as in AttentionCapture."),
-        io.Conditioning.Input("negative", optional=True,
-                              tooltip="As at the inversion. Not needed for cfg 1, nor for an inversion by "
-                              "negative_prompt or proximal."),
-        InversionIO.Input("inversion", optional=True,
-                          tooltip="A real picture (NullTextInvert). Its steps, cfg and scheduler hold."),
-        io.Latent.Input("latent", optional=True,
-                        tooltip="A picture that is made up: an empty latent for its size, filled with noise by seed; "
-                        "or noise itself."),
+        *source_kind(),
         io.Vae.Input("vae", optional=True,
                      tooltip="The VAE that belongs to the MODEL: the source's picture is shown too, and the pictures "
                      "have its size. Without it they have eight pixels to a latent cell."),
@@ -235,12 +228,12 @@ class _Source:
         self.model, self.positive, self.vae, self.seed = model, positive, vae, seed
         self.said: list[str] = []
         if inversion is not None:
-            self.source, self.cfg = _of_inversion(model, inversion, latent, self.said), inversion.cfg
+            self.source, self.cfg = of_inversion(model, inversion, latent, self.said), inversion.cfg
             self.noise, self.steps = inversion.noise, inversion.steps
         else:
-            self.source, self.cfg = _made_up(model, latent, seed, steps, scheduler, cfg, self.said), cfg
+            self.source, self.cfg = made_up(model, latent, seed, steps, scheduler, cfg, self.said), cfg
             self.noise, self.steps = self.source[0], len(self.source[1]) - 1
-        self.negative = _negative(negative, positive, self.cfg, inversion)
+        self.negative = negative_for(negative, positive, self.cfg, inversion)
         if vae is not None:
             latent_shape(model, vae, *(side * PIXELS_PER_CELL for side in self.noise.shape[-2:]))
         self.size = tuple(side * PIXELS_PER_CELL for side in self.noise.shape[-2:])
@@ -254,7 +247,7 @@ class _Source:
         progress = Progress(self.model, self.steps)
 
         def body(host: TextHost) -> tuple[Watcher, torch.Tensor]:
-            _check_null(host, self.source)
+            check_null(host, self.source)
             return watch(host, self.source, watcher, progress.step)
 
         made, latents = run_text(

@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .convert import to_bchw, to_bhwc
+from .inputs import LARGEST_SEED, dial
 from .sockets import AugmentIO
 
 PREVIEW_SIZE = 224  # what most CLIPs look at
@@ -39,7 +40,7 @@ class ExtendingAugment(io.ComfyNode):
                 "seed",
                 default=0,
                 min=0,
-                max=0xFFFFFFFFFFFFFFFF,
+                max=LARGEST_SEED,
                 control_after_generate=False,
                 tooltip=(
                     "Mixed into each candidate's own random numbers, so that the views can be varied by "
@@ -47,8 +48,8 @@ class ExtendingAugment(io.ComfyNode):
                 ),
             ),
         ]
-        for dial in advanced:
-            dial.extra_dict["advanced"] = True
+        for made in advanced:
+            dial(made)
         return io.Schema(
             node_id="ExtendingAugment",
             display_name="Extending Augmentations",

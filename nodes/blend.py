@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io, ui
 
 from .convert import mask_for, paste_into, to_bchw
+from .inputs import LARGEST_SEED, dial
 from .report import NONE, load_perceptual, lpips_choices
 from .sockets import AugmentIO, ClipGuideIO
 
@@ -21,13 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CUSTOM = "custom"
-LARGEST_SEED = 2**64 - 1
-
-
-def _dial(dial: Any) -> Any:
-    """Marks an input as one for those who look under "advanced"; 0.3.64 has no argument for it."""
-    dial.extra_dict["advanced"] = True
-    return dial
 
 
 class CLIPBlendSampler(io.ComfyNode):
@@ -80,45 +74,45 @@ class CLIPBlendSampler(io.ComfyNode):
                     tooltip="How many of the steps are skipped: the more, the more of the source shines through. Must "
                     "be below steps.",
                 ),
-                _dial(io.Combo.Input("sampler", options=["ddpm", "ddim"], default="ddpm",
-                                     tooltip="ddpm is better at 100 steps, ddim below 50.")),
-                _dial(io.Float.Input("range_weight", default=50.0, min=0.0, max=100000.0, step=1.0,
-                                     tooltip="Weight of the loss that keeps the estimate's values in range.")),
-                _dial(io.Combo.Input("distance", options=["cosine", "spherical"], default="cosine",
-                                     tooltip="CLIP distance: cosine as in the paper, squared spherical as published.")),
-                _dial(io.Combo.Input("guided_input", options=["x0", "mixed"], default="x0",
-                                     tooltip="What CLIP sees: the clean estimate, or as published its mix with the "
-                                     "noisy picture.")),
-                _dial(io.Int.Input("guide_every", default=1, min=1, max=1000,
-                                   tooltip="Guidance at every n-th step only.")),
-                _dial(io.Combo.Input("gradient", options=["through_model", "direct"], default="through_model",
-                                     tooltip="through_model differentiates through the MODEL (exact; about twice the "
-                                     "time and much more memory), direct does not.")),
-                _dial(io.Boolean.Input("blend", default=True,
-                                       tooltip="Off gives the paper's baseline, Local CLIP-guided diffusion: the whole "
-                                       "picture is guided and background_weight alone holds the background.")),
-                _dial(io.Combo.Input("background_level", options=["next", "current"], default="next",
-                                     tooltip="Noise level of the blended source: that of the step's result, or as "
-                                     "published that of its input.")),
-                _dial(io.Float.Input("background_weight", default=0.0, min=0.0, max=1000000.0, step=10.0,
-                                     tooltip="Weight λ of the background loss ½(MSE + LPIPS); needs an LPIPS backbone.")),
-                _dial(io.Combo.Input("background_loss", options=["paper", "official"], default="paper",
-                                     tooltip="paper: ½(MSE + LPIPS) of both backgrounds. official: 10·MSE + LPIPS of "
-                                     "the masked result against the unmasked source.")),
-                _dial(io.Boolean.Input("clamp", default=False,
-                                       tooltip="Keep the clean estimate within a picture's range (pixel-space priors "
-                                       "only). Helps priors that overshoot at high noise, as small ε-predicting ones do.")),
-                _dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
-                                     tooltip="Backbone of LPIPS for the background loss.")),
-                _dial(io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
-                                   tooltip="Working size of the picture's shorter side. 0: the size that a prior was "
-                                   "trained at; for a latent model the picture's own. The result always has the "
-                                   "picture's own size.")),
-                _dial(io.Int.Input("clip_chunk", default=0, min=0, max=1024,
-                                   tooltip="Copies that CLIP sees at once; 0 for all. Only memory depends on it; when "
-                                   "memory runs out it is halved by itself.")),
-                _dial(io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1,
-                                     tooltip="Classifier-free guidance, for a MODEL that takes text.")),
+                dial(io.Combo.Input("sampler", options=["ddpm", "ddim"], default="ddpm",
+                                    tooltip="ddpm is better at 100 steps, ddim below 50.")),
+                dial(io.Float.Input("range_weight", default=50.0, min=0.0, max=100000.0, step=1.0,
+                                    tooltip="Weight of the loss that keeps the estimate's values in range.")),
+                dial(io.Combo.Input("distance", options=["cosine", "spherical"], default="cosine",
+                                    tooltip="CLIP distance: cosine as in the paper, squared spherical as published.")),
+                dial(io.Combo.Input("guided_input", options=["x0", "mixed"], default="x0",
+                                    tooltip="What CLIP sees: the clean estimate, or as published its mix with the "
+                                    "noisy picture.")),
+                dial(io.Int.Input("guide_every", default=1, min=1, max=1000,
+                                  tooltip="Guidance at every n-th step only.")),
+                dial(io.Combo.Input("gradient", options=["through_model", "direct"], default="through_model",
+                                    tooltip="through_model differentiates through the MODEL (exact; about twice the "
+                                    "time and much more memory), direct does not.")),
+                dial(io.Boolean.Input("blend", default=True,
+                                      tooltip="Off gives the paper's baseline, Local CLIP-guided diffusion: the whole "
+                                      "picture is guided and background_weight alone holds the background.")),
+                dial(io.Combo.Input("background_level", options=["next", "current"], default="next",
+                                    tooltip="Noise level of the blended source: that of the step's result, or as "
+                                    "published that of its input.")),
+                dial(io.Float.Input("background_weight", default=0.0, min=0.0, max=1000000.0, step=10.0,
+                                    tooltip="Weight λ of the background loss ½(MSE + LPIPS); needs an LPIPS backbone.")),
+                dial(io.Combo.Input("background_loss", options=["paper", "official"], default="paper",
+                                    tooltip="paper: ½(MSE + LPIPS) of both backgrounds. official: 10·MSE + LPIPS of "
+                                    "the masked result against the unmasked source.")),
+                dial(io.Boolean.Input("clamp", default=False,
+                                      tooltip="Keep the clean estimate within a picture's range (pixel-space priors "
+                                      "only). Helps priors that overshoot at high noise, as small ε-predicting ones do.")),
+                dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
+                                    tooltip="Backbone of LPIPS for the background loss.")),
+                dial(io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
+                                  tooltip="Working size of the picture's shorter side. 0: the size that a prior was "
+                                  "trained at; for a latent model the picture's own. The result always has the "
+                                  "picture's own size.")),
+                dial(io.Int.Input("clip_chunk", default=0, min=0, max=1024,
+                                  tooltip="Copies that CLIP sees at once; 0 for all. Only memory depends on it; when "
+                                  "memory runs out it is halved by itself.")),
+                dial(io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1,
+                                    tooltip="Classifier-free guidance, for a MODEL that takes text.")),
                 AugmentIO.Input("augment", optional=True,
                                 tooltip="ExtendingAugment. Without it: 16 copies as in the paper, or the preset's."),
                 io.Conditioning.Input("positive", optional=True, tooltip="For a MODEL that takes text."),

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_api.latest import io, ui
 
+from .inputs import LARGEST_SEED, dial, source_kind
 from .invert import WITHOUT_NEGATIVE, check_fits, say
-from .sockets import AttentionIO, InversionIO, SwapSettingsIO, SwapSubjectsIO
+from .sockets import AttentionIO, SwapSettingsIO, SwapSubjectsIO
 from .swap_run import Attention, Progress, as_latent
-from .swap_settings import describe, dial
+from .swap_settings import describe
 
 if TYPE_CHECKING:
     from ..attention_swap.capture import Capture
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LARGEST_SEED = 2**64 - 1
 NOISE_SHARE = 0.3
 """A latent with less of the first σ than this is no noise."""
 
@@ -67,14 +67,7 @@ class AttentionCapture(io.ComfyNode):
                 dial(io.Boolean.Input("sample_source", default=True,
                                       tooltip="With replay: sample the source here, for the LATENT output. A swap "
                                       "does not need it; off saves a run.")),
-                io.Conditioning.Input("negative", optional=True,
-                                      tooltip="As at the inversion. Not needed for cfg 1, nor for an inversion by "
-                                      "negative_prompt or proximal."),
-                InversionIO.Input("inversion", optional=True,
-                                  tooltip="A real picture (NullTextInvert). Its steps, cfg and scheduler hold."),
-                io.Latent.Input("latent", optional=True,
-                                tooltip="A picture that is made up: an empty latent for its size, filled with noise "
-                                "by seed; or noise itself."),
+                *source_kind(),
                 SwapSettingsIO.Input("settings", optional=True,
                                      tooltip="SwapSettings; without it the Photoswap paper's."),
                 SwapSubjectsIO.Input("subjects", optional=True,
@@ -107,10 +100,10 @@ class AttentionCapture(io.ComfyNode):
         settings = settings or PRESETS["photoswap"]
         said: list[str] = []
         if inversion is not None:
-            source, cfg = _of_inversion(model, inversion, latent, said), inversion.cfg
+            source, cfg = of_inversion(model, inversion, latent, said), inversion.cfg
         else:
-            source = _made_up(model, latent, seed, steps, scheduler, cfg, said)
-        negative = _negative(negative, positive, cfg, inversion)
+            source = made_up(model, latent, seed, steps, scheduler, cfg, said)
+        negative = negative_for(negative, positive, cfg, inversion)
         budget, of_free = _budget(memory_gib)
         said.append(f"memory for a tape: {_size(budget)}" + (" (half of what is free)" if of_free else ""))
         node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
@@ -156,7 +149,7 @@ class _Wanted:
         return needs
 
 
-def _of_inversion(model, inversion: Inversion, latent: dict | None, said: list[str]) -> Inversion:
+def of_inversion(model, inversion: Inversion, latent: dict | None, said: list[str]) -> Inversion:
     if latent is not None:
         raise ValueError(
             "inversion and latent are both connected: the source is either a picture that was inverted, or one made "
@@ -172,7 +165,7 @@ def _of_inversion(model, inversion: Inversion, latent: dict | None, said: list[s
     return inversion
 
 
-def _made_up(model, latent: dict | None, seed: int, steps: int, scheduler: str, cfg: float, said: list[str]):
+def made_up(model, latent: dict | None, seed: int, steps: int, scheduler: str, cfg: float, said: list[str]):
     """Noise in VE space, and the σ grid."""
     import comfy.sample
 
@@ -213,7 +206,7 @@ def _made_up(model, latent: dict | None, seed: int, steps: int, scheduler: str, 
     return noise.cpu(), sigmas
 
 
-def _negative(negative, positive, cfg: float, inversion: Inversion | None):
+def negative_for(negative, positive, cfg: float, inversion: Inversion | None):
     if negative is not None:
         return negative
     if math.isclose(cfg, 1) or (inversion is not None and inversion.method in WITHOUT_NEGATIVE):
@@ -245,7 +238,7 @@ def _run(
     noise = source[0] if isinstance(source, tuple) else source.noise
 
     def body(host: TextHost) -> Capture:
-        _check_null(host, source)
+        check_null(host, source)
         wanted.batch, wanted.branches = len(noise), branches_of(host)
         return capture(
             host, source, wanted, storage, budget=budget, sample=sample, on_step=progress.step,
@@ -255,7 +248,7 @@ def _run(
     return run_text(model, None, positive, negative, cfg, noise, seed, body)
 
 
-def _check_null(host: TextHost, source: Any) -> None:
+def check_null(host: TextHost, source: Any) -> None:
     null = None if isinstance(source, tuple) else source.null
     if null is not None and null.shape[-1] != host.null.shape[-1]:
         raise ValueError(

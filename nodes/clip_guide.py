@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..demo import files
 from . import folders
+from .inputs import dial
 from .sockets import ClipGuideIO
 
 FOLDER = "clip_guidance"
@@ -43,14 +44,14 @@ class CLIPGuideLoader(io.ComfyNode):
             "convnext_base_w. auto reads it from the weights, and asks for the name where they do not "
             "tell. Without effect for the demo CLIP and for model folders, which say what they are.",
         )
-        architecture.extra_dict["advanced"] = True
+        dial(architecture)
         dtype = io.Combo.Input(
             "dtype",
             options=["auto", *DTYPES],
             default="auto",
             tooltip="Precision of the weights. auto: fp16 on a GPU that is fast at it, else fp32.",
         )
-        dtype.extra_dict["advanced"] = True
+        dial(dtype)
         return io.Schema(
             node_id="CLIPGuideLoader",
             display_name="Load CLIP Guide",

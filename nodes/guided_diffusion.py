@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..demo import files
 from . import folders
+from .inputs import dial
 
 FOLDER = "guided_diffusion"
 DEMO = "demo"
@@ -49,8 +50,8 @@ class GuidedDiffusionLoader(io.ComfyNode):
             tooltip="Width of an attention head of an ADM checkpoint. It cannot be read from the weights; "
             "the published 256 and 512 px checkpoints have 64. A wrong value gives wrong pictures, silently.",
         )
-        for dial in (image_size, head_channels):
-            dial.extra_dict["advanced"] = True
+        dial(image_size)
+        dial(head_channels)
         return io.Schema(
             node_id="GuidedDiffusionLoader",
             display_name="Load Guided Diffusion Prior",

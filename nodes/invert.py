@@ -7,12 +7,13 @@ import logging
 import math
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io, ui
 
 from . import folders
+from .inputs import dial
 from .report import NONE, load_perceptual, lpips_choices
 from .sockets import InversionIO
 
@@ -27,12 +28,6 @@ METHODS = ["null_text", "negative_prompt", "proximal", "direct", "ddim"]
 WITHOUT_NEGATIVE = ("negative_prompt", "proximal")
 """Methods that put the source prompt in the negative prompt's place."""
 GUIDANCE_PATCHES = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function")
-
-
-def _dial(dial: Any) -> Any:
-    """Marks an input as one for those who look under "advanced"; 0.3.64 has no argument for it."""
-    dial.extra_dict["advanced"] = True
-    return dial
 
 
 class NullTextInvert(io.ComfyNode):
@@ -70,24 +65,24 @@ class NullTextInvert(io.ComfyNode):
                     tooltip="That of the sampling to come. official: the published code's, which ends a little above "
                     "zero noise; for AttentionSwapSampler's preset official, no stock sampler has it.",
                 ),
-                _dial(io.Combo.Input(
+                dial(io.Combo.Input(
                     "optimiser", options=["fast", "published"], default="fast",
                     tooltip="null_text: fast starts from the source prompt and takes Gauss-Newton steps only where "
                     "they are needed; published is the published loop (Adam), several times slower.",
                 )),
-                _dial(io.Int.Input("inner_steps", default=10, min=1, max=1000,
-                                   tooltip="null_text: most updates of the embedding at one step.")),
-                _dial(io.Float.Input("early_stop", default=1e-5, min=0.0, max=1.0, step=1e-6, round=1e-9,
-                                     tooltip="null_text: error (MSE of the latent) at which a step is good enough. "
-                                     "That of the first step; it grows by 0.001 up to the last, as published.")),
-                _dial(io.Float.Input("lr", default=1e-2, min=1e-6, max=10.0, step=1e-3, round=1e-6,
-                                     tooltip="null_text, published: learning rate of the first step.")),
-                _dial(io.Combo.Input("threshold", options=["hard", "soft"], default="hard",
-                                     tooltip="proximal: what is above the quantile stays, or is lowered by it.")),
-                _dial(io.Float.Input("quantile", default=0.7, min=0.0, max=0.99, step=0.01,
-                                     tooltip="proximal: share of the guidance that is left out, smallest first.")),
-                _dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
-                                     tooltip="Backbone of LPIPS for the report; values compare only within one.")),
+                dial(io.Int.Input("inner_steps", default=10, min=1, max=1000,
+                                  tooltip="null_text: most updates of the embedding at one step.")),
+                dial(io.Float.Input("early_stop", default=1e-5, min=0.0, max=1.0, step=1e-6, round=1e-9,
+                                    tooltip="null_text: error (MSE of the latent) at which a step is good enough. "
+                                    "That of the first step; it grows by 0.001 up to the last, as published.")),
+                dial(io.Float.Input("lr", default=1e-2, min=1e-6, max=10.0, step=1e-3, round=1e-6,
+                                    tooltip="null_text, published: learning rate of the first step.")),
+                dial(io.Combo.Input("threshold", options=["hard", "soft"], default="hard",
+                                    tooltip="proximal: what is above the quantile stays, or is lowered by it.")),
+                dial(io.Float.Input("quantile", default=0.7, min=0.0, max=0.99, step=0.01,
+                                    tooltip="proximal: share of the guidance that is left out, smallest first.")),
+                dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
+                                    tooltip="Backbone of LPIPS for the report; values compare only within one.")),
                 io.Conditioning.Input("negative", optional=True,
                                       tooltip="An empty prompt. Not needed for negative_prompt and proximal."),
                 io.Image.Input("image", optional=True,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
+from .inputs import dial
 from .sockets import SwapLayersIO, SwapSettingsIO
 
 if TYPE_CHECKING:
@@ -17,12 +18,6 @@ PRESET_NAMES = ["photoswap", "official", "p2p", "pnp", "masactrl"]
 OF_50, FRACTION, STEPS = UNITS = ["of 50 steps", "fraction", "steps"]
 HALVES = {"both": ("cond", "uncond"), "cond": ("cond",), "uncond": ("uncond",)}
 NOT_GIVEN = -1.0
-
-
-def dial(made: Any) -> Any:
-    """Marks an input as one for those who look under "advanced"; 0.3.64 has no argument for it."""
-    made.extra_dict["advanced"] = True
-    return made
 
 
 def amount(name: str, value: float, unit: str) -> float | Steps:

@@ -11,10 +11,11 @@ from comfy_api.latest import io, ui
 
 from ..blending.paste import prepare_mask
 from .convert import split_alpha
+from .inputs import dial
 from .report import NONE, load_perceptual, lpips_choices
 from .sockets import AttentionIO, ClipGuideIO, SwapSettingsIO, SwapSubjectsIO, SwapTokensIO
 from .swap_run import Attention, Frame, Progress, Target, as_latent
-from .swap_settings import amount, dial, unit_input
+from .swap_settings import amount, unit_input
 
 if TYPE_CHECKING:
     from ..attention_swap.prompts import PromptPair

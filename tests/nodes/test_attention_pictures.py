@@ -89,10 +89,10 @@ def test_masks_are_those_of_the_other_host(kit, words):
     from blendswap.attention_swap.word_maps import WordMaps, chosen_words, word_layers
     from blendswap.demo.files import TEXT
     from blendswap.hosts.attention_diffusers import DiffusersTextHost
-    from blendswap.nodes.capture import _made_up
+    from blendswap.nodes.capture import made_up
 
     with torch.inference_mode():
-        noise, sigmas = _made_up(kit.model, latent(), 0, STEPS, "ddim_uniform", 4.0, [])
+        noise, sigmas = made_up(kit.model, latent(), 0, STEPS, "ddim_uniform", 4.0, [])
     known = kit.prompts()[2].source
     maps, _ = watch(
         DiffusersTextHost.from_pipeline(TEXT, SOURCE, "", 4.0), (noise.clone(), sigmas),
