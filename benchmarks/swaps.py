@@ -2,10 +2,11 @@
 
     python run.py bench swaps [--cases 64] [--steps 20] [--methods photoswap,p2p,...]
     python run.py bench swaps --sweep [--cases 24]        # each λ from 0 to 1 with the others at 0
+    python run.py bench swaps --inversion null_text_fast  # another way to invert, and the swaps that come of it
 
 Every case is a scene with one object that no model has seen, and the same scene with the object in another colour,
-another pattern, both, or as another shape in another colour. The picture is inverted with `direct` under its caption,
-and the caption of the changed scene is the target's prompt. All methods share the inversion and one capture.
+another pattern, both, or as another shape in another colour. The picture is inverted under its caption (`direct` by
+default), and the caption of the changed scene is the target's prompt. All methods share the inversion and one capture.
 
 "subject": the judge network finds shape and pattern as asked, and the palette the colour; "asked" is the share of
 those attributes alone that had to change, all of them as asked. "pose": IoU of the known mask with the outline that
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from ..attention_swap.capture import Capture, capture
 from ..attention_swap.inversion import InvertSettings, invert
+from ..attention_swap.null_text import NullTextSettings
 from ..attention_swap.sampler import Subject, attention_swap
 from ..attention_swap.settings import PRESETS, SwapSettings
 from ..attention_swap.tokens import align, from_transformers
@@ -74,6 +76,11 @@ METHODS = {
     "source": Method(None, drawn="source"),
     "target": Method(None, drawn="target"),
     **{f"{name}_uncorrected": dataclasses.replace(method, corrected=False) for name, method in SWAPS.items()},
+}
+INVERSIONS = {
+    **{name: InvertSettings(name) for name in ("direct", "ddim", "negative_prompt")},
+    "null_text_fast": InvertSettings("null_text", null_text=NullTextSettings("fast")),
+    "null_text_published": InvertSettings("null_text", null_text=NullTextSettings("published")),
 }
 COMPARED = tuple(name for name in METHODS if not name.endswith("_uncorrected"))
 
@@ -180,14 +187,15 @@ class Bench:
     `seconds` adds up what each part took: "invert and capture", and every method by its name.
     """
 
-    def __init__(self, chosen: Sequence[Case], steps: int, cfg: float, device: str) -> None:
+    def __init__(self, chosen: Sequence[Case], steps: int, cfg: float, device: str, inversion: str = "direct") -> None:
         from transformers import CLIPTokenizer
 
         captions = [scene.caption() for case in chosen for scene in (case.source, case.target)]
         self.prompts = ["", *dict.fromkeys(captions)]
         self.parts = load_pipeline(files.TEXT, self.prompts, device)
         self.tokenizer = CLIPTokenizer.from_pretrained(files.TEXT / "tokenizer", local_files_only=True)
-        self.steps, self.cfg, self.device = steps, cfg, device
+        self.cfg, self.device = cfg, device
+        self.inversion = dataclasses.replace(INVERSIONS[inversion], steps=steps)
         self.seconds: dict[str, float] = {}
 
     def host(self, scene: world.Scene) -> DiffusersTextHost:
@@ -206,7 +214,7 @@ class Bench:
         drawn = {name: to_tensor(world.draw(getattr(case, name))).to(self.device) for name in ("source", "target")}
         swaps = [method.settings for method in methods.values() if method.settings is not None]
         start = time.perf_counter()
-        inverted = invert(source, source.encode(drawn["source"]), InvertSettings("direct", self.steps))
+        inverted = invert(source, source.encode(drawn["source"]), self.inversion)
         taken = capture(source, inverted.inversion, swaps, "tape")
         start = self._note("invert and capture", start)
         latents = []
@@ -219,7 +227,7 @@ class Bench:
         return to_8_bit(source.decode(torch.cat(latents)))
 
     def _swap(self, case: Case, target: DiffusersTextHost, taken: Capture, method: Method) -> Tensor:
-        if not method.corrected:
+        if not method.corrected and taken.corrections is not None:
             taken = dataclasses.replace(taken, corrections=torch.zeros_like(taken.corrections))
         prompts = [from_transformers(self.tokenizer, scene.caption()) for scene in (case.source, case.target)]
         words = align(*prompts, by=method.settings.alignment)
@@ -388,6 +396,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", type=int, help="64, with --sweep 24")
     parser.add_argument("--steps", type=int, default=20, help="50 as published")
     parser.add_argument("--cfg", type=float, default=5.0)
+    parser.add_argument("--inversion", choices=INVERSIONS, default="direct")
     parser.add_argument("--methods", default=",".join(COMPARED), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--sweep", action="store_true", help="each λ by itself instead of methods")
     parser.add_argument("--uncorrected", action="store_true", help="with --sweep: no corrections of the target's steps")
@@ -403,9 +412,9 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger(capture.__module__).setLevel(logging.WARNING)  # a line about the tape for every case
     chosen = cases(options.cases or (24 if options.sweep else 64))
-    bench = Bench(chosen, options.steps, options.cfg, options.device)
-    settled = {"cases": len(chosen), "steps": options.steps, "cfg": options.cfg}
-    print(f"{len(chosen)} cases, {options.steps} steps, cfg {options.cfg:g}\n", flush=True)
+    bench = Bench(chosen, options.steps, options.cfg, options.device, options.inversion)
+    settled = {"cases": len(chosen), "steps": options.steps, "cfg": options.cfg, "inversion": options.inversion}
+    print(f"{len(chosen)} cases, {options.steps} steps, cfg {options.cfg:g}, {options.inversion}\n", flush=True)
     if options.sweep:
         run_sweep(bench, chosen, not options.uncorrected, settled, options.out)
     else:
