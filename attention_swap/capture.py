@@ -225,13 +225,16 @@ def evaluate(host: TextHost, x: Tensor, sigma: float, null: Tensor | None, proxi
 class SourceRun:
     """A source's run step by step, whatever its storage: after `advance(i)`, `tape` has the attention of step i.
 
-    host: the source's; a tape that is complete needs none. needs: what is looked at.
+    host: the source's; a tape that is complete needs none. needs: what is looked at. together: whether the steps that
+        are looked at run beside the target's, in the same passes (`TextHost.together`).
     """
 
-    def __init__(self, made: Capture, host: TextHost | None, needs: Needs, tape: Tape | None = None) -> None:
+    def __init__(
+        self, made: Capture, host: TextHost | None, needs: Needs, tape: Tape | None = None, *, together: bool = False
+    ) -> None:
         self.made, self.host, self.needs = made, host, needs
         self.reads = made.tape is not None and tape is None
-        self.tape = made.tape if self.reads else (tape or Tape(cpu=False))
+        self.tape = made.tape if self.reads else (tape or Tape("view" if together else "device"))
         self.keeps = tape is not None
         self.recorder = Recorder(needs, self.tape, made.layout)
         self.levels = made.sigmas.tolist()
@@ -245,20 +248,38 @@ class SourceRun:
         [B, C, h, w].
         """
         made = self.made
-        known = made.trajectory[index + 1] if made.sampled else None
-        if self.reads:
-            return known, None, None if made.corrections is None else made.corrections[index]
-        if not self.keeps:
+        if not self.reads and not self.keeps:
             self.tape.clear()
-            corrected = made.method != "direct" or made.corrections is not None
-            if known is not None and corrected and not self.needs.at(index):
-                return known, None, None if made.corrections is None else made.corrections[index]
-        x = (made.trajectory[index] if made.sampled else self._x).to(self.host.device, torch.float32)
+        if not self._runs(index):
+            known = made.trajectory[index + 1]
+            return known, None, None if made.corrections is None else made.corrections[index]
+        x = self.before(index)
         null = None if made.null is None else made.null[index].to(self.host.device)
         self.recorder.step = index
-        recording = self.host.attention(self.recorder) if self.needs.at(index) else contextlib.nullcontext()
+        recording = self.host.attention(self.recorder) if self.shows(index) else contextlib.nullcontext()
         with recording:
             x0 = evaluate(self.host, x, self.levels[index], null, made.proximal)
+        return self.after(index, x, x0)
+
+    def _runs(self, index: int) -> bool:
+        if self.reads or self.keeps:
+            return self.keeps
+        corrected = self.made.method != "direct" or self.made.corrections is not None
+        return not self.made.sampled or not corrected or self.shows(index)
+
+    def shows(self, index: int) -> bool:
+        """Whether the model runs at step `index` with its attention looked at."""
+        return not self.reads and bool(self.needs.at(index))
+
+    def before(self, index: int) -> Tensor:
+        """x [B, C, h, w] that step `index` starts from, on the host's device."""
+        x = self.made.trajectory[index] if self.made.sampled else self._x
+        return x.to(self.host.device, torch.float32)
+
+    def after(self, index: int, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ends step `index` from the model's x0 at x. Returns as `advance` does."""
+        made = self.made
+        known = made.trajectory[index + 1] if made.sampled else None
         self.evaluations += 1
         after = ddim_step(x, x0, self.levels[index], self.levels[index + 1])
         check_finite(after, f"step {index + 1} of the source")

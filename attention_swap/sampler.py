@@ -19,7 +19,7 @@ from .local_blend import WordBlend, blend, blend_layers
 from .report import SwapReport, swap_report
 from .settings import LAMBDAS, PRESETS, Plan, Steps, SwapSettings
 from .steps import StepReport, check_finite
-from .swap import Region, Swapper, planned
+from .swap import Region, Swapper, Together, planned
 from .tokens import Alignment
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,10 +96,13 @@ def attention_swap(
     x = capture.noise.to(device, torch.float32)
     z_source = x
     for index in range(total):
-        z_source, _, correction = run.source.advance(index)
-        run.swapper.step = index
         null = None if capture.null is None else capture.null[index].to(device)
-        x0 = _evaluate(run, host, x, levels[index], null)
+        if run.both is not None and run.source.shows(index):
+            z_source, correction, x0 = _step_together(run, x, index, null)
+        else:
+            z_source, _, correction = run.source.advance(index)
+            run.swapper.step = index
+            x0 = _evaluate(run, host, x, levels[index], null)
         x = ddim_step(x, x0, levels[index], levels[index + 1])
         if correction is not None:
             # Ju et al. 2023: what sets the source back on its path moves the target along.
@@ -122,6 +125,21 @@ def _evaluate(run: _Run, host: TextHost, x: Tensor, sigma: float, null: Tensor |
         return evaluate(host, x, sigma, null, run.capture.proximal)
 
 
+def _step_together(run: _Run, x: Tensor, index: int, null: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Step `index` of the source beside the target's evaluation at x, in the same passes.
+
+    Returns what `SourceRun.advance` does of the source, without its x0, and the target's x0.
+    """
+    z = run.source.before(index)
+    handler = Together(run.source.recorder, run.swapper)
+    handler.step = index
+    with run.both.attention(handler), naming_channels(x):
+        made = run.both.guided(torch.cat([z, x]), run.source.levels[index], null)
+    x0_source, x0 = made.chunk(2)
+    z_source, _, correction = run.source.after(index, z, x0_source)
+    return z_source, correction, x0
+
+
 @dataclasses.dataclass
 class _Run:
     """What the steps of a swap share."""
@@ -129,6 +147,7 @@ class _Run:
     capture: Capture
     regions: list[Region]
     source: SourceRun
+    both: TextHost | None  # source and target in the same passes, where they can be
     swapper: Swapper
     words: WordBlend | None
     held: Tensor | None  # union of the subjects' masks, [1 or B, 1, h, w]
@@ -200,11 +219,22 @@ def _prepare(
     if capture.storage == "replay" and math.isclose(source_host.cfg, 1) != math.isclose(capture.cfg, 1):
         raise ValueError(f"the source was captured with cfg {capture.cfg:g}, source_host has {source_host.cfg:g}")
     held = [own for own in masks if own is not None]
-    source = SourceRun(capture, source_host, needs)
+    both = _together(host, source_host, capture)
+    source = SourceRun(capture, source_host, needs, together=both is not None)
     swapper = Swapper(regions, source.tape, capture.layout, alignment, words)
     union = torch.stack([own.expand(batch, -1, -1, -1) for own in held]).amax(0) if held else None
     free = any(own is None for own in masks) and not settings.local_blend
-    return _Run(capture, regions, source, swapper, words, union, free, limit, notes)
+    return _Run(capture, regions, source, both, swapper, words, union, free, limit, notes)
+
+
+def _together(host: TextHost, source_host: TextHost | None, capture: Capture) -> TextHost | None:
+    """Source and target in the same passes: then each layer's attention is handed over at once, and none of it kept.
+
+    Where the halves of the guidance run by themselves anyway, such a pass would be twice as large as a plain one.
+    """
+    if capture.storage != "replay" or capture.proximal is not None or len(branches_of(host)) == 1:
+        return None
+    return host.together(source_host, len(capture.noise))
 
 
 def _check_host(host: TextHost, capture: Capture, notes: list[str]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -124,11 +125,12 @@ def _copies(found: int, length: int, which: str) -> int:
 class Tape:
     """What a source's run left of its attention: tensors [B, ...] by (step, kind, layer, branch, what), written once.
 
-    cpu: move to main memory what is written, in memory of its own; off keeps it where it is, for use at once.
+    where: "cpu" moves what is written to main memory; "device" leaves it where it is; "view" leaves it in the tensor
+        that it is a part of, for use at once. The first two hold no more than what is written.
     """
 
-    def __init__(self, cpu: bool = True) -> None:
-        self.cpu = cpu
+    def __init__(self, where: Literal["cpu", "device", "view"] = "cpu") -> None:
+        self.where = where
         self._kept: dict[Key, Tensor] = {}
 
     def put(self, key: Key, tensor: Tensor) -> None:
@@ -136,7 +138,11 @@ class Tape:
         if key in self._kept:
             raise KeyError(f"{key} is on the tape already")
         tensor = tensor.detach()
-        self._kept[key] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format) if self.cpu else tensor
+        if self.where == "cpu":
+            tensor = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        elif self.where == "device" and tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()
+        self._kept[key] = tensor
 
     def get(self, key: Key, like: Tensor) -> Tensor:
         """On the device and in the dtype of `like`.
@@ -410,6 +416,37 @@ class Swapper:
             mask = sum(region.mask for region, has in zip(self.regions, chosen) if has)
             self._masks[key] = torch.nn.functional.interpolate(mask, size=tuple(size), mode="area").to(like)
         return self._masks[key]
+
+
+class Together:
+    """Handler of passes whose first half of rows is the source's and whose second half is the target's
+    (`TextHost.together`): in each layer the target takes what the source has just left, and nothing is kept beyond it.
+
+    The recorder and the swapper share a tape. Set `step` before each step.
+    """
+
+    def __init__(self, recorder: Recorder, swapper: Swapper) -> None:
+        self.recorder, self.swapper = recorder, swapper
+
+    @property
+    def step(self) -> int:
+        return self.swapper.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.recorder.step = self.swapper.step = step
+
+    def attention(self, call: AttentionCall) -> Tensor:
+        return self._both(call, self.recorder.attention, self.swapper.attention)
+
+    def feature(self, call: FeatureCall) -> Tensor:
+        return self._both(call, self.recorder.feature, self.swapper.feature)
+
+    def _both(self, call: AttentionCall | FeatureCall, record: Callable, swap: Callable) -> Tensor:
+        half = len(call.rows) // 2
+        made = record(call.part(range(half))), swap(call.part(range(half, 2 * half)))
+        self.recorder.tape.clear()
+        return torch.cat(made)
 
 
 Made = tuple["Tensor | None", "Tensor | list[Term]"]

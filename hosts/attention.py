@@ -70,6 +70,36 @@ class AttentionCall:
     attend: Attend
 
 
+    def part(self, rows: Sequence[int]) -> AttentionCall:
+        """The call of some of its rows, which follow one another."""
+        start, end = rows[0], rows[-1] + 1
+        return dataclasses.replace(
+            self, q=self.q[start:end], k=self.k[start:end], v=self.v[start:end], rows=self.rows[start:end],
+            attend=PartAttend(self.attend, rows),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PartAttend:
+    """`Attend` over some rows of a call."""
+
+    whole: Attend
+    rows: Sequence[int]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        rows = resolve_rows(rows, len(q), range(len(self.rows)))
+        return self.whole(q, k, v, rows=[self.rows[row] for row in rows])
+
+
+def resolve_rows(rows: Sequence[int] | None, count: int, own: Sequence[int]) -> list[int]:
+    """`Attend`'s rows where they were left out: the call's `own`, once or several times."""
+    if rows is not None:
+        return list(rows)
+    if count % len(own):
+        raise ValueError(f"{count} rows for a call of {len(own)}: say with `rows` which is which")
+    return list(own) * (count // len(own))
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureCall:
     """The output `h` [R, C, h, w] of the decoder's residual block number `index` (from 0, in the order they run)."""
@@ -78,6 +108,11 @@ class FeatureCall:
     h: Tensor
     rows: tuple[Branch, ...]
     occurrence: int
+
+    def part(self, rows: Sequence[int]) -> FeatureCall:
+        """The call of some of its rows, which follow one another."""
+        start, end = rows[0], rows[-1] + 1
+        return dataclasses.replace(self, h=self.h[start:end], rows=self.rows[start:end])
 
 
 def layer_table(parts: Sequence[tuple[Place, Sequence[int]]]) -> list[tuple[Layer, Layer]]:
@@ -136,4 +171,14 @@ class TextHost(DiffusionHost, Protocol):
 
     def attention(self, handler: AttentionHandler) -> AbstractContextManager[None]:
         """Within it, `handler` sees every call of every pass. Leaving it, by an error too, restores the model."""
+        ...
+
+    def together(self, source: TextHost, pictures: int) -> TextHost | None:
+        """A host of the source's pictures and this one's in the same passes: of x [2·B, C, h, w] the first B rows are
+        the source's, with its conditioning. Each branch has passes of its own, so that a pass is as large as one of
+        this host's with guidance. An embedding that is given holds for all rows.
+
+        pictures: B. None where the two are not one network with one guidance, or something on the model or in a
+        conditioning may tell the rows apart.
+        """
         ...

@@ -22,7 +22,18 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from .attention import Attend, AttentionCall, AttentionHandler, Branch, FeatureCall, Kind, Layer, layer_table
+from .attention import (
+    Attend,
+    AttentionCall,
+    AttentionHandler,
+    Branch,
+    FeatureCall,
+    Kind,
+    Layer,
+    PartAttend,
+    layer_table,
+    resolve_rows,
+)
 from .comfy_host import ATTENTION_KEY, UnsupportedModel, check_model
 
 logger = logging.getLogger(__name__)
@@ -395,7 +406,7 @@ class AttentionAccess:
                 results.append(attend(*part, rows=group.rows))
                 continue
             results.append(self.handler.attention(AttentionCall(
-                layer, *part, heads, size, group.branches, group.occurrence, _Part(attend, group.rows)
+                layer, *part, heads, size, group.branches, group.occurrence, PartAttend(attend, group.rows)
             )))
         return _in_order(results, current.groups)
 
@@ -438,7 +449,7 @@ class _Attend:
     bound: bool
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        rows = _resolve(rows, len(q), range(self.count))
+        rows = resolve_rows(rows, len(q), range(self.count))
         if not self.bound or rows == list(range(self.count)):
             return self.compute(q, k, v)
         # As often as a row occurs the whole pass is run, with that row in its place. Places left empty get
@@ -455,24 +466,3 @@ class _Attend:
                 results[index] = made[row]
             waiting = [index for index in waiting if results[index] is None]
         return torch.stack(results)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """`Attend` over some rows of a pass."""
-
-    whole: Attend
-    rows: Sequence[int]
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        rows = _resolve(rows, len(q), range(len(self.rows)))
-        return self.whole(q, k, v, rows=[self.rows[row] for row in rows])
-
-
-def _resolve(rows: Sequence[int] | None, count: int, own: Sequence[int]) -> list[int]:
-    """`Attend`'s rows where they were left out: the call's `own`, once or several times."""
-    if rows is not None:
-        return list(rows)
-    if count % len(own):
-        raise ValueError(f"{count} rows for a call of {len(own)}: say with `rows` which is which")
-    return list(own) * (count // len(own))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionCall, AttentionHandler, Branch, FeatureCall, Layer, layer_table
-from .diffusers_host import DiffusersHost, load_pipeline
+from .attention import AttentionCall, AttentionHandler, Branch, FeatureCall, Layer, TextHost, layer_table
+from .diffusers_host import DiffusersHost, guidance, load_pipeline
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -49,6 +50,7 @@ class DiffusersTextHost(DiffusersHost):
                 raise ValueError(f"{name} is {list(embedding.shape)}; this UNet takes [1, L, {width}]")
         self.unet, self.cfg, self.added = unet, cfg, added
         self.positive, self.null = (part.detach().to(self.device, torch.float32) for part in (positive, null))
+        self._apart = False  # whether each branch has a pass of its own
         self._seen: _Seen | None = None
 
     @classmethod
@@ -82,7 +84,8 @@ class DiffusersTextHost(DiffusersHost):
         return self._ask(network, x, sigma).x0
 
     def guided(self, x: Tensor, sigma: float, null: Tensor | None = None) -> Tensor:
-        """See `TextHost.guided`; both branches run in one batch, the unconditional rows first."""
+        """See `TextHost.guided`; both branches run in one batch, the unconditional rows first (of a host from
+        `together` one after another)."""
         return self._ask(lambda x, t: self._guided(x, t, null), x, sigma).x0
 
     @contextlib.contextmanager
@@ -102,13 +105,38 @@ class DiffusersTextHost(DiffusersHost):
             finally:
                 self._seen = None
 
+    def together(self, source: TextHost, pictures: int) -> DiffusersTextHost | None:
+        """See `TextHost.together`."""
+        if not isinstance(source, DiffusersTextHost) or source.unet is not self.unet or source.cfg != self.cfg:
+            return None
+        lengths = [(host.positive.shape[1], host.null.shape[1]) for host in (source, self)]
+        if lengths[0] != lengths[1] or (source.added is None) != (self.added is None):
+            return None
+        if source.prediction != self.prediction or not torch.equal(source.train_sigmas, self.train_sigmas):
+            return None
+
+        def joined(one: Tensor, other: Tensor) -> Tensor:
+            return torch.cat([part.expand(pictures, *part.shape[1:]) for part in (one, other)])
+
+        both = copy.copy(self)
+        both.network, both._apart = both._guided, True
+        both.positive, both.null = joined(source.positive, self.positive), joined(source.null, self.null)
+        if self.added is not None:
+            both.added = {
+                branch: {name: joined(source.added[branch][name], part) for name, part in parts.items()}
+                for branch, parts in self.added.items()
+            }
+        return both
+
     def _guided(self, x: Tensor, t: Tensor, null: Tensor | None = None) -> tuple[Tensor, None]:
+        embeddings: dict[Branch, Tensor] = {"uncond": self.null if null is None else null, "cond": self.positive}
         if self.cfg == 1:
-            return self._outputs(x, t, {"cond": self.positive})[0], None
-        uncond, cond = self._outputs(
-            x, t, {"uncond": self.null if null is None else null, "cond": self.positive}
-        )
-        return uncond + self.cfg * (cond - uncond), None
+            del embeddings["uncond"]
+        if self._apart:
+            outputs = [self._outputs(x, t, {branch: part})[0] for branch, part in embeddings.items()]
+        else:
+            outputs = self._outputs(x, t, embeddings)
+        return outputs[0] if len(outputs) == 1 else guidance(outputs[1], outputs[0], self.cfg), None
 
     def _outputs(self, x: Tensor, t: Tensor, embeddings: dict[Branch, Tensor]) -> Sequence[Tensor]:
         """The network's output for every branch, from one run of the UNet."""

@@ -15,7 +15,7 @@ import comfy.model_management
 from torch import Tensor
 
 from .attention import Branch
-from .comfy_text import ComfyTextHost, run_text
+from .comfy_text import ComfyTextHost, run_text, same_weights
 
 Result = TypeVar("Result")
 
@@ -56,7 +56,7 @@ class HostInTurn:
     """`TextHost` of a run beside another: `host`, with its weights in place for each of its evaluations."""
 
     def __init__(self, host: ComfyTextHost, other: ComfyTextHost, noise: Tensor) -> None:
-        self._host = host
+        self._host, self._noise = host, noise
         self._patcher, self._other = host.guider.model_patcher, other.guider.model_patcher
         self._memory = self._patcher.memory_required([2 * len(noise), *noise.shape[1:]])
 
@@ -70,6 +70,10 @@ class HostInTurn:
     def guided(self, x: Tensor, sigma: float, null: Tensor | None = None) -> Tensor:
         self._take_turn()
         return self._host.guided(x, sigma, null)
+
+    def together(self, source: HostInTurn, pictures: int) -> HostInTurn | None:
+        both = self._host.together(source._host, pictures)
+        return None if both is None else HostInTurn(both, source._host, self._noise)
 
     def _take_turn(self) -> None:
         network = self._patcher.model
@@ -85,16 +89,4 @@ class HostInTurn:
         loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
         if any(patcher is self._patcher for patcher in loaded):
             return True
-        return any(patcher is self._other for patcher in loaded) and _same_weights(self._patcher, self._other)
-
-
-def _same_weights(one: Any, other: Any) -> bool:
-    """Whether two MODELs are the same network with the same changes to it."""
-    return (
-        one.model is other.model
-        and one.patches_uuid == other.patches_uuid
-        and not one.injections
-        and not other.injections
-        and one.object_patches.keys() == other.object_patches.keys()
-        and all(one.object_patches[key] is other.object_patches[key] for key in one.object_patches)
-    )
+        return any(patcher is self._other for patcher in loaded) and same_weights(self._patcher, self._other)

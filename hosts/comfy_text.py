@@ -7,6 +7,7 @@ CONDITIONING left as they are.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -16,10 +17,11 @@ from uuid import uuid4
 import comfy.conds
 import comfy.model_management
 import comfy.samplers
+import comfy.utils
 import torch
 from torch import Tensor
 
-from .attention import AttentionHandler, Branch
+from .attention import AttentionHandler, Branch, TextHost
 from .attention_comfy import AttentionAccess, check_text_model
 from .comfy_host import ComfyHost, rows_of, run
 from .protocol import Prediction
@@ -119,6 +121,24 @@ class ComfyTextHost(ComfyHost):
             finally:
                 self._access = None
 
+    def together(self, source: TextHost, pictures: int) -> ComfyTextHost | None:
+        """See `TextHost.together`; None too where another pack has put something that acts on the MODEL: it may keep a
+        state from one evaluation to the next."""
+        if not isinstance(source, ComfyTextHost) or source.cfg != self.cfg:
+            return None
+        if not same_weights(source.guider.model_patcher, self.guider.model_patcher):
+            return None
+        if not all(_is_data(host.extra_args["model_options"]) for host in (source, self)):
+            return None
+        guider = copy.copy(self.guider)
+        guider.conds = {}
+        for name in NAMES.values():
+            joined = _joined(source.guider.conds[name], self.guider.conds[name], pictures)
+            if joined is None:
+                return None
+            guider.conds[name] = [joined]
+        return dataclasses.replace(self, guider=guider, _access=None)
+
     @property
     def _half(self) -> bool:
         manual = self._model.manual_cast_dtype
@@ -165,7 +185,8 @@ class ComfyTextHost(ComfyHost):
                 "stand in for one alone. Give one prompt, without areas or masks."
             )
         cond = active[0]
-        text = _OwnLength(embedding.to(self.device))
+        kind = _Alone if isinstance(cond["model_conds"].get(TEXT), _Alone) else _OwnLength
+        text = kind(embedding.to(self.device))
         return [{**cond, "model_conds": {**cond["model_conds"], TEXT: text}}]
 
     def _need_vae(self) -> None:
@@ -211,6 +232,79 @@ class _OwnLength(comfy.conds.CONDCrossAttn):
 
     def can_concat(self, other: comfy.conds.CONDCrossAttn) -> bool:
         return self.cond.shape[1:] == other.cond.shape[1:] and super().can_concat(other)
+
+
+class _Alone(_OwnLength):
+    """A text embedding that shares a pass with no other conditioning."""
+
+    def can_concat(self, other: comfy.conds.CONDCrossAttn) -> bool:
+        return False
+
+
+# Two hosts in one ---------------------------------------------------------------------------------------------------
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    """Whether two MODELs are the same network with the same changes to it."""
+    return (
+        one.model is other.model
+        and one.patches_uuid == other.patches_uuid
+        and not one.injections
+        and not other.injections
+        and one.object_patches.keys() == other.object_patches.keys()
+        and all(one.object_patches[key] is other.object_patches[key] for key in one.object_patches)
+    )
+
+
+def _is_data(value: Any) -> bool:
+    """Whether nested options hold nothing that acts."""
+    if isinstance(value, dict):
+        return all(map(_is_data, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, (bool, int, float, str, Tensor, torch.dtype, torch.device))
+
+
+def _joined(source: list[Cond], target: list[Cond], pictures: int) -> Cond | None:
+    """One entry for the rows of both, where each has one alone and they differ in their texts at most."""
+    if len(source) != 1 or len(target) != 1:
+        return None
+    one, other = source[0], target[0]
+    if one.get("control") is not None or one.get("hooks") is not None:
+        return None
+    made = one["model_conds"], other["model_conds"]
+    # What the texts went into, beside the ids.
+    apart = {"model_conds", "uuid", "cross_attn", "pooled_output"}
+    if not _equal({key: one[key] for key in one.keys() - apart}, {key: other[key] for key in other.keys() - apart}):
+        return None
+    if made[0].keys() != made[1].keys():
+        return None
+    model_conds = {}
+    for key, ours in made[0].items():
+        theirs = made[1][key]
+        if type(ours) is not type(theirs):
+            return None
+        if type(ours) in _BY_ROW and ours.cond.shape[1:] == theirs.cond.shape[1:]:
+            rows = torch.cat([comfy.utils.repeat_to_batch_size(part.cond, pictures) for part in (ours, theirs)])
+            model_conds[key] = _Alone(rows) if key == TEXT else type(ours)(rows)
+        elif key != TEXT and _equal(ours.cond, theirs.cond):
+            model_conds[key] = ours
+        else:
+            return None
+    return {**one, "model_conds": model_conds}
+
+
+_BY_ROW = (_OwnLength, comfy.conds.CONDRegular, comfy.conds.CONDNoiseShape)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
+    return one is other or (type(one) is type(other) and isinstance(one, (bool, int, float, str)) and one == other)
 
 
 # Gradients of half-precision weights ---------------------------------------------------------------------------------

@@ -170,6 +170,11 @@ def guided_network(unet: UNet2DConditionModel, context: Tensor, cfg: float) -> N
         if len(context) == 1:
             return output, None
         conditional, unconditional = output.chunk(2)
-        return unconditional + cfg * (conditional - unconditional), None
+        return guidance(conditional, unconditional, cfg), None
 
     return network
+
+
+def guidance(conditional: Tensor, unconditional: Tensor, cfg: float) -> Tensor:
+    """Classifier-free guidance of a network's outputs (Ho and Salimans 2022)."""
+    return unconditional + cfg * (conditional - unconditional)

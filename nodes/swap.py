@@ -15,7 +15,7 @@ from .swap_settings import NOT_GIVEN, OF_50, amount, unit_input
 
 if TYPE_CHECKING:
     from ..attention_swap.prompts import PromptPair
-    from ..attention_swap.sampler import Subject
+    from ..attention_swap.sampler import Subject, SwapResult
     from ..attention_swap.settings import SwapSettings
 
 INSIDE, OUTSIDE = "inside", "outside"
@@ -96,15 +96,32 @@ class AttentionSwapSampler(io.ComfyNode):
         picture = ExecutionBlocker(
             "AttentionSwapSampler has no image without a VAE: connect vae, or decode latent (VAEDecode)."
         )
-        report = result.report.to_text()
+        said = result.report
+        weak = _weak(result, positive, attention, mask, outside, subjects or ())
+        if weak is not None:
+            said = dataclasses.replace(said, notes=(*said.notes, weak))
+        report = said.to_text()
         if vae is not None:
             picture = vae.decode(latent["samples"])
             if frame is not None:
                 picture = exact_background(image, picture, edited, frame)
                 report += "\nbackground: outside of the mask each pixel is the image's"
         return io.NodeOutput(
-            latent, picture, report, json.dumps(result.report.to_dict(), indent=2), ui=ui.PreviewText(report)
+            latent, picture, report, json.dumps(said.to_dict(), indent=2), ui=ui.PreviewText(report)
         )
+
+
+def _weak(result: SwapResult, positive, attention: Attention, mask, outside: bool, subjects) -> str | None:
+    """A note where the prompts differ and the pictures hardly do."""
+    from ..attention_swap.change import weak_change
+
+    asked, before = (tuple(entry[0] for entry in conditioning) for conditioning in (positive, attention.positive))
+    same = len(asked) == len(before) and all(map(torch.equal, asked, before))
+    if same:
+        return None
+    masks = [given for given in (mask, *(subject.mask for subject in subjects)) if given is not None]
+    where = edit_mask(mask, outside, subjects, tuple(masks[0].shape[-2:])) if masks else None
+    return weak_change(result.latents, result.source, where)
 
 
 def _frame(image, attention: Attention, vae, mask, outside: bool, subjects) -> tuple[Frame, torch.Tensor]:

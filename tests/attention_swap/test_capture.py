@@ -28,7 +28,10 @@ def host(cfg: float = 5.0) -> DiffusersTextHost:
     """A host of its own on the shared network."""
     shared = model()
     alphas = 1 / (1 + shared.train_sigmas.double() ** 2)
-    return DiffusersTextHost(shared.unet, shared.positive, shared.null, alphas, cfg=cfg, vae=shared.vae)
+    return DiffusersTextHost(
+        shared.unet, shared.positive, shared.null, alphas, cfg=cfg, prediction=shared.prediction,
+        vae=shared.vae,
+    )
 
 
 def grid() -> torch.Tensor:

@@ -36,7 +36,9 @@ def host(cfg: float = 7.5, kind: type[DiffusersTextHost] = DiffusersTextHost) ->
     """A host of its own on the shared network."""
     shared = model()
     alphas = 1 / (1 + shared.train_sigmas.double() ** 2)
-    return kind(shared.unet, shared.positive, shared.null, alphas, cfg=cfg, vae=shared.vae)
+    return kind(
+        shared.unet, shared.positive, shared.null, alphas, cfg=cfg, vae=shared.vae, prediction=shared.prediction
+    )
 
 
 @functools.cache
@@ -96,7 +98,7 @@ def test_the_path_goes_through_the_picture_and_grows_to_noise():
     trajectory = inverted("direct").inversion.trajectory
     spread = trajectory.std((1, 2, 3, 4))
     assert (spread.diff() < 0).all()
-    assert spread[0] == pytest.approx(float(inverted("direct").inversion.sigmas[0]), rel=0.25)
+    assert spread[0] == pytest.approx(float(inverted("direct").inversion.sigmas[0]), rel=0.3)
 
 
 def test_official_ends_where_the_published_code_takes_its_latent_for_clean():
@@ -106,21 +108,22 @@ def test_official_ends_where_the_published_code_takes_its_latent_for_clean():
     torch.testing.assert_close(made.reconstruction, latent())
 
 
-class VHost(DiffusersTextHost):
-    """The demo's network turned into one that predicts v."""
+class NoiseHost(DiffusersTextHost):
+    """The demo's network, which predicts v, turned into one that predicts noise."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, prediction="v_prediction", **kwargs)
+    def __init__(self, *args, prediction: str, **kwargs) -> None:
+        assert prediction == "v_prediction"
+        super().__init__(*args, prediction="epsilon", **kwargs)
 
     def _outputs(self, x, t, embeddings):
         level = self.train_sigmas[t[0]]
         alpha, sigma = (1 / (1 + level**2)).sqrt(), level / (1 + level**2).sqrt()
-        return [(eps - sigma * x) / alpha for eps in super()._outputs(x, t, embeddings)]
+        return [alpha * v + sigma * x for v in super()._outputs(x, t, embeddings)]
 
 
 @pytest.mark.parametrize("method", ["ddim", "null_text"])
-def test_a_model_that_predicts_v_is_inverted_alike(method: str):
-    made = invert(host(kind=VHost), latent(), InvertSettings(method, STEPS))
+def test_whether_a_model_predicts_v_or_noise_it_is_inverted_alike(method: str):
+    made = invert(host(kind=NoiseHost), latent(), InvertSettings(method, STEPS))
     expected = inverted(method)
     torch.testing.assert_close(made.inversion.noise, expected.inversion.noise, rtol=2e-3, atol=2e-2)
     assert psnr(made.reconstruction) == pytest.approx(psnr(expected.reconstruction), abs=0.5)

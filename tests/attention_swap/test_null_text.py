@@ -34,7 +34,10 @@ def host(cfg: float = 7.5, dtype: torch.dtype = torch.float32) -> DiffusersTextH
     shared = model()
     unet = shared.unet if dtype == torch.float32 else copy.deepcopy(shared.unet).to(dtype)
     alphas = 1 / (1 + shared.train_sigmas.double() ** 2)
-    return DiffusersTextHost(unet, shared.positive, shared.null, alphas, cfg=cfg, vae=shared.vae)
+    return DiffusersTextHost(
+        unet, shared.positive, shared.null, alphas, cfg=cfg, prediction=shared.prediction,
+        vae=shared.vae,
+    )
 
 
 @functools.cache

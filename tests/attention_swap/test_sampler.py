@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ from blendswap.attention_swap.inversion import InvertSettings, invert
 from blendswap.attention_swap.sampler import Subject, SwapResult, attention_swap
 from blendswap.attention_swap.settings import PRESETS, Steps, SwapSettings, Where, preset_settings
 from blendswap.attention_swap.sigmas import ddim_grid
+from blendswap.attention_swap.swap import Tape
 from blendswap.attention_swap.tokens import Alignment, align, from_transformers
 from blendswap.demo.files import TEXT
 from blendswap.hosts.attention import AttentionCall
@@ -36,7 +38,10 @@ def host(prompt: str = SOURCE, cfg: float = CFG) -> DiffusersTextHost:
     shared, target = models()
     alphas = 1 / (1 + shared.train_sigmas.double() ** 2)
     positive = shared.positive if prompt == SOURCE else target
-    return DiffusersTextHost(shared.unet, positive, shared.null, alphas, cfg=cfg, vae=shared.vae)
+    return DiffusersTextHost(
+        shared.unet, positive, shared.null, alphas, cfg=cfg, prediction=shared.prediction,
+        vae=shared.vae,
+    )
 
 
 @functools.cache
@@ -123,6 +128,28 @@ def test_a_tape_and_a_replay_give_the_same(name: str) -> None:
     assert taped.report.kinds == replayed.report.kinds
     assert taped.report.evaluations == (0, STEPS) and replayed.report.evaluations[0] > 0
     assert (taped.latents - plain(TARGET)).abs().max() > 0.01 and (taped.latents - plain(SOURCE)).abs().max() > 0.01
+
+
+def test_on_one_network_a_replay_hands_attention_over_layer_by_layer_and_keeps_none(monkeypatch) -> None:
+    kept, real = [], Tape.put
+
+    def put(self: Tape, key, tensor: Tensor) -> None:
+        real(self, key, tensor)
+        kept.append(self.bytes)
+
+    monkeypatch.setattr(Tape, "put", put)
+    made = captured("photoswap", "replay")
+    together, most = swap("photoswap", made), max(kept)
+    largest = max(info.bytes("q") + info.bytes("k") for info in made.layout.layers)
+    assert 0 < most <= largest  # of one half of the guidance
+    # A network of its own runs by itself, and leaves a step's attention.
+    kept.clear()
+    other = host()
+    other.unet = copy.deepcopy(other.unet)
+    apart = swap("photoswap", made, source_host=other)
+    assert torch.equal(apart.latents, together.latents) and torch.equal(apart.source, together.source)
+    assert apart.report.kinds == together.report.kinds and apart.report.evaluations == together.report.evaluations
+    assert max(kept) > 5 * most
 
 
 class Published:

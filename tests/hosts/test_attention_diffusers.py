@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,31 @@ def test_weights_of_half_the_size_do(text_model: Path):
         made = full.guided(noisy(), 2.0)
     assert made.dtype == torch.float32
     assert (made - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_together_each_of_two_hosts_answers_as_it_does_alone(text_model, host, batch):
+    other = copy.copy(host)
+    other.positive, other.null = host.null, host.positive
+    both, watcher = host.together(other, batch), Watcher()
+    xs = [noisy(batch=batch), noisy(batch=batch) * 2]
+    with torch.no_grad():
+        with both.attention(watcher):
+            made = both.guided(torch.cat(xs), 2.0)
+        expected = torch.cat([one.guided(x, 2.0) for one, x in zip((other, host), xs)])
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    assert {call.rows for call in watcher.calls} == {("cond",) * 2 * batch, ("uncond",) * 2 * batch}
+
+
+def test_hosts_that_differ_in_more_than_their_texts_stay_apart(text_model, host):
+    def changed(**changes):
+        other = copy.copy(host)
+        vars(other).update(changes)
+        return host.together(other, 1)
+
+    assert changed() is not None
+    assert changed(cfg=5.0) is None and changed(unet=copy.deepcopy(host.unet)) is None
+    assert changed(positive=host.positive.repeat(1, 2, 1)) is None and changed(prediction="v_prediction") is None
 
 
 # Attention ----------------------------------------------------------------------------------------------------------

@@ -118,3 +118,90 @@ def test_an_error_beside_a_patched_model_leaves_the_plain_one_as_it_was(parts):
         run_beside(*sides, None, noisy(), 0, body)
     assert torch.equal(alone(parts), plain)
     assert all(torch.equal(weights[key], weight) for key, weight in parts[0].model.diffusion_model.state_dict().items())
+
+
+# Both in one pass ---------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """A handler that counts the rows of each pass, and changes nothing."""
+
+    def __init__(self):
+        self.passes = []
+
+    def attention(self, call):
+        if (call.layer.kind, call.layer.index) == ("self", 0):
+            self.passes.append(call.rows)
+        return call.attend(call.q, call.k, call.v)
+
+    def feature(self, call):
+        return call.h
+
+
+def together(parts, body, source=None, target=None, batch: int = 1):
+    """body(source, target, both) of two prompts on one MODEL."""
+    from blendswap.hosts.comfy_pair import Side, run_beside
+
+    sides = source or Side(parts[0], parts[1], parts[2], 3.0), target or Side(parts[0], parts[2], parts[1], 3.0)
+
+    def run(source, target):
+        with torch.no_grad():
+            return body(source, target, target.together(source, batch))
+
+    with torch.inference_mode():
+        return run_beside(*sides, None, noisy().repeat(batch, 1, 1, 1), 0, run)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_together_each_side_answers_as_it_does_alone(parts, batch):
+    xs = [torch.randn(batch, 8, 16, 16, generator=torch.Generator().manual_seed(seed)) * SIGMA for seed in (3, 4)]
+    rows = Rows()
+
+    def body(source, target, both):
+        own = torch.randn_like(source.null)
+        with both.attention(rows):
+            made = both.guided(torch.cat(xs), SIGMA), both.guided(torch.cat(xs), SIGMA, own)
+        return made, [
+            torch.cat([host.guided(x, SIGMA, null) for host, x in zip((source, target), xs)]) for null in (None, own)
+        ]
+
+    for one, other in zip(*together(parts, body, batch=batch)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    # Each pass is as large as one of a plain run, which has both halves of the guidance.
+    assert sorted(rows.passes) == sorted([("cond",) * 2 * batch, ("uncond",) * 2 * batch] * 2)
+
+
+def with_function(parts):
+    model = parts[0].clone()
+    model.set_model_sampler_post_cfg_function(lambda given: given["denoised"])
+    return model
+
+
+def with_area(parts):
+    return [[parts[2][0][0], {**parts[2][0][1], "area": (8, 8, 0, 0), "strength": 1.0}]]
+
+
+def longer(parts):
+    return [[parts[2][0][0].repeat(1, 2, 1), dict(parts[2][0][1])]]
+
+
+@pytest.mark.parametrize(("why", "changes"), [
+    ("a patch", lambda parts: {"model": with_patch(parts)}),
+    ("another schedule", lambda parts: {"model": with_another_schedule(parts)}),
+    ("something that acts", lambda parts: {"model": with_function(parts)}),
+    ("a hook", lambda parts: {"positive": with_hook(parts)}),
+    ("an area", lambda parts: {"positive": with_area(parts)}),
+    ("several entries", lambda parts: {"positive": parts[1] + parts[2]}),
+    ("a longer text", lambda parts: {"positive": longer(parts)}),
+    ("another guidance", lambda parts: {"cfg": 4.0}),
+])
+def test_what_may_tell_the_rows_apart_keeps_them_apart(parts, why, changes):
+    import dataclasses
+
+    from blendswap.hosts.comfy_pair import Side
+
+    def body(source, target, both):
+        return both is None
+
+    changed = dataclasses.replace(Side(parts[0], parts[2], parts[1], 3.0), **changes(parts))
+    assert together(parts, body, target=changed) and not together(parts, body)

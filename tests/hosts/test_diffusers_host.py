@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
 from blendswap.blending.guide import load_clip_guide
+from blendswap.blending.regions import Region
 from blendswap.blending.sampler import blended_diffusion
 from blendswap.blending.settings import BlendSettings
 from blendswap.demo import files
@@ -126,10 +127,8 @@ def edit(host, size: int, sampler: str) -> torch.Tensor:
     mask[..., size // 2 :] = 1
     guidance = Guidance(
         settings,
-        guide,
-        guide.embed_text([PROMPT])[0],
+        (Region.of(mask, guide, guide.embed_text([PROMPT])[0]),),
         picture(size),
-        mask,
         augment,
         augment.generators(seeds),
     )

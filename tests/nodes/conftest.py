@@ -77,6 +77,18 @@ def checksum(model: Any) -> float:
     return sum(float(weight.double().abs().sum()) for weight in model.model.diffusion_model.parameters())
 
 
+def concept(kit):
+    """The MODEL with other weights on it, as a LoRA puts them."""
+    model = kit.model.clone()
+    generator = torch.Generator().manual_seed(1)
+    patches = {
+        f"diffusion_model.{key}": (torch.randn(weight.shape, generator=generator) * weight.float().std() * 0.2,)
+        for key, weight in model.model.diffusion_model.state_dict().items() if key.endswith("attn2.to_v.weight")
+    }
+    model.add_patches(patches)
+    return model
+
+
 def half_mask(size: int = 64) -> torch.Tensor:
     """The left half."""
     mask = torch.zeros(1, size, size)

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from .conftest import STEPS, checksum
+from .conftest import STEPS
 
 pytestmark = pytest.mark.needs_comfy
 
@@ -80,28 +80,6 @@ def test_a_replay_that_skips_the_source_has_no_latent_and_blocks_who_asks(kit):
     assert not attention.capture.sampled and "switch sample_source on" in latent.message
     whole = kit.capture(storage="replay")[0]
     assert torch.equal(kit.swap(attention)[0]["samples"], kit.swap(whole)[0]["samples"])
-
-
-def test_an_interrupt_leaves_the_model_as_it_was(kit, monkeypatch):
-    import comfy.model_management as management
-
-    from blendswap.hosts.comfy_host import ComfyHost
-
-    fresh, before, weights = kit.capture()[1], kit.snapshot(kit.model), checksum(kit.model)
-    calls, real = [], ComfyHost._guide
-
-    def interrupted(self, *arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            management.interrupt_current_processing(True)
-        return real(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ComfyHost, "_guide", interrupted)
-        with pytest.raises(management.InterruptProcessingException):
-            kit.capture()
-    assert kit.snapshot(kit.model) == before and checksum(kit.model) == weights
-    assert torch.equal(kit.capture()[1]["samples"], fresh["samples"])
 
 
 def nan_latent(kit) -> dict:

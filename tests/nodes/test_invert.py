@@ -165,34 +165,6 @@ def test_progress_runs_over_both_ways_with_a_preview(parts, invert, monkeypatch)
     assert all(given[1].shape == parts[3]["samples"].shape and given[3] == 2 * STEPS for given in calls)
 
 
-@pytest.mark.parametrize("after", [2, STEPS + 2])
-def test_an_interrupt_leaves_the_model_as_it_was_and_the_next_run_like_a_fresh_one(parts, invert, monkeypatch, after):
-    import comfy.model_management
-    from blendswap.nodes import invert as module
-
-    model = parts[0]
-    before = repr(model.model_options), {name: weight.clone() for name, weight in model.model.state_dict().items()}
-    calls, step = [], module._Progress.step
-
-    def interrupting(self, report):
-        step(self, report)
-        calls.append(report)
-        if len(calls) == after:
-            comfy.model_management.interrupt_current_processing()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Progress, "step", interrupting)
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            invert(model=model)
-    assert len(calls) == after
-    assert repr(model.model_options) == before[0]
-    assert all(torch.equal(weight, before[1][name]) for name, weight in model.model.state_dict().items())
-    assert all(weight.grad is None for weight in model.model.parameters())
-    again, expected = invert(model=model)[0], invert()[0]
-    torch.testing.assert_close(again.null, expected.null)
-    torch.testing.assert_close(again.trajectory, expected.trajectory)
-
-
 # Files ------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from .conftest import SOURCE, STEPS, TARGET, checksum, half_mask
+from .conftest import SOURCE, STEPS, TARGET, checksum, concept, half_mask
 
 pytestmark = pytest.mark.needs_comfy
 
@@ -161,18 +161,6 @@ def test_word_weights_reach_the_picture(kit, taped):
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
-def concept(kit):
-    """The MODEL with other weights on it, as a LoRA puts them."""
-    model = kit.model.clone()
-    generator = torch.Generator().manual_seed(1)
-    patches = {
-        f"diffusion_model.{key}": (torch.randn(weight.shape, generator=generator) * weight.float().std() * 0.2,)
-        for key, weight in model.model.diffusion_model.state_dict().items() if key.endswith("attn2.to_v.weight")
-    }
-    model.add_patches(patches)
-    return model
-
-
 def test_a_model_with_a_concept_on_it_swaps_alike_from_a_tape_and_beside_its_source(kit, taped, replayed):
     weights, other = checksum(kit.model), concept(kit)
     one, two = (kit.swap(made[0], model=other)[0] for made in (taped, replayed))
@@ -196,31 +184,6 @@ def test_another_checkpoint_of_the_family_is_a_target_too(kit, taped, replayed):
         other = DemoModelLoader.execute().args[0]
     for made in (taped, replayed):
         assert torch.equal(kit.swap(made[0], model=other)[0]["samples"], kit.swap(made[0])[0]["samples"])
-
-
-@pytest.mark.parametrize("storage", ["tape", "replay"])
-def test_an_interrupt_leaves_the_models_as_they_were(kit, storage, monkeypatch):
-    import comfy.model_management as management
-
-    from blendswap.hosts.comfy_host import ComfyHost
-
-    attention, other = kit.capture(storage=storage)[0], concept(kit)
-    fresh = kit.swap(attention, model=other)[0]
-    before = [kit.snapshot(model) for model in (kit.model, other)]
-    calls, real = [], ComfyHost._guide
-
-    def interrupted(self, *arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            management.interrupt_current_processing(True)
-        return real(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ComfyHost, "_guide", interrupted)
-        with pytest.raises(management.InterruptProcessingException):
-            kit.swap(attention, model=other)
-    assert [kit.snapshot(model) for model in (kit.model, other)] == before
-    assert torch.equal(kit.swap(attention, model=other)[0]["samples"], fresh["samples"])
 
 
 def test_the_callers_tensors_are_not_written_to(kit, taped):
