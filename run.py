@@ -43,7 +43,8 @@ REPOSITORY = "https://github.com/comfyanonymous/ComfyUI.git"
 # These three are built for one another, and their own requirements do not say so: torch 2.15 with
 # torchaudio 2.11, the last one, fails on import. Raise the limits together, after trying.
 TORCH = ("torch>=2.6,<2.15", "torchvision>=0.21,<0.30", "torchaudio>=2.6,<2.12")
-TOOLS = ("pytest>=8,<10", "setuptools>=77")
+# peft is for concept learning outside of ComfyUI alone, which tests and benchmarks do.
+TOOLS = ("pytest>=8,<10", "setuptools>=77", "peft>=0.14,<1")
 
 # What pip or git say, and what to do about it.
 _HINTS = (

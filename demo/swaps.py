@@ -21,7 +21,7 @@ from .server import ComfyServer
 UNMASKED, WORD, LAYOUT = "Swap without a mask", "Word map", "Layout"
 """Titles of the nodes that the demo adds to the workflow."""
 
-_FIRST_SEED = 2_000_000  # as in DemoScene
+FIRST_SEED = 2_000_000  # as in DemoScene
 _STANDS_OUT = 28  # distance in RGB of 0..255: what is farther from the bare background is the object
 
 
@@ -46,7 +46,7 @@ class Swap:
 
     @property
     def drawn(self) -> world.Scene:
-        return next(world.scenes(_FIRST_SEED + self.scene, 1))
+        return next(world.scenes(FIRST_SEED + self.scene, 1))
 
     @property
     def source_prompt(self) -> str:
@@ -131,12 +131,14 @@ def prepare(swap: Swap, object_info: Mapping[str, Any]) -> dict[str, Any]:
     return prompt
 
 
-def pose_iou(scene: world.Scene, result: np.ndarray) -> float:
+def pose_iou(scene: world.Scene, result: np.ndarray, wanted: np.ndarray | None = None) -> float:
     """How well the object of `result` (uint8 [H, W, 3]) lies where the object of `scene` does: IoU, in 0..1.
+
+    wanted: where another object should lie in its place, bool [H, W].
 
     The object is what stands out from the scene's background as it would be without the object; the source's is known.
     """
-    before = world.object_mask(scene)
+    before = world.object_mask(scene) if wanted is None else wanted
     ground = world.draw(dataclasses.replace(scene, things=()))
     after = np.linalg.norm(result.astype(np.float32) - ground, axis=-1) > _STANDS_OUT
     return float((before & after).sum() / (before | after).sum())

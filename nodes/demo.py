@@ -8,6 +8,7 @@ from ..demo import files
 
 # Trainings draw their scenes from seeds below 1,000,000: no model has seen the ones from here on.
 FIRST_SEED = 2_000_000
+FIRST_SUBJECT_SEED = 2_500_000
 
 
 class DemoModelLoader(io.ComfyNode):
@@ -105,3 +106,49 @@ class DemoScene(io.ComfyNode):
         edit = torch.from_numpy(world.edit_mask(scene, object - 1, margin)).float()
         outline = torch.from_numpy(world.object_mask(scene, object - 1)).float()
         return io.NodeOutput(image[None], edit[None], outline[None], scene.caption())
+
+
+class DemoSubject(io.ComfyNode):
+    """Draw reference pictures of a subject that no demo model has seen, with its masks."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        from ..demo.subjects import SUBJECTS
+
+        return io.Schema(
+            node_id="DemoSubject",
+            display_name="Demo Subject",
+            category="BlendSwap/demo",
+            description="Draws 64 × 64 pictures of one subject that the demo world does not have and no demo model "
+            "has seen, in poses and on grounds by chance: references to learn it from.",
+            inputs=[
+                io.Combo.Input("subject", options=list(SUBJECTS), tooltip="Which subject."),
+                io.Int.Input("count", default=5, min=1, max=100, tooltip="How many pictures."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    control_after_generate=True,
+                    tooltip="Poses and grounds. The same seed draws the same pictures everywhere.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="IMAGE"),
+                io.Mask.Output(display_name="outline", tooltip="The subject's own pixels in each picture."),
+                io.String.Output(
+                    display_name="kind", tooltip="The nearest word of the demo world, for prompts and class prompts."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, subject: str, count: int = 5, seed: int = 0) -> io.NodeOutput:
+        import torch
+
+        from ..demo.subjects import SUBJECTS, references
+
+        images, masks = references(SUBJECTS[subject], count, FIRST_SUBJECT_SEED + seed)
+        return io.NodeOutput(
+            torch.from_numpy(images).float() / 255, torch.from_numpy(masks).float(), SUBJECTS[subject].kind
+        )

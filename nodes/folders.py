@@ -48,6 +48,13 @@ FOLDERS = {
         output=True,
         empty="SaveInversion writes into output/",
     ),
+    "concepts": ModelFolder(
+        extensions=frozenset({".safetensors"}),
+        marker=None,
+        wanted="a checkpoint that LearnConceptDreamBooth or LearnConceptTextualInversion writes",
+        output=True,
+        empty="the learning nodes write into output/",
+    ),
 }
 
 

@@ -1,0 +1,140 @@
+"""A training on disk: written whole or not at all, and refused where it belongs to another training."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "blendswap concept training 1"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW."""
+
+SAME_MODEL = 0.02
+"""Largest relative difference of two answers of one model: kernels and mixed precision differ by far less between
+runs, models by far more."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A training after a step.
+
+    step: updates done. parameters, moments: by name; moments those of `MOMENTS` for each parameter.
+    losses: [step, 3], float64: the loss, the references' and the class pictures' share of each step.
+    identity: what the training is made of, plain JSON. probe: the untrained model's answer to a fixed question.
+    """
+
+    step: int
+    parameters: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Tensor]]
+    losses: Tensor
+    identity: Mapping[str, Any]
+    probe: Tensor
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint whole or not at all: what was at `path` stays until the new one is on the disk.
+
+    Raises CheckpointError, saying what to do, where it cannot be written.
+    """
+    tensors = {f"parameter.{name}": tensor for name, tensor in checkpoint.parameters.items()}
+    tensors |= {
+        f"{moment}.{name}": tensor for moment in MOMENTS for name, tensor in checkpoint.moments[moment].items()
+    }
+    tensors |= {"losses": checkpoint.losses, "probe": checkpoint.probe}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "step": str(checkpoint.step), "identity": json.dumps(checkpoint.identity)}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata=metadata)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+        kept = f" The one of an earlier step is still there: {path}." if path.exists() else ""
+        what = (
+            f"the disk is full. Make {size:.1f} MB of room" if _disk_full(error)
+            else f"{error}. Look whether the folder can be written to"
+        )  # fmt: skip
+        raise CheckpointError(
+            f"The checkpoint of step {checkpoint.step} was not written to {path.parent}: {what}, then start again."
+            f"{kept}"
+        ) from error
+
+
+def read(path: Path) -> Checkpoint:
+    """What `write` wrote; the tensors on the CPU.
+
+    Raises ValueError, naming the file, for one that is damaged or of another kind.
+    """
+    cure = "Delete it, or choose another name, to begin anew."
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is not a checkpoint of a concept's training. {cure}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        parts: dict[str, dict[str, Tensor]] = {"parameter": {}, **{moment: {} for moment in MOMENTS}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if part in parts:
+                parts[part][rest] = tensor
+        parameters = parts.pop("parameter")
+        found = Checkpoint(
+            int(metadata["step"]), parameters, parts, tensors["losses"], json.loads(metadata["identity"]),
+            tensors["probe"],
+        )  # fmt: skip
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"The checkpoint {path} is damaged ({error}). {cure}") from error
+    if any(parts[moment].keys() != parameters.keys() for moment in MOMENTS):
+        raise ValueError(f"The checkpoint {path} is damaged (parameters without their moments). {cure}")
+    if len(found.losses) != found.step or not all(torch.isfinite(tensor).all() for tensor in parameters.values()):
+        raise ValueError(f"The checkpoint {path} is damaged (its values do not fit together). {cure}")
+    return found
+
+
+def check_same(path: Path, found: Checkpoint, identity: Mapping[str, Any], shapes: Mapping[str, torch.Size],
+               probe: Tensor) -> None:
+    """Raises ValueError, saying what differs, where a checkpoint is of another training than the one described.
+
+    identity, probe: as in `Checkpoint`. shapes: of the parameters.
+    """
+    cure = "Set it back to go on, or delete the checkpoint or choose another name to begin anew."
+    differing = [
+        f"{name} was {found.identity.get(name)!r}, now {identity.get(name)!r}"
+        for name in dict.fromkeys([*found.identity, *identity])
+        if found.identity.get(name) != identity.get(name)
+    ]
+    if differing:
+        raise ValueError(f"The checkpoint {path} was made with other settings: {'; '.join(differing)}. {cure}")
+    if {name: tensor.shape for name, tensor in found.parameters.items()} != dict(shapes):
+        raise ValueError(f"The checkpoint {path} is of a model of another kind: its parameters differ. {cure}")
+    if found.probe.shape != probe.shape or (found.probe - probe).norm() > SAME_MODEL * probe.norm():
+        raise ValueError(
+            f"The checkpoint {path} belongs to another base model or precision: it answered differently. {cure}"
+        )
+
+
+def _disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors hands the system's error on as text.
+    return any(f"os error {number}" in str(error).lower() for number in (errno.ENOSPC, errno.EDQUOT, 112))

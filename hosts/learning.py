@@ -1,0 +1,109 @@
+"""What concept learning needs from a text-conditioned model: something to train, and the terms it was trained in.
+
+A learner owns a private copy of what it changes; the model it was made from stays as it is. Parameters, prompts and
+noise levels are the model's own: x_t = sqrt(ᾱ_t)·x0 + sqrt(1 - ᾱ_t)·n, and the network answers with ε or v.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Prediction = Literal["epsilon", "v_prediction"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """LoRA (Hu et al. 2021): W + scale·up·down on the attention (and, with `convolutions`, every) weight.
+
+    rank: 1 and up. alpha: scale·rank; None is the rank itself, which makes the scale 1.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    text_encoder: bool = True
+    convolutions: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class FullWeights:
+    """Every weight of the UNet, and of the text encoder with `text_encoder`."""
+
+    text_encoder: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenVectors:
+    """Textual Inversion (Gal et al. 2022): `count` new vectors for `token`, begun as those of `initial_word`.
+
+    Where the initial word has fewer tokens than vectors are asked for, its last one is repeated.
+    """
+
+    token: str
+    initial_word: str
+    count: int = 1
+
+
+Learned = LowRank | FullWeights | TokenVectors
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Encoded prompts. `context` [B, L, D]; `pooled` [B, P] where the model takes one (SDXL). Gradients flow."""
+
+    context: Tensor
+    pooled: Tensor | None = None
+
+
+class Learner(Protocol):
+    """A model in training. Tensors are float32 on `device` unless a method says otherwise.
+
+    What mixed precision and gradient checkpointing need inside the network is the learner's own business.
+    """
+
+    device: torch.device
+    learned: Learned
+    prediction: Prediction
+    alphas_cumprod: Tensor
+    """ᾱ of every training timestep, [T], descending."""
+    downscale: int
+    """Picture pixels per latent cell along a side."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is trained, by a name that is the same in every run: float32, requiring gradients."""
+        ...
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Picture [B, 3, H, W] in -1..1 → x0 [B, C, h, w] in the scale that the model was trained on; no gradients."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 [B, C, h, w] → picture [B, 3, H, W] in -1..1, clamped; no gradients."""
+        ...
+
+    def text(self, prompts: Sequence[str]) -> Text:
+        """Prompts through the text encoder(s) as they stand. Gradients flow to the parameters in grad mode."""
+        ...
+
+    def denoise(self, x: Tensor, t: Tensor, text: Text, sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """The network's raw answer, ε or v (`prediction`), [B, C, h, w], at x_t [B, C, h, w] and t [B] (int64).
+
+        sizes: (height, width) in pixels of the picture that each row was cut from, for models that are told (SDXL);
+        left out, the size of x. Gradients flow to the parameters in grad mode.
+        """
+        ...
+
+    def sample(
+        self, prompts: Sequence[str], size: tuple[int, int], *, steps: int, cfg: float, seed: int
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] in -1..1 from the model as it stands, DDIM, one for each prompt; `size` is (H, W).
+
+        Row i is the same whatever other prompts are there. Training goes on afterwards as if nothing had been.
+        """
+        ...

@@ -1,0 +1,401 @@
+"""Learning nodes on the demo model: files that stock nodes take, trainings that go on, errors that help."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blendswap import run
+from blendswap.demo.server import start_server
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from .conftest import SOURCE, checksum
+
+pytestmark = pytest.mark.needs_comfy
+
+FEW = dict(
+    steps=3, lr=1e-3, batch=1, accumulation=1, min_snr=0.0, flip=False, seed=0, checkpoint_every=1, preview_every=0,
+    size=0, precision="fp32", gradient_checkpointing=False, resume=True,
+)  # fmt: skip
+DREAMBOOTH = dict(
+    FEW, instance_prompt="a sks star", token="sks", class_prompt="a star", what="lora", rank=2, text_encoder=True,
+    prior_weight=0.0, class_images=2,
+)  # fmt: skip
+INVERSION = dict(FEW, token="sks", initial_word="star", vectors=2, templates="a {}\na {} on a sky background", batch=2)
+
+
+@pytest.fixture(scope="module")
+def pictures(comfy) -> torch.Tensor:
+    from blendswap.nodes.demo import DemoSubject
+
+    return DemoSubject.execute("flower", 3).args[0]
+
+
+@pytest.fixture
+def dreambooth(kit, pictures):
+    """Runs the node: MODEL, CLIP, lora_name, losses, previews, report."""
+    from blendswap.nodes.concept_dreambooth import LearnConceptDreamBooth
+
+    def run(name: str, **changes: Any) -> tuple:
+        inputs = dict(DREAMBOOTH, model=kit.model, clip=kit.clip, vae=kit.vae, images=pictures, name=name)
+        return kit.run(LearnConceptDreamBooth, **{**inputs, **changes})
+
+    return run
+
+
+@pytest.fixture
+def inversion(kit, pictures):
+    """Runs the node: CLIP, embedding, losses, previews, report."""
+    from blendswap.nodes.concept_inversion import LearnConceptTextualInversion
+
+    def run(name: str, **changes: Any) -> tuple:
+        inputs = dict(INVERSION, model=kit.model, clip=kit.clip, vae=kit.vae, images=pictures, name=name)
+        return kit.run(LearnConceptTextualInversion, **{**inputs, **changes})
+
+    return run
+
+
+def folder(kind: str) -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_folder_paths(kind)[0])
+
+
+def sample(kit, model: Any, clip: Any, prompt: str = "a sks star") -> torch.Tensor:
+    """A picture by ComfyUI's own nodes."""
+    from nodes import CLIPTextEncode, KSampler
+
+    with torch.inference_mode():
+        positive, negative = (CLIPTextEncode().encode(clip, text)[0] for text in (prompt, ""))
+        made = KSampler().sample(model, 1, 3, 4.0, "ddim", "ddim_uniform", positive, negative, kit.empty())[0]
+        return kit.vae.decode(made["samples"])
+
+
+# What comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["lora", "full"])
+def test_the_file_through_the_stock_loader_gives_the_pictures_of_the_outputs(kit, dreambooth, what):
+    from nodes import LoraLoader
+
+    before = checksum(kit.model), kit.snapshot(kit.model), text_checksum(kit.clip)
+    model, clip, lora_name, losses, previews, report = dreambooth(f"stock_{what}", what=what, preview_every=1)
+    assert lora_name == f"stock_{what}.safetensors"
+    with torch.inference_mode():
+        loaded = LoraLoader().load_lora(kit.model, kit.clip, lora_name, 1.0, 1.0)
+    own, stock, plain = sample(kit, model, clip), sample(kit, *loaded), sample(kit, kit.model, kit.clip)
+    torch.testing.assert_close(own, stock, rtol=0, atol=1e-5)
+    assert (own - plain).abs().max() > 1e-3
+    assert losses.ndim == 4 and losses.shape[-1] == 3
+    assert previews.shape == (3, 64, 64, 3)
+    assert "3 steps" in report and str(folder("loras") / lora_name) in report
+    assert (checksum(kit.model), kit.snapshot(kit.model), text_checksum(kit.clip)) == before
+
+
+def text_checksum(clip: Any) -> float:
+    return sum(float(weight.detach().double().abs().sum()) for weight in clip.cond_stage_model.parameters())
+
+
+def test_the_embedding_in_a_stock_prompt_gives_the_pictures_of_the_output(kit, inversion):
+    clip, embedding, _, previews, report = inversion("stock_word")
+    assert embedding == "embedding:stock_word" and previews.shape == (1, 64, 64, 3)
+    by_file = sample(kit, kit.model, kit.clip, "a embedding:stock_word on a sky background")
+    own = sample(kit, kit.model, clip, "a sks on a sky background")
+    torch.testing.assert_close(own, by_file, rtol=0, atol=1e-5)
+    assert (own - sample(kit, kit.model, kit.clip, "a star on a sky background")).abs().max() > 1e-3
+    assert "2 vectors for 'sks', begun as 'star'" in report
+
+
+def test_metadata_says_what_was_learned_from_what(dreambooth):
+    name = dreambooth("told", alpha=4.0)[2]
+    with safe_open(str(folder("loras") / name), "pt") as file:
+        metadata = file.metadata()
+    own = json.loads(metadata["blendswap_concept"])
+    assert (own["token"], own["prompts"], own["class_prompt"], own["steps"]) == ("sks", ["a sks star"], "a star", 3)
+    assert own["learned"] == {"kind": "LowRank", "rank": 2, "alpha": 4.0, "text_encoder": True, "convolutions": False}
+    assert metadata["ss_network_dim"] == "2" and metadata["ss_network_alpha"] == "4.0"
+
+
+def test_a_file_that_is_there_is_kept_and_the_next_one_gets_a_number(dreambooth):
+    first = dreambooth("twice", seed=1)
+    kept = load_file(folder("loras") / first[2])
+    second = dreambooth("twice", seed=2)
+    assert (first[2], second[2]) == ("twice.safetensors", "twice_00002.safetensors")
+    assert "twice was there already, and is kept" in second[5]
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in load_file(folder("loras") / first[2]).items())
+
+
+def test_the_same_seed_gives_the_same_file_which_is_not_written_twice(dreambooth):
+    first, second = dreambooth("same", resume=False), dreambooth("same", resume=False)
+    assert first[2] == second[2] and "there already, with these very values" in second[5]
+
+
+def test_the_prior_is_held_by_pictures_of_the_class(dreambooth):
+    report = dreambooth("prior", prior_weight=0.5)[5]
+    assert "prior: 2 pictures of 'a star', weight 0.5" in report and "of the class pictures" in report
+
+
+def test_references_of_several_sizes_and_masks_are_taken_together(kit, dreambooth, pictures):
+    from blendswap.nodes.concept_training import ConceptReferences
+
+    wide = kit.run(ConceptReferences, images=pictures[:1, 16:48])[0]
+    mask = torch.zeros(64, 64)
+    mask[16:48, 16:48] = 1
+    both = kit.run(ConceptReferences, images=pictures[:2], masks=mask, references=wide)[0]
+    report = dreambooth("sizes", images=pictures[2:], references=both)[5]
+    assert "4 references, 2 with a mask" in report
+
+
+# Trainings that go on -----------------------------------------------------------------------------------------------
+
+
+def interrupting(monkeypatch, at: int) -> None:
+    """The progress bar's hook raises at step `at`, as the one of ComfyUI's server does."""
+    import comfy.model_management
+    import comfy.utils
+
+    def hook(value, total, preview, **_):
+        if value == at:
+            raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+
+
+@pytest.mark.parametrize("node", ["dreambooth", "inversion"])
+def test_an_interrupt_keeps_what_was_learned_and_the_next_run_goes_on(request, monkeypatch, node):
+    import comfy.model_management
+
+    learn, kind = request.getfixturevalue(node), "loras" if node == "dreambooth" else "embeddings"
+    whole = learn(f"whole_{node}")
+    with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+        interrupting(patched, 2)
+        learn(f"broken_{node}")
+    assert (folder(kind) / f"broken_{node}_interrupted.safetensors").is_file()
+    assert not (folder(kind) / f"broken_{node}.safetensors").exists()
+    again = learn(f"broken_{node}")
+    assert "(went on after step 2)" in again[-1] and "3 steps" in whole[-1]
+    one, two = (load_file(folder(kind) / f"{which}_{node}.safetensors") for which in ("whole", "broken"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_finished_training_goes_on_when_asked_for_more_steps_and_begins_anew_with_other_settings(dreambooth):
+    dreambooth("longer", steps=2)
+    assert "(went on after step 2)" in dreambooth("longer", steps=3)[5]
+    assert "(all of them done before)" in dreambooth("longer", steps=3)[5]
+    anew = dreambooth("longer", steps=2, lr=1e-2)[5]
+    assert "begun anew" in anew and "went on" not in anew
+
+
+def test_an_unfinished_training_with_other_settings_says_which_and_how_to_begin_anew(dreambooth, monkeypatch):
+    import comfy.model_management
+
+    with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+        interrupting(patched, 1)
+        dreambooth("unfinished")
+    with pytest.raises(ValueError, match=r"lr was 0.001, now 0.01.*switch resume off"):
+        dreambooth("unfinished", lr=1e-2)
+    assert "went on" not in dreambooth("unfinished", lr=1e-2, resume=False)[5]
+
+
+def test_a_loss_that_is_nan_stops_the_training_and_keeps_the_steps_before(dreambooth, monkeypatch):
+    from blendswap.concepts import trainer
+
+    calls, plain = [], trainer.masked_error
+
+    def failing(*args):
+        calls.append(None)
+        return plain(*args) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(trainer, "masked_error", failing)
+    *_, name, losses, _, report = dreambooth("nan")
+    assert "STOPPED: The loss or its gradient became NaN or infinite at step 3" in report
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(folder("loras") / name).values())
+    monkeypatch.setattr(trainer, "masked_error", lambda *args: plain(*args) * math.nan)
+    with pytest.raises(RuntimeError, match="NaN or infinite at step 1"):
+        dreambooth("nan_from_the_start")
+
+
+@pytest.mark.parametrize(("where", "message"), [("concepts", "disk is full"), ("loras", "No space left on device")])
+def test_a_full_disk_is_said_no_half_file_is_left_and_the_next_run_goes_on(dreambooth, monkeypatch, where, message):
+    plain = os.replace
+
+    def full(source, target):
+        if Path(target).parent == folder(where):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(RuntimeError, match=message):
+            dreambooth(f"full_{where}")
+    assert not list(folder(where).glob(f"*full_{where}*"))
+    again = dreambooth(f"full_{where}")[5]
+    assert ("all of them done before" in again) == (where == "loras")
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+def with_alpha(pictures: torch.Tensor) -> torch.Tensor:
+    return torch.cat([pictures, torch.ones_like(pictures[..., :1])], -1)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (lambda _: {"images": None}, "no reference picture: connect 3 to 20"),
+    (lambda pictures: {"images": with_alpha(pictures)}, "4 channels.*Split Image with Alpha"),
+    (lambda pictures: {"masks": torch.ones(2, 64, 64)}, r"masks is \[2, 64, 64\]: give one for all of the 3"),
+    (lambda pictures: {"masks": torch.zeros(1, 64, 64)}, "mask of reference 1 is empty"),
+    (lambda _: {"token": "star", "instance_prompt": "a star"}, "token 'star' is a common word"),
+    (lambda _: {"token": "two words"}, "more than one word"),
+    (lambda _: {"instance_prompt": "a star"}, "without the token 'sks'"),
+    (lambda _: {"prior_weight": 1.0, "class_prompt": " "}, "class_prompt is empty, but prior_weight is above 0"),
+    (lambda _: {"name": "../evil"}, "which is a path"),
+    (lambda _: {"name": ""}, "name is empty"),
+])
+def test_what_cannot_be_learned_is_refused_with_the_cure(dreambooth, pictures, changes, message):
+    given = {"name": "refused", **changes(pictures)}
+    with pytest.raises(ValueError, match=message):
+        dreambooth(given.pop("name"), **given)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"token": "star"}, "common word"),
+    ({"initial_word": ""}, "initial_word is empty"),
+    ({"templates": "a star"}, "must have {} once"),
+    ({"images": None}, "no reference picture"),
+    ({"name": "a/b"}, "which is a path"),
+])
+def test_so_it_is_for_a_word(inversion, changes, message):
+    given = {"name": "refused", **changes}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        inversion(given.pop("name"), **given)
+
+
+def test_one_picture_is_enough_but_warned_of(dreambooth, pictures):
+    assert "note: One reference alone" in dreambooth("one", images=pictures[:1])[5]
+
+
+def test_models_of_another_family_are_refused_by_name(kit, dreambooth, pixel_model):
+    from blendswap.hosts.comfy_host import UnsupportedModel
+
+    with pytest.raises(UnsupportedModel, match="pixel-space prior without text"):
+        dreambooth("pixel", model=pixel_model)
+
+
+@pytest.fixture
+def pixel_model(comfy):
+    from blendswap.demo import files
+    from blendswap.hosts.adm_comfy import load_native_model
+
+    return load_native_model(files.PRIOR)
+
+
+# Scoring ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def score(kit, pictures):
+    """Runs ConceptScore: score, report, sheet."""
+    from blendswap.nodes.clip_guide import CLIPGuideLoader
+    from blendswap.nodes.concept_score import ConceptScore
+
+    scorer = kit.run(CLIPGuideLoader, clip_name="demo")[0]
+
+    def run(**changes: Any) -> tuple:
+        inputs = dict(
+            model=kit.model, clip=kit.clip, vae=kit.vae, base_model=kit.model, base_clip=kit.clip, scorer=scorer,
+            prompt="a sks star", class_prompt="a star", samples=4, steps=3, cfg=4.0, images=pictures,
+        )  # fmt: skip
+        return kit.run(ConceptScore, **{**inputs, **changes})
+
+    return run
+
+
+def test_a_model_that_learned_nothing_is_called_weak_and_has_not_drifted(score):
+    value, report, sheet = score()
+    assert report.startswith(("weak", "unclear"))
+    assert "class: gone 0% of the way to the subject, differs 100% as much" in report
+    assert "scorer: " in report and "must not have guided" in report
+    assert value < 0.5 or math.isnan(value)
+    assert sheet.shape == (1, 4 * 68, 4 * 68, 3)
+
+
+def test_pictures_of_the_subject_itself_score_high(kit, score, monkeypatch):
+    """What a perfect model would sample is drawn."""
+    from blendswap.nodes import concept_score
+    from blendswap.nodes.demo import DemoSubject
+
+    drawn = DemoSubject.execute("flower", 4, seed=77).args[0]
+    plain = concept_score._pictures
+
+    def pictures(model, clip, vae, words, *rest):
+        return iter([drawn]) if words == "a sks star" else plain(model, clip, vae, words, *rest)
+
+    monkeypatch.setattr(concept_score, "_pictures", pictures)
+    value, report, _ = score()
+    assert value > 0.5 and report.startswith("known")
+
+
+# A weak concept in a swap -------------------------------------------------------------------------------------------
+
+
+def test_a_swap_that_gives_the_source_back_says_that_the_concept_may_not_be_known(kit):
+    attention = kit.capture(settings=kit.settings("custom", self_map=50, cross_map=50, self_output=50))[0]
+    unknown = SOURCE.replace("a red", "a sks red")
+    *_, report, told = kit.swap(attention, unknown)
+    assert "note: the picture hardly changed, although the prompts differ" in report and "ConceptScore" in report
+    assert any("hardly changed" in note for note in json.loads(told)["notes"])
+    loose = kit.capture(settings=kit.settings("custom", self_map=15, cross_map=15, self_output=0))[0]
+    assert "hardly changed" not in kit.swap(loose)[2]
+    assert "hardly changed" not in kit.swap(attention, SOURCE)[2]  # nothing was asked for
+
+
+# A server that is killed ----------------------------------------------------------------------------------------------
+
+
+def test_a_training_whose_server_was_killed_goes_on_to_the_same_weights(comfy_path, tmp_path):
+    """On one machine and version the weights are equal bit for bit; 1e-6 allows for another way of adding up."""
+    pages = run.pages_environment(Path(sys.executable), comfy_path)
+
+    def serve():
+        return start_server(comfy_path, base, sys.executable, env=pages)
+
+    def prompt(name: str, steps: int) -> dict:
+        inputs = dict(DREAMBOOTH, steps=steps, prior_weight=1.0, name=name, model=["1", 0], clip=["1", 1], vae=["1", 2],
+                      images=["2", 0], alpha=0.0, all_layers=False)
+        return {
+            "1": {"class_type": "DemoModelLoader", "inputs": {}},
+            "2": {"class_type": "DemoSubject", "inputs": {"subject": "flower", "count": 3, "seed": 0}},
+            "3": {"class_type": "LearnConceptDreamBooth", "inputs": inputs},
+        }  # fmt: skip
+
+    base = tmp_path / "base"
+    checkpoint = base / "output" / "concepts" / "killed_dreambooth.safetensors"
+    with serve() as server:
+        server.queue(prompt("killed", 12))
+        deadline = time.monotonic() + 400
+        while not checkpoint.exists():
+            assert time.monotonic() < deadline, server.log()[-3000:]
+            server.check_alive()
+            time.sleep(0.02)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+    with serve() as server:
+        again = server.run(prompt("killed", 12), timeout=500)
+        server.run(prompt("unbroken", 12), timeout=500)
+    step = int(re.search(r"went on after step (\d+)", "".join(again["3"]["text"]))[1])
+    assert 1 <= step < 12
+    one, two = (load_file(base / "models" / "loras" / f"{name}.safetensors") for name in ("killed", "unbroken"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-6)
