@@ -24,6 +24,7 @@ from torch import Tensor
 from ..blending.augment import ExtendingAugmentations
 from ..blending.guidance import Guidance
 from ..blending.guide import load_clip_guide
+from ..blending.regions import Region
 from ..blending.sampler import _guided_prediction, _plain_prediction
 from ..blending.settings import BlendSettings
 from ..blending.steps import Schedule
@@ -109,8 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
             def step(gradient: str, again: bool = False) -> Tensor:
                 settings = BlendSettings(gradient=gradient)
                 augment = ExtendingAugmentations(copies=copies)
-                guidance = Guidance(settings, guide, torch.nn.functional.normalize(torch.ones(
-                    guide.embed_dim, device=device), dim=0), source, mask, augment, augment.generators(range(batch)))
+                target = torch.nn.functional.normalize(torch.ones(guide.embed_dim, device=device), dim=0)
+                guidance = Guidance(settings, (Region.of(mask, guide, target),), source, augment,
+                                    augment.generators(range(batch)))
                 if again:
                     _plain_prediction(host, plain, schedule, x, index)
                 return _guided_prediction(host, guidance, settings, schedule, x, index)[2]

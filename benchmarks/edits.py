@@ -29,6 +29,7 @@ from ..blending.guide import load_clip_guide
 from ..blending.paste import exact_paste
 from ..blending.perceptual import Perceptual
 from ..blending.ranking import rank
+from ..blending.regions import Region, terms_for
 from ..blending.report import to_8_bit
 from ..blending.sampler import blended_diffusion
 from ..blending.settings import PRESETS, BlendSettings, preset_settings
@@ -83,7 +84,7 @@ def variants() -> dict[str, Variant]:
            for weight in (100, 1000, 10000)},
     }
     for name, preset in PRESETS.items():
-        table[name] = Variant(preset_settings(name, dataclasses.asdict(method)), copies=preset.copies)
+        table[name] = Variant(preset_settings(name, vars(method)), copies=preset.copies)
     return table
 
 
@@ -125,8 +126,9 @@ class Bench:
         canvas = Canvas.make(picture, masks, 8, None)
         augment = ExtendingAugmentations(copies=variant.copies)
         guidance = Guidance(
-            variant.settings, self.guide, self.guide.embed_text([case.prompt])[0] if variant.prompted else None,
-            canvas.source, canvas.mask, augment, augment.generators(seeds), self.perceptual,
+            variant.settings,
+            (Region(canvas.mask, terms_for(self.guide, case.prompt) if variant.prompted else ()),),
+            canvas.source, augment, augment.generators(seeds), self.perceptual,
         )
         host = self.host or DiffusersHost.from_pipeline(files.TEXT, case.prompt, "", 4.0)
         made = canvas.restore(blended_diffusion(host, guidance, seeds, variant.settings))

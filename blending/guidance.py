@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .augment import ExtendingAugmentations
+from .augment import AugmentParameters, ExtendingAugmentations
 from .guide import ClipGuide
 from .losses import DISTANCES, background_loss, background_lpips, background_mse, range_loss
 from .perceptual import Perceptual
+from .regions import Region, Term, crowding, editable
 from .settings import BlendSettings
 
 logger = logging.getLogger(__name__)
@@ -24,57 +25,70 @@ class Guidance:
 
     Attributes:
         settings: weights, distance and chunk.
-        guide: the CLIP that steers.
-        text: unit vector [D] of the prompt, or None for an empty one: then CLIP does not steer.
+        regions: what is to change, and what pulls it where; at least one.
         source: the picture that is edited, [1, 3, H, W] in -1..1.
-        mask: [1, 1, H, W] in 0..1, 1 = edit.
-        augment: the extending augmentations.
+        augment: the extending augmentations; all guides look at the same drawn views, each at its own size.
         generators: one per candidate; only the augmentations draw from them.
         perceptual: LPIPS; needed for a background loss alone.
         chunk: copies that CLIP sees at once; halved when memory runs out, and kept so for the rest of the run.
     """
 
     settings: BlendSettings
-    guide: ClipGuide
-    text: Tensor | None
+    regions: tuple[Region, ...]
     source: Tensor
-    mask: Tensor
     augment: ExtendingAugmentations
     generators: Sequence[torch.Generator]
     perceptual: Perceptual | None = None
     chunk: int = 0
 
     def __post_init__(self) -> None:
+        if not self.regions:
+            raise ValueError("there is nothing to edit: an edit needs at least one region")
         self.chunk = min(self.settings.chunk or self.augment.copies, self.augment.copies)
         if self.settings.background_weight > 0 and self.perceptual is None:
             raise ValueError("a background loss (background_weight > 0) needs an LPIPS backbone; choose one")
 
     @property
+    def steers(self) -> bool:
+        """Whether a CLIP pulls anywhere."""
+        return self.settings.guidance > 0 and any(region.steers for region in self.regions)
+
+    @property
     def active(self) -> bool:
         """Whether there is anything that steers."""
-        steers = self.text is not None and self.settings.guidance > 0
-        return steers or self.settings.background_weight > 0
+        return self.steers or self.settings.background_weight > 0
 
-    def gradient(self, seen: Tensor, estimate: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """The losses of a step and their gradients.
+    @property
+    def mask(self) -> Tensor:
+        """Where the picture may differ in the end, [1, 1, H, W] in 0..1: the largest of the regions' masks."""
+        return editable([region.mask for region in self.regions])
+
+    def at(self, progress: float) -> Tensor:
+        """The same for the step at `progress` of the run: 0 is the first step that runs, 1 the last."""
+        return editable([region.at(progress) for region in self.regions])
+
+    def gradient(
+        self, seen: Tensor, estimate: Tensor, progress: float = 1.0, factor: float = 1.0
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """The losses of the step at `progress` of the run, and their gradients.
 
         seen: the picture that CLIP and the background loss see, [B, 3, H, W], detached.
         estimate: x̂0 as a picture, whose range is kept, [B, 3, H, W], detached. May be `seen` itself.
+        factor: of the guidance weight, at this step.
 
         Returns the gradient with respect to `seen`, the one with respect to `estimate` (None where the range is
-        kept or not asked for), and the unweighted losses [B] by name. Losses of candidates are summed, so no
-        candidate's gradient depends on the batch.
+        kept or not asked for), and the unweighted losses [B] by name: "clip", or where several terms pull "clip: " and
+        which. Losses of candidates are summed, so no candidate's gradient depends on the batch.
         """
         settings = self.settings
         total = torch.zeros_like(seen)
         losses: dict[str, Tensor] = {}
-        if self.text is not None and settings.guidance > 0:
-            losses["clip"], gradient = self._clip_gradient(seen)
-            total += settings.guidance * gradient
+        if self.steers:
+            total += settings.guidance * factor * self._clip_gradient(seen, progress, losses)
         if settings.background_weight > 0:
             with torch.enable_grad():
                 leaf = seen.detach().requires_grad_()
-                value = self._background(leaf)
+                value = self._background(leaf, self.at(progress))
                 (gradient,) = torch.autograd.grad(value.sum(), leaf)
             losses["background"] = value.detach()
             total += settings.background_weight * gradient
@@ -88,28 +102,55 @@ class Guidance:
             by_range = settings.range_weight * gradient
         return total, by_range, losses
 
-    def _background(self, seen: Tensor) -> Tensor:
+    def _background(self, seen: Tensor, mask: Tensor) -> Tensor:
         if self.settings.background_loss == "paper":
-            return background_loss(seen, self.source, self.mask, self.perceptual)
-        arguments = (seen, self.source, self.mask)
+            return background_loss(seen, self.source, mask, self.perceptual)
+        arguments = (seen, self.source, mask)
         return 10 * background_mse(*arguments, source_masked=False) + background_lpips(
             *arguments, self.perceptual, source_masked=False
         )
 
-    def _clip_gradient(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """D_CLIP [B], averaged over the copies, and its gradient with respect to `seen` (paper, section 3.3).
+    def _clip_gradient(self, seen: Tensor, progress: float, losses: dict[str, Tensor]) -> Tensor:
+        """Gradient of the terms' weighted sum with respect to `seen`; puts their values into `losses`.
 
-        The copies go through CLIP in chunks; the gradients add up to the same sum. When memory runs out, the chunk
-        is halved and the step's copies are done again.
+        One CLIP after another looks at one region after another, so memory is that of one of them.
         """
         parameters = self.augment.sample(self.generators, *seen.shape[-2:])
+        masks = [region.at(progress) for region in self.regions]
+        crowded = crowding(masks)
+        alone = sum(len(region.terms) for region in self.regions) == 1
+        total = torch.zeros_like(seen)
+        for number, (region, mask) in enumerate(zip(self.regions, masks), start=1):
+            if not region.steers:
+                continue
+            which = f"region {number} " if len(self.regions) > 1 else ""
+            for guide, terms in region.by_guide():
+                values, gradient = self._terms_gradient(seen, mask, guide, terms, parameters)
+                if crowded is not None:
+                    gradient = gradient / crowded
+                total += region.strength * gradient
+                names = ["clip"] if alone else [f"clip: {which}{term}" for term in terms]
+                for name, value in zip(names, values):
+                    # Two CLIPs of one name and weight are told apart by their number.
+                    losses[f"{name}, {len(losses) + 1}" if name in losses else name] = value
+        return total
+
+    def _terms_gradient(
+        self, seen: Tensor, mask: Tensor, guide: ClipGuide, terms: Sequence[Term], parameters: AugmentParameters
+    ) -> tuple[Tensor, Tensor]:
+        """D_CLIP [terms, B] of one guide and region, averaged over the copies, and the gradient of the weighted sum
+        (paper, section 3.3).
+
+        The copies go through CLIP in chunks; the gradients add up to the same sum. When memory runs out, the chunk
+        is halved and the copies are done again.
+        """
         while True:
             try:
-                return self._clip_gradient_in_chunks(seen, parameters)
+                return self._gradient_in_chunks(seen, mask, guide, terms, parameters)
             except torch.OutOfMemoryError as error:
                 if self.chunk == 1:
                     raise torch.OutOfMemoryError(
-                        f"Out of memory in the guide {self.guide.name} with one copy of {len(seen)} candidate(s) at a "
+                        f"Out of memory in the guide {guide.name} with one copy of {len(seen)} candidate(s) at a "
                         "time. Lower batch_size, or take a smaller CLIP."
                     ) from error
                 self.chunk = (self.chunk + 1) // 2
@@ -117,17 +158,22 @@ class Guidance:
                 if seen.is_cuda:
                     torch.cuda.empty_cache()
 
-    def _clip_gradient_in_chunks(self, seen: Tensor, parameters) -> tuple[Tensor, Tensor]:
+    def _gradient_in_chunks(
+        self, seen: Tensor, mask: Tensor, guide: ClipGuide, terms: Sequence[Term], parameters: AugmentParameters
+    ) -> tuple[Tensor, Tensor]:
         count, copies = len(seen), self.augment.copies
         distance = DISTANCES[self.settings.distance]
-        loss, gradient = seen.new_zeros(count), torch.zeros_like(seen)
+        values, gradient = seen.new_zeros(len(terms), count), torch.zeros_like(seen)
         for start in range(0, copies, self.chunk):
             part = slice(start, min(start + self.chunk, copies))
             with torch.enable_grad():
                 leaf = seen.detach().requires_grad_()
-                views = self.augment.apply(leaf * self.mask, parameters, part, self.guide.image_size)
-                distances = distance(self.guide.embed_image(views), self.text).to(leaf)
-                share = distances.view(-1, count).sum(0) / copies
-                gradient += torch.autograd.grad(share.sum(), leaf)[0]
-            loss += share.detach()
-        return loss, gradient
+                views = self.augment.apply(leaf * mask, parameters, part, guide.image_size)
+                vectors = guide.embed_image(views)
+                shares = [
+                    distance(vectors, term.target).to(leaf).view(-1, count).sum(0) / copies for term in terms
+                ]
+                pull = sum(term.weight * share.sum() for term, share in zip(terms, shares))
+                gradient += torch.autograd.grad(pull, leaf)[0]
+            values += torch.stack(shares).detach()
+        return values, gradient

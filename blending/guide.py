@@ -108,6 +108,11 @@ class ClipGuide:
         self.model.to(device)
         return self
 
+    @property
+    def members(self) -> tuple[tuple[ClipGuide, float], ...]:
+        """This guide alone with weight 1; see `CombinedGuide`, which has several."""
+        return ((self, 1.0),)
+
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors [P, D] (float32, without gradient) of `prompts`. An empty prompt is allowed.
 

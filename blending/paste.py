@@ -50,13 +50,25 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(mask, size=(height, width), mode="nearest-exact")
 
 
-def latent_mask(mask: Tensor, downscale: int) -> Tensor:
-    """`mask` [B, 1, H, W] on the latent grid, one cell per `downscale`² pixels: the largest value of its
-    pixels.
+def cover_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """`mask` [B, 1, h, w] as [B, 1, height, width]: where it shrinks the largest value, where it grows repeated.
 
-    A cell is thus editable when any of its pixels is; what it changes too much the exact paste takes back.
+    Every pixel of the mask is thus covered at its full value; the edit of a few pixels would be lost in an average.
     """
-    return mask if downscale == 1 else F.max_pool2d(mask, downscale, ceil_mode=True)
+    if height < mask.shape[-2] or width < mask.shape[-1]:
+        return F.adaptive_max_pool2d(mask, (height, width))
+    return resize_mask(mask, height, width)
+
+
+def latent_mask(mask: Tensor, downscale: int) -> Tensor:
+    """The latent cells, one per `downscale`² pixels, that `mask` [B, 1, H, W] lets an edit change: 1 or 0.
+
+    A cell is editable as soon as any of its pixels is, however little: what it changes too much the exact paste takes
+    back. A soft edge is the paste's alone. If every step mixed by it too, a value of m would end as m² at most, and two
+    independent noises would be averaged to less noise than the model expects.
+    """
+    editable = (mask > 0).to(mask)
+    return editable if downscale == 1 else F.max_pool2d(editable, downscale, ceil_mode=True)
 
 
 def prepare_mask(mask: Tensor, height: int, width: int, batch: int = 1, name: str = "mask") -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,7 +27,7 @@ def loss_plot(history: Sequence[dict[str, Tensor]], title: str = "") -> Tensor:
         values = torch.stack([losses[name].detach().float().cpu() for losses in history if name in losses])
         # A line through one point alone shows nothing.
         panel.plot(steps, values.numpy(), linewidth=1, marker="." if len(steps) == 1 else None)
-        panel.set_ylabel(name)
+        panel.set_ylabel(textwrap.fill(name, 24), fontsize=10 if len(name) < 24 else 7, parse_math=False)
         panel.set_xlim(0.5, max(len(history), 1) + 0.5)
         panel.grid(alpha=0.3)
     if not names:

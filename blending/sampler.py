@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..hosts.protocol import DiffusionHost
+from .decode import decode_for_guide
 from .guidance import Guidance
 from .paste import latent_mask
 from .settings import BlendSettings
@@ -72,14 +73,13 @@ def blended_diffusion(
     noise = CandidateNoise(seeds, host.device)
     with torch.no_grad():
         source = host.encode(guidance.source)
-    mask = latent_mask(guidance.mask, host.downscale).to(source)
     shape, total = source.shape[1:], settings.steps - settings.start
-    if mask.shape[-2:] != shape[-2:]:
+    if latent_mask(guidance.mask, host.downscale).shape[-2:] != shape[-2:]:
         raise ValueError(
             f"the picture is {tuple(guidance.source.shape[-2:])} pixels, which does not divide into the model's "
             f"{tuple(shape[-2:])} latent cells of {host.downscale} pixels; resize it to a multiple"
         )
-    edit = Edit(host, guidance, settings, schedule, source, mask)
+    edit = Edit(host, guidance, settings, schedule, source)
 
     x = schedule.add_noise(source, noise.like(shape), total - 1)
     for number, index in enumerate(reversed(range(total))):
@@ -92,14 +92,13 @@ def blended_diffusion(
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """What the steps of an edit share. `source` [1, C, h, w] and `mask` [1, 1, h, w] are on the latent grid."""
+    """What the steps of an edit share. `source` [1, C, h, w] is on the latent grid."""
 
     host: DiffusionHost
     guidance: Guidance
     settings: BlendSettings
     schedule: Schedule
     source: Tensor
-    mask: Tensor
 
     def step(self, x: Tensor, index: int, noise: CandidateNoise) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One step x_t → x_{t-1} of Algorithm 2 (of Algorithm 1 without `blend`).
@@ -109,10 +108,13 @@ class Edit:
         Raises FloatingPointError for NaN or infinite values.
         """
         settings, schedule, shape = self.settings, self.schedule, x.shape[1:]
-        number = settings.steps - settings.start - 1 - index
-        guided = self.guidance.active and number % settings.every == 0
+        total = settings.steps - settings.start
+        number = total - 1 - index
+        progress = number / max(total - 1, 1)
+        factor = settings.schedule.factor(number, total)
         x0, variance, gradient, losses = (
-            _guided_prediction(self.host, self.guidance, settings, schedule, x, index) if guided
+            _guided_prediction(self.host, self.guidance, settings, schedule, x, index, progress, factor)
+            if self.guidance.active and factor > 0
             else _plain_prediction(self.host, settings, schedule, x, index)
         )
         _check_finite(x0, variance, gradient, number)
@@ -125,7 +127,8 @@ class Edit:
                 return foreground, x0, losses
             level = index - 1 if settings.background_level == "next" else index
             background = schedule.add_noise(self.source, noise.like(shape), level)
-            return foreground * self.mask + background * (1 - self.mask), x0, losses
+            mask = latent_mask(self.guidance.at(progress), self.host.downscale).to(foreground)
+            return foreground * mask + background * (1 - mask), x0, losses
 
 
 def _plain_prediction(host: DiffusionHost, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int):
@@ -140,7 +143,8 @@ def _in_range(x0: Tensor, settings: BlendSettings) -> Tensor:
 
 
 def _guided_prediction(
-    host: DiffusionHost, guidance: Guidance, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int
+    host: DiffusionHost, guidance: Guidance, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int,
+    progress: float = 1.0, factor: float = 1.0,
 ):
     """One forward pass that serves both the step and the gradient ∂L/∂x_t, and at most one backward pass.
 
@@ -165,9 +169,10 @@ def _guided_prediction(
             share = (1 - alpha) ** 0.5
             seen = estimate * share + leaf * (1 - share)
         # Decode once where both losses look at the same picture.
-        picture = host.decode(seen)
-        ranged = picture if seen is estimate else host.decode(estimate)
-    by_picture, by_range, losses = guidance.gradient(picture.detach(), ranged.detach())
+        area, decode = guidance.at(progress), settings.guide_decode
+        picture = decode_for_guide(host, seen, area, decode)
+        ranged = picture if seen is estimate else decode_for_guide(host, estimate, area, decode)
+    by_picture, by_range, losses = guidance.gradient(picture.detach(), ranged.detach(), progress, factor)
     outputs, gradients = [picture], [by_picture]
     if by_range is not None and ranged is picture:
         gradients = [by_picture + by_range]
@@ -175,6 +180,32 @@ def _guided_prediction(
         outputs, gradients = [picture, ranged], [by_picture, by_range]
     (gradient,) = torch.autograd.grad(outputs, leaf, gradients)
     return estimate.detach(), variance, gradient.detach(), losses
+
+
+def guided_estimate(
+    host: DiffusionHost, guidance: Guidance, settings: BlendSettings, x: Tensor, sigma: float, progress: float,
+    factor: float,
+) -> Tensor:
+    """x̂0 [B, C, h, w] moved by the guidance, for samplers that know no gradient.
+
+    x: [B, C, h, w] in VE space at `sigma`. progress, factor: as for `Guidance.gradient`; a factor of 0 leaves x̂0 alone.
+
+    The gradient enters the score, ε + sqrt(1-ᾱ)·∂L/∂x_t (Dhariwal and Nichol 2021, Algorithm 2), as it does in
+    `ddim_step`; in x̂0 that is -(1-ᾱ)/sqrt(ᾱ)·∂L/∂x_t. An Euler step towards it is a DDIM step.
+
+    Raises FloatingPointError for NaN or infinite values.
+    """
+    schedule = Schedule(torch.tensor([1 / (1 + sigma**2)], dtype=torch.float64))
+    alpha = schedule.alpha(0)
+    x = x * alpha**0.5
+    if not guidance.active or factor == 0:
+        x0, variance, gradient, _ = _plain_prediction(host, settings, schedule, x, 0)
+    else:
+        x0, variance, gradient, _ = _guided_prediction(
+            host, guidance, settings, schedule, x, 0, progress, factor
+        )
+    _check_finite(x0, variance, gradient, 0)
+    return x0 if gradient is None else x0 - gradient * ((1 - alpha) / alpha**0.5)
 
 
 def _check_finite(x0: Tensor, variance: Tensor | None, gradient: Tensor | None, number: int) -> None:

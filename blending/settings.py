@@ -6,6 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from .decode import DECODES
+from .schedule import GuideSchedule
+
 SAMPLERS = ("ddpm", "ddim")
 DISTANCES = ("cosine", "spherical")
 GUIDED_INPUTS = ("x0", "mixed")
@@ -27,7 +30,7 @@ class BlendSettings:
         distance: D_c, "cosine" (paper) or "spherical" (published code: 2·arcsin(‖u-v‖/2)²).
         guided_input: what CLIP sees: "x0", the estimate x̂0 (paper), or "mixed", x̂0·sqrt(1-ᾱ) +
             x_t·(1-sqrt(1-ᾱ)) (published code).
-        every: guidance at every n-th step only.
+        schedule: at which steps CLIP guides, and how strongly; all of them alike unless told otherwise.
         gradient: "through_model" (paper) differentiates through the model; "direct" takes ∂x̂0/∂x_t as that
             of x_t / sqrt(ᾱ), which spares the backward pass.
         blend: mix with the noised source after every step (Algorithm 2); off gives Local CLIP-guided
@@ -40,6 +43,8 @@ class BlendSettings:
         clamp: keep x̂0 within -1..1, for the step and for CLIP (guided-diffusion's clip_denoised); in pixel space only.
             Off in the paper's code. It tames a prior whose estimates overshoot at high noise, as small ones do; the range
             loss is 0 then.
+        guide_decode: what of a latent estimate is decoded for CLIP: "whole", or the "window" around the mask (see
+            `decode_for_guide`); the range loss then holds within it.
         chunk: copies that CLIP sees at once; 0 for all. Only memory depends on it.
     """
 
@@ -50,7 +55,7 @@ class BlendSettings:
     range_weight: float = 50.0
     distance: str = "cosine"
     guided_input: str = "x0"
-    every: int = 1
+    schedule: GuideSchedule = GuideSchedule()
     gradient: str = "through_model"
     blend: bool = True
     background_level: str = "next"
@@ -58,6 +63,7 @@ class BlendSettings:
     background_loss: str = "paper"
     clamp: bool = False
     chunk: int = 0
+    guide_decode: str = "whole"
 
     def __post_init__(self) -> None:
         choices = {
@@ -67,10 +73,16 @@ class BlendSettings:
             "gradient": GRADIENTS,
             "background_level": BACKGROUND_LEVELS,
             "background_loss": BACKGROUND_LOSSES,
+            "guide_decode": DECODES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.guide_decode == "window" and self.background_weight > 0:
+            raise ValueError(
+                "guide_decode is 'window', which leaves out the background that a background loss (background_weight > "
+                "0) looks at; choose 'whole'"
+            )
         if not 1 <= self.steps <= 1000:
             raise ValueError(f"steps is {self.steps}; it must be 1 to 1000")
         if not 0 <= self.start < self.steps:
@@ -78,8 +90,6 @@ class BlendSettings:
                 f"start is {self.start} of {self.steps} steps, which leaves none to run; choose 0 to "
                 f"{self.steps - 1}"
             )
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}; guidance at every n-th step needs n of 1 or more")
         for name in ("guidance", "range_weight", "background_weight", "chunk"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or a positive number")
@@ -99,7 +109,7 @@ class Preset:
 _PAPER: dict[str, object] = {
     name: BlendSettings.__dataclass_fields__[name].default
     for name in (
-        "steps", "start", "sampler", "range_weight", "distance", "guided_input", "every", "gradient", "blend",
+        "steps", "start", "sampler", "range_weight", "distance", "guided_input", "gradient", "blend",
         "background_level", "background_weight", "clamp",
     )
 }
@@ -116,8 +126,9 @@ PRESETS: dict[str, Preset] = {
 def preset_settings(name: str, dials: Mapping[str, object]) -> BlendSettings:
     """Settings of `dials` (fields of BlendSettings) with a preset laid over them.
 
-    Dials that the preset replaces may hold anything. The guidance weight stays a dial under every preset, because it depends on the CLIP and the model in use; so does
-    the chunk, which only memory depends on, and the form of a background loss that no preset uses.
+    Dials that the preset replaces may hold anything. The guidance weight stays a dial under every preset, because it
+    depends on the CLIP and the model in use; so do the schedule, the chunk, which only memory depends on, and the form
+    of a background loss that no preset uses.
     """
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")

@@ -1,5 +1,5 @@
-"""Edits pictures of the demo world and swaps subjects in a running ComfyUI, through the shipped workflows, and has
-both judged.
+"""Edits pictures of the demo world, swaps subjects and learns one in a running ComfyUI, through the shipped workflows,
+and has all of it judged.
 
     python -m blendswap.demo.edits --server http://127.0.0.1:8188 --out DIR
 
@@ -30,6 +30,7 @@ from .server import ComfyServer, ServerDied, ServerError
 from .workflow import ui_to_api
 
 if TYPE_CHECKING:
+    from .concepts import Concept
     from .swaps import Swap
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
@@ -202,6 +203,9 @@ def table(edits: Sequence[Mapping[str, Any]]) -> str:
             psnr = entry["background_psnr"]
             alone = "equal" if psnr is None else f"PSNR {psnr:.1f} dB"
             lines.append(f"{entry['name']}: pose IoU {entry['pose_iou']:.2f}; background without a mask: {alone}")
+        elif entry["kind"] == "concept":
+            lines.append(f"{entry['name']}: pose IoU {entry['pose_iou']:.2f}; the judge is sure to {entry['certainty']:.0%};"
+                         f" by its colours: {entry['palette']}")
     return "\n".join(lines)
 
 
@@ -228,8 +232,11 @@ def say(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
-def run_all(server: ComfyServer, edits: Sequence[Edit | Swap], out: Path) -> int:
-    """Runs `edits`, swaps among them, and writes pictures, overview.png and report.json to `out`. Returns the exit code."""
+def run_all(server: ComfyServer, edits: Sequence[Edit | Swap | Concept], out: Path) -> int:
+    """Runs `edits`, swaps and concepts among them, and writes pictures, overview.png and report.json to `out`.
+
+    Returns the exit code.
+    """
     out.mkdir(parents=True, exist_ok=True)
     object_info, entries, rows, failed = server.object_info(), [], [], []
     for number, edit in enumerate(edits, start=1):
@@ -268,7 +275,15 @@ THUMBNAILS = {
     "blend_latent": ("blend_latent", (SOURCE, RESULT)),
     "blend_candidates_report": ("blend_candidates_report", (SOURCE, "All candidates, best first")),
     "blend_baseline": ("blend_baseline", (SOURCE, MASK, "Result: method", "Result: baseline")),
+    **{f"blend_{name}": (f"blend_{name}", (SOURCE, RESULT))
+       for name in ("add_object", "remove_object", "alter_part", "background", "scribble")},
+    "blend_extrapolate": ("blend_extrapolate", (RESULT, SOURCE)),
+    "blend_many_results": ("blend_many_results", ("All results, best first",)),
+    **{f"blend_{name}": (f"blend_{name}", (SOURCE, RESULT)) for name in ("two_regions", "two_clips_negative", "guider")},
+    "blend_large_picture": ("blend_large_picture", (SOURCE, RESULT)),
+    "blend_tiny_mask": ("blend_tiny_mask", (SOURCE, "Shrinking Mask", RESULT)),
     # Those for real checkpoints show what the same graph made of a demo picture.
+    "blend_background_sd": ("blend_background", (MASK, RESULT)),
     "blend_replace_object_adm": ("blend_replace_object", (MASK, RESULT)),
     "blend_latent_sd": ("blend_latent", (MASK, RESULT)),
     "swap_real_image": ("swap_real_image", (SOURCE, RESULT)),
@@ -283,6 +298,11 @@ THUMBNAILS = {
                                   (SOURCE, "Result: Photoswap", "Result: Prompt-to-Prompt")),
     "swap_real_image_sd": ("swap_real_image", (MASK, RESULT)),
     "swap_synthetic_sd": ("swap_synthetic", (RESULT, SOURCE)),
+    "concept_dreambooth_swap": ("concept_dreambooth_swap", ("References", SOURCE, RESULT)),
+    "concept_inversion_swap": ("concept_inversion_swap", ("References", SOURCE, RESULT)),
+    # After concept_dreambooth_swap, which writes the file.
+    "concept_load_swap": ("concept_load_swap", (SOURCE, RESULT)),
+    "concept_dreambooth_swap_sd": ("concept_dreambooth_swap", ("References", RESULT)),
 }
 """Workflow → the workflow that is run for its thumbnail, and the nodes whose pictures are shown."""
 
@@ -324,11 +344,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--server", required=True, metavar="URL", help="a ComfyUI with this pack")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR",
                         help="where pictures go")
-    parser.add_argument("--kind", choices=("blend", "swap"), help="only these")
+    parser.add_argument("--kind", choices=("blend", "swap", "concept"), help="only these")
     parser.add_argument("--thumbnails", nargs="*", choices=list(THUMBNAILS), metavar="WORKFLOW",
                         help="instead run these workflows (or all) as they are, and write their thumbnails beside them")
     options = parser.parse_args(argv)
-    from .swaps import SWAPS  # which builds on this module
+    from .concepts import CONCEPTS  # which build on this module
+    from .swaps import SWAPS
 
     with contextlib.closing(ComfyServer(options.server)) as server:
         try:
@@ -336,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_thumbnails(server, options.thumbnails, WORKFLOWS)
                 return 0
             has_text_model = (files.TEXT / "model_index.json").is_file()
-            asked = [edit for edit in (*EDITS, *SWAPS) if options.kind in (None, edit.kind)]
+            asked = [edit for edit in (*EDITS, *SWAPS, *CONCEPTS) if options.kind in (None, edit.kind)]
             edits = [edit for edit in asked if has_text_model or not edit.latent]
             if len(edits) < len(asked):
                 say(f"The demo text model is not in {files.TEXT}: its edits are left out.")

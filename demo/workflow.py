@@ -126,7 +126,10 @@ def _widget_inputs(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str
         return {name: _literal(values[name]) for name, _, _ in widgets}
     left: list[Any] = list(values or ())
     result = {}
+    optional = (info.get("input") or {}).get("optional") or {}
     for name, kind, options in widgets:
+        if not left and name in optional:
+            break  # saved before the node had this widget: the page shows its default, the node takes its own
         if not left:
             raise WorkflowError(
                 f"{_name(node)}: {len(values or ())} widget values, too few: none is left for '{name}'. The"

@@ -1,13 +1,18 @@
-"""A CLIP guide under ComfyUI's memory management: what a CLIP_GUIDE socket carries."""
+"""CLIP guides under ComfyUI's memory management (what a CLIP_GUIDE socket carries), and the decoder they look through."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.model_patcher
+import torch
+from torch import Tensor
 
+from ..blending.guides import CombinedGuide
+from .comfy_host import ComfyHost, UnsupportedModel
 from .gradients import repair_inference_tensors
 
 if TYPE_CHECKING:
@@ -16,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ComfyGuide:
-    """`guide` and the `patcher` by which ComfyUI moves its model between devices."""
+    """`guide` and the `patchers` by which ComfyUI moves its models between devices."""
 
-    guide: ClipGuide
-    patcher: comfy.model_patcher.ModelPatcher
+    guide: ClipGuide | CombinedGuide
+    patchers: tuple[comfy.model_patcher.ModelPatcher, ...]
 
     @classmethod
     def wrap(cls, guide: ClipGuide) -> ComfyGuide:
@@ -29,14 +34,54 @@ class ComfyGuide:
             load_device=comfy.model_management.get_torch_device(),
             offload_device=comfy.model_management.text_encoder_offload_device(),
         )
-        return cls(guide, patcher)
+        return cls(guide, (patcher,))
 
-    def load(self) -> ClipGuide:
-        """The guide, with its whole model on ComfyUI's device and fit for gradients."""
-        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+    @classmethod
+    def combine(cls, weighted: Sequence[tuple[ComfyGuide, float]]) -> ComfyGuide:
+        """Several guides with weights (above 0; only their proportion counts) as one."""
+        guide = CombinedGuide([(one.guide, weight) for one, weight in weighted])
+        # A guide that comes twice has one patcher.
+        patchers = {id(patcher.model): patcher for one, _ in weighted for patcher in one.patchers}
+        return cls(guide, tuple(patchers.values()))
+
+    def load(self) -> ClipGuide | CombinedGuide:
+        """The guide, with its whole models on ComfyUI's device and fit for gradients."""
+        comfy.model_management.load_models_gpu(list(self.patchers), force_full_load=True)
         return self.ready()
 
-    def ready(self) -> ClipGuide:
-        """The guide after its `patcher` was loaded together with other models: fit for gradients."""
-        repair_inference_tensors(self.patcher.model)
+    def ready(self) -> ClipGuide | CombinedGuide:
+        """The guide after its `patchers` were loaded together with other models: fit for gradients."""
+        for patcher in self.patchers:
+            repair_inference_tensors(patcher.model)
         return self.guide
+
+
+def check_guide_vae(vae: Any, guide_vae: Any) -> None:
+    """Raises UnsupportedModel where `guide_vae` does not decode the latents of `vae`."""
+    theirs = (vae.latent_channels, vae.downscale_ratio)
+    if (guide_vae.latent_channels, guide_vae.downscale_ratio) != theirs:
+        raise UnsupportedModel(
+            f"guide_vae decodes latents of {guide_vae.latent_channels} channels by {guide_vae.downscale_ratio}, the "
+            f"MODEL's VAE has {theirs[0]} channels and {theirs[1]}: connect the small VAE of the same family (taesd "
+            "for SD 1.x and 2.x, taesdxl for SDXL), or none."
+        )
+
+
+def host_with_guide_vae(guide_vae: Any | None) -> type[ComfyHost]:
+    """The kind of host in which the guide looks through `guide_vae`; the plain one for None.
+
+    What is decoded with gradients is what CLIP looks at, and nothing else.
+    """
+    if guide_vae is None:
+        return ComfyHost
+
+    class GuideVaeHost(ComfyHost):
+        def decode(self, x0: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return super().decode(x0)
+            network = guide_vae.first_stage_model
+            repair_inference_tensors(network)
+            latent = self._model.process_latent_out(x0).to(self.device, guide_vae.vae_dtype)
+            return network.decode(latent).float()
+
+    return GuideVaeHost

@@ -12,11 +12,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.supported_models
 import torch
 from torch import Tensor
 
@@ -157,6 +159,17 @@ def training_size(model: Any) -> int | None:
     return getattr(model.model, "image_size", None)
 
 
+def native_size(model: Any) -> int:
+    """The size in pixels that a MODEL makes pictures of: a prior's own, of a latent model its family's."""
+    own, network = training_size(model), model.model
+    if own is not None:
+        return own
+    if isinstance(network, (comfy.model_base.SDXL, comfy.model_base.SDXLRefiner)):
+        return 1024
+    v_prediction = network.model_type == comfy.model_base.ModelType.V_PREDICTION
+    return 768 if v_prediction and isinstance(network.model_config, comfy.supported_models.SD20) else 512
+
+
 def latent_shape(model: Any, vae: Any, height: int, width: int) -> torch.Size:
     """[C, h, w] of the latent of a picture of `height` × `width` pixels."""
     channels = model.get_model_object("latent_format").latent_channels
@@ -204,19 +217,19 @@ def run(
         elif negative is None:
             negative = positive
             cfg = 1.0
-        guider.set_conds(_ordinary(positive), _ordinary(negative))
+        guider.set_conds(ordinary(positive), ordinary(negative))
         guider.set_cfg(cfg)
         results: list[Result] = []
 
         def inside(extra_args: dict[str, Any]) -> Tensor:
             if gradients:
-                _refuse_partial_load(private)
+                refuse_partial_load(private)
                 # ControlNets and the like are part of the graph as well.
                 beside_it = [patcher.model for patcher in guider.loaded_models]
                 decoder = [] if vae is None else [vae.first_stage_model]
                 for part in (guider.inner_model.diffusion_model, *decoder, *beside_it):
                     repair_inference_tensors(part)
-            guider.conds = _ordinary(guider.conds)
+            guider.conds = ordinary(guider.conds)
             results.append(body(host(guider, vae, extra_args, private.load_device, _downscale(vae))))
             return torch.zeros_like(noise)
 
@@ -246,7 +259,7 @@ def _downscale(vae: Any | None) -> int:
     return ratio
 
 
-def _refuse_partial_load(patcher: Any) -> None:
+def refuse_partial_load(patcher: Any) -> None:
     if getattr(patcher.model, "model_lowvram", False) and patcher.model.lowvram_patch_counter >= 0:
         total, loaded = patcher.model_size(), patcher.loaded_size()
         if loaded < total:
@@ -286,16 +299,16 @@ def _apart_from_skip(h: Tensor, transformer_options: dict[str, Any]) -> Tensor:
     return h.clone()
 
 
-def _ordinary(value: Any) -> Any:
+def ordinary(value: Any) -> Any:
     """A copy of nested conditioning in which no tensor is an inference tensor. Objects (ControlNets, …) are shared."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _ordinary(item) for key, item in value.items()}
+        return {key: ordinary(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_ordinary(item) for item in value]
+        return [ordinary(item) for item in value]
     if type(value) is tuple:
-        return tuple(_ordinary(item) for item in value)
+        return tuple(ordinary(item) for item in value)
     if hasattr(value, "cond") and isinstance(getattr(value, "cond"), Tensor) and hasattr(value, "_copy_with"):
         return value._copy_with(value.cond.detach().clone())
     return value

@@ -12,10 +12,19 @@ class BlendSwapExtension(ComfyExtension):
         from .blend import CLIPBlendSampler
         from .capture import AttentionCapture
         from .clip_guide import CLIPGuideLoader
-        from .demo import DemoModelLoader, DemoScene
+        from .concept_dreambooth import LearnConceptDreamBooth
+        from .concept_inversion import LearnConceptTextualInversion
+        from .concept_score import ConceptScore
+        from .concept_training import ConceptReferences
+        from .demo import DemoModelLoader, DemoScene, DemoSubject
+        from .extend import ExtendCanvas
         from .guided_diffusion import GuidedDiffusionLoader
+        from .guider import CLIPBlendGuider, ExactPaste
+        from .guides import BlendRegion, CombineCLIPGuides, GuideSchedule
         from .invert import LoadInversion, NullTextInvert, SaveInversion, UnpackInversion
+        from .masks import ShrinkingMask
         from .prompts import SwapPrompts
+        from .rank import RankCandidates
         from .report import EditReport
         from .swap import AttentionSwapSampler, SwapSubject
         from .swap_settings import SwapLayers, SwapSettings
@@ -23,7 +32,10 @@ class BlendSwapExtension(ComfyExtension):
 
         return [
             GuidedDiffusionLoader, CLIPGuideLoader, DemoModelLoader, DemoScene, ExtendingAugment, CLIPBlendSampler,
-            EditReport, NullTextInvert, UnpackInversion, SaveInversion, LoadInversion,
+            CombineCLIPGuides, BlendRegion, GuideSchedule, CLIPBlendGuider, ExactPaste,
+            ExtendCanvas, RankCandidates,
+            EditReport, ShrinkingMask, NullTextInvert, UnpackInversion, SaveInversion, LoadInversion,
             SwapPrompts, SwapSettings, SwapLayers, SwapSubject, AttentionCapture, AttentionSwapSampler, AttentionSwapSweep,
-            AttentionSVD, WordMaps,
+            AttentionSVD, WordMaps, ConceptReferences, LearnConceptDreamBooth, LearnConceptTextualInversion,
+            ConceptScore, DemoSubject,
         ]

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import statistics
 from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io, ui
 
-from .convert import mask_for, paste_into, to_bchw
-from .inputs import LARGEST_SEED, dial
+from .convert import paste_into, to_bchw
+from .inputs import LARGEST_SEED, dial, text_conditioning
+from .guides import RegionRequest, masks_for, patchers_of, told
 from .report import NONE, load_perceptual, lpips_choices
-from .sockets import AugmentIO, ClipGuideIO
+from .sockets import AugmentIO, BlendRegionsIO, ClipGuideIO, GuideScheduleIO
 
 if TYPE_CHECKING:
     from ..blending.augment import ExtendingAugmentations
     from ..blending.ranking import Score
+    from ..blending.regions import Region
+    from ..blending.schedule import GuideSchedule
     from ..hosts.comfy_guide import ComfyGuide
 
 logger = logging.getLogger(__name__)
@@ -120,6 +125,33 @@ class CLIPBlendSampler(io.ComfyNode):
                 ClipGuideIO.Input("scorer", optional=True,
                                   tooltip="Another CLIP that ranks the candidates. Better than the guide, which may "
                                   "have been fooled by what it made itself."),
+                io.String.Input("negative_prompt", multiline=True, default="", optional=True,
+                                tooltip="What the region is not to show: CLIP pushes away from it, with half the weight."),
+                io.Image.Input("guide_image", optional=True,
+                               tooltip="A picture that the region is to resemble for CLIP, beside the prompt (each has "
+                               "half of the weight) or instead of it."),
+                BlendRegionsIO.Input("regions", optional=True,
+                                     tooltip="Further regions, edited in the same pass (BlendRegion)."),
+                GuideScheduleIO.Input("schedule", optional=True,
+                                      tooltip="At which steps CLIP guides, and how strongly (GuideSchedule). Its every "
+                                      "takes the place of guide_every."),
+                io.Vae.Input("guide_vae", optional=True,
+                             tooltip="A small VAE of the same family (taesd, taesdxl) that CLIP looks through while it "
+                             "guides; the result is decoded by vae."),
+                dial(io.Combo.Input("guide_decode", options=["whole", "window"], default="whole", optional=True,
+                                    tooltip="What of a latent estimate is decoded for CLIP: all of it, or the window "
+                                    "around the mask, which is faster for small masks and nearly the same.")),
+                dial(io.Combo.Input("window", options=["off", "auto", "on"], default="auto", optional=True,
+                                    tooltip="Edit the part of the picture around the mask at the MODEL's own size, and "
+                                    "paste it back. auto: where the picture's shorter side is larger than that size; "
+                                    "on: always, and a small mask is enlarged for it; off: the whole picture.")),
+                dial(io.Float.Input("context", default=0.5, min=0.0, max=16.0, step=0.05, optional=True,
+                                    tooltip="Room around the mask that a window takes in, to every side, as a fraction "
+                                    "of the mask's longer side.")),
+                dial(io.Combo.Input("shrink", options=["off", "auto", "on"], default="auto", optional=True,
+                                    tooltip="Begin with a larger mask that shrinks to yours while the noise falls: in a "
+                                    "mask of a few pixels nothing happens otherwise. auto: where the mask is narrower "
+                                    "than a sixth of the working size's shorter side.")),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The candidates, best first (per picture of a batch)."),
@@ -137,17 +169,24 @@ class CLIPBlendSampler(io.ComfyNode):
         blend: bool = True, background_level: str = "next", background_weight: float = 0.0,
         background_loss: str = "paper", clamp: bool = False, lpips: str = NONE, resolution: int = 0, clip_chunk: int = 0,
         cfg: float = 4.0, augment: ExtendingAugmentations | None = None, positive=None, negative=None, scorer: ComfyGuide | None = None,
+        negative_prompt: str = "", guide_image=None, regions: tuple[RegionRequest, ...] = (),
+        schedule: GuideSchedule | None = None, guide_vae=None, guide_decode: str = "whole",
+        window: str = "auto", context: float = 0.5, shrink: str = "auto",
     ) -> io.NodeOutput:
         from ..blending.augment import ExtendingAugmentations
         from ..blending.plot import loss_plot
         from ..blending.ranking import table
+        from ..blending.schedule import GuideSchedule
         from ..blending.settings import PRESETS, BlendSettings, preset_settings
 
         dials = dict(
             steps=steps, start=start, sampler=sampler,
             guidance=guidance, range_weight=range_weight, distance=distance, guided_input=guided_input,
-            every=guide_every, gradient=gradient, blend=blend, background_level=background_level,
+            gradient=gradient, blend=blend, background_level=background_level,
             background_weight=background_weight, background_loss=background_loss, clamp=clamp, chunk=clip_chunk,
+            # A preset replaces guide_every like any other dial; a schedule is a choice of its own.
+            schedule=schedule or GuideSchedule(every=guide_every if preset == CUSTOM else 1),
+            guide_decode=guide_decode,
         )
         copies, said = 16, []
         if preset == CUSTOM:
@@ -158,29 +197,35 @@ class CLIPBlendSampler(io.ComfyNode):
             said.append(f"preset {preset}: " + ", ".join(f"{k} {v}" for k, v in PRESETS[preset].dials.items()))
         if augment is None:
             augment = ExtendingAugmentations(copies=copies, pooling="area" if preset == "official" else "bicubic")
-        if not prompt.strip():
-            said.append("the prompt is empty, so CLIP does not steer: the region is made up anew")
+        requests = (RegionRequest(mask, prompt, negative_prompt, guide_image=guide_image), *regions)
+        if not any(request.asks for request in requests):
+            said.append(
+                "the prompt is empty, so CLIP does not steer: the region is made up anew" if len(requests) == 1
+                else "no region asks for anything, so CLIP does not steer: they are made up anew"
+            )
             logger.warning("CLIPBlendSampler: %s.", said[-1])
         job = _Job(
-            model, vae, positive, negative, cfg, clip_guide, scorer, prompt.strip(), settings, augment,
+            model, vae, positive, negative, cfg, clip_guide, scorer, requests, settings, augment,
             load_perceptual(lpips) if settings.background_weight > 0 else None, resolution, batch_size,
+            window, context, shrink, guide_vae,
         )
-        masks = mask_for(image, mask)
+        masks = masks_for(image, requests)
         seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(candidates)]
         progress = _Progress(model, len(image) * candidates * (settings.steps - settings.start))
         images, tables, history = [], [], []
         for row in range(len(image)):
-            made, scores, losses = job.edit(image[row:row + 1], masks[row:row + 1], seeds, progress)
+            made, scores, losses = job.edit(image[row:row + 1], [one[row:row + 1] for one in masks], seeds, progress)
             images.append(made)
             tables.append(table(scores) if scores else "not ranked: the prompt is empty")
             history.append(losses)
         said += job.said
-        shown = dataclasses.asdict(settings)
+        shown = vars(settings)
         said.append("settings: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
         said.append(f"augmentation: {augment}")
         ranked_by = (scorer or clip_guide).guide.name
-        scores = "\n\n".join(tables) + (f"\nranked by {ranked_by}" if prompt.strip() else "")
-        plot = torch.cat([loss_plot(losses, prompt.strip()) for losses in history])
+        scores = "\n\n".join(tables) + (f"\nranked by {ranked_by}" if job.prompted else "")
+        title = " | ".join(request.prompt.strip() for request in requests if request.prompt.strip())
+        plot = torch.cat([loss_plot(losses, title) for losses in history])
         summary = "\n".join(said)
         return io.NodeOutput(
             torch.cat(images), scores, plot, summary, ui=ui.PreviewText(f"{scores}\n\n{summary}")
@@ -207,49 +252,53 @@ class _Progress:
 class _Job:
     """What the edits of one execution share."""
 
-    def __init__(self, model, vae, positive, negative, cfg, guide, scorer, prompt, settings, augment, perceptual,
-                 resolution, batch_size):
+    def __init__(self, model, vae, positive, negative, cfg, guide, scorer, requests, settings, augment, perceptual,
+                 resolution, batch_size, window, context, shrink, guide_vae):
         from ..hosts import comfy_host
+        from ..hosts.comfy_guide import check_guide_vae
 
         self.said: list[str] = []
         comfy_host.check_model(model)
-        if comfy_host.needs_conditioning(model):
-            if positive is None:
-                raise ValueError(
-                    "positive is not connected, but this MODEL takes text: connect a CLIPTextEncode (the same words as "
-                    "the prompt serve well), and one for negative."
-                )
-            if negative is None and cfg != 1.0:
-                raise ValueError("negative is not connected: connect an (empty) CLIPTextEncode, or set cfg to 1.")
-        else:
-            if positive is not None or negative is not None:
-                self.said.append(
-                    "positive and negative are not used: this MODEL takes no text, the prompt goes to CLIP alone"
-                )
-            positive = negative = None
+        positive, negative, unused = text_conditioning(model, positive, negative, cfg)
+        if unused:
+            self.said.append(unused)
         self.model, self.vae, self.positive, self.negative, self.cfg = model, vae, positive, negative, cfg
-        self.guide, self.scorer, self.prompt = guide, scorer, prompt
+        if guide_vae is not None:
+            check_guide_vae(vae, guide_vae)
+            self.said.append("CLIP looks through guide_vae")
+        self.guide, self.scorer, self.requests, self.guide_vae = guide, scorer, requests, guide_vae
         self.settings, self.augment, self.perceptual = settings, augment, perceptual
         self.batch_size = batch_size
         self.multiple = comfy_host.size_multiple(model, vae)
         self.resolution = resolution or comfy_host.training_size(model)
+        self.native_size = resolution or comfy_host.native_size(model)
+        self.window, self.context, self.shrink = window, context, shrink
 
-    def edit(self, image, mask, seeds: list[int], progress: _Progress):
-        """One picture [1, H, W, C], its mask [1, 1, H, W] → results best first, their scores, losses by step."""
+    @property
+    def prompted(self) -> list[int]:
+        """The regions that candidates can be ranked by: those with a prompt."""
+        return [number for number, request in enumerate(self.requests) if request.prompt.strip()]
+
+    def edit(self, image, masks: list[torch.Tensor], seeds: list[int], progress: _Progress):
+        """One picture [1, H, W, C], its regions' masks [1, 1, H, W] → results best first, their scores, losses by step."""
         from ..blending.canvas import Canvas
-        from ..blending.ranking import rank
+        from ..blending.regions import editable
+        from ..blending.window import window_for
 
         with torch.inference_mode(False), torch.no_grad():
-            picture, mask = to_bchw(image.clone()), mask.clone()
-            canvas = Canvas.make(picture, mask, self.multiple, self.resolution)
-            self._say_size(canvas)
+            picture, masks = to_bchw(image.clone()), [one.clone() for one in masks]
+            mask = editable(masks)
+            window = window_for(mask, self.window, self.context, self.native_size)
+            size = self.resolution if window.whole else self.native_size
+            canvas = Canvas.make(picture, mask, self.multiple, size, window)
+            self.said.append(canvas.words())
             made, history, position = [], [], 0
             while position < len(seeds):
                 batch = seeds[position:position + self.batch_size]
                 losses: list[dict[str, torch.Tensor]] = []
                 before = progress.done
                 try:
-                    made.append(self._run(canvas, batch, losses, progress))
+                    made.append(self._run(canvas, masks, batch, losses, progress))
                 except torch.OutOfMemoryError as error:
                     if len(batch) == 1:
                         raise torch.OutOfMemoryError(
@@ -267,9 +316,8 @@ class _Job:
             results = canvas.restore(torch.cat(made).cpu())
             pasted = paste_into(image.clone(), results, mask)
             scores: list[Score] = []
-            if self.prompt:
-                judge = (self.scorer or self.guide).load()
-                scores = rank(to_bchw(pasted[..., :3]), mask, self.prompt, judge)
+            if self.prompted:
+                scores = self._ranked(to_bchw(pasted[..., :3]), masks)
                 pasted = pasted[[score.index for score in scores]]
         steps = zip(*history)
         joined = [
@@ -277,25 +325,38 @@ class _Job:
         ]
         return pasted, scores, joined
 
-    def _say_size(self, canvas) -> None:
-        height, width = canvas.source.shape[-2:]
-        self.said.append(f"worked at {width}×{height} pixels for a picture of {canvas.size[1]}×{canvas.size[0]}")
+    def _ranked(self, pictures: torch.Tensor, masks: list[torch.Tensor]) -> list[Score]:
+        """Scores of `pictures` [N, 3, H, W], best first; with several prompted regions their mean."""
+        from ..blending.ranking import rank
 
-    def _run(self, canvas, seeds: list[int], losses: list, progress: _Progress) -> torch.Tensor:
+        scorer = (self.scorer or self.guide).load()
+        by_region = [
+            sorted(rank(pictures, masks[number], self.requests[number].prompt.strip(), scorer), key=lambda one: one.index)
+            for number in self.prompted
+        ]
+        terms = [name for name in dataclasses.asdict(by_region[0][0]) if name != "index"]
+        mean = [
+            dataclasses.replace(same[0], **{name: statistics.fmean(getattr(one, name) for one in same) for name in terms})
+            for same in zip(*by_region)
+        ]
+        return sorted(mean, key=lambda one: math.inf if math.isnan(one.combined) else -one.combined)
+
+    def _run(self, canvas, masks: list[torch.Tensor], seeds: list[int], losses: list, progress: _Progress) -> torch.Tensor:
         from ..blending.guidance import Guidance
         from ..blending.sampler import CandidateNoise, blended_diffusion
         from ..hosts import comfy_host
+        from ..hosts.comfy_guide import host_with_guide_vae
 
         height, width = canvas.source.shape[-2:]
         cells = comfy_host.latent_shape(self.model, self.vae, height, width)
         noise = CandidateNoise(seeds, torch.device("cpu")).like(cells)
-        guided = self.prompt and self.settings.guidance > 0 or self.settings.background_weight > 0
+        asked = any(request.asks for request in self.requests)
+        guided = asked and self.settings.guidance > 0 or self.settings.background_weight > 0
 
         def body(host) -> torch.Tensor:
-            guide = self.guide.ready()
+            regions = self._regions(canvas, masks, host.device)
             guidance = Guidance(
-                self.settings, guide, guide.embed_text([self.prompt])[0] if self.prompt else None,
-                canvas.source.to(host.device), canvas.mask.to(host.device), self.augment,
+                self.settings, regions, canvas.source.to(host.device), self.augment,
                 self.augment.generators(seeds),
                 self.perceptual.to(host.device) if self.perceptual is not None else None,
             )
@@ -308,8 +369,24 @@ class _Job:
 
         return comfy_host.run(
             self.model, self.vae, self.positive, self.negative, self.cfg, noise, seeds[0], body,
-            gradients=bool(guided), beside=[self.guide.patcher],
+            gradients=bool(guided),
+            beside=[*patchers_of(self.requests, self.guide), *([self.guide_vae.patcher] if self.guide_vae else [])],
+            host=host_with_guide_vae(self.guide_vae),
         )
+
+    def _regions(self, canvas, masks: list[torch.Tensor], device: torch.device) -> tuple[Region, ...]:
+        """The regions on the canvas, with their guides, which are loaded; the first time the report tells of them."""
+        from ..blending.shrink import shrink_for
+
+        made = []
+        for request, mask in zip(self.requests, masks):
+            own = canvas.fit(mask)
+            shrink = shrink_for(own, self.shrink)
+            made.append(dataclasses.replace(request.region(self.guide, own.to(device)), shrink=shrink))
+        lines = told(made)
+        lines += [region.shrink.words() for region in made if region.shrink is not None]
+        self.said += [line for line in lines if line not in self.said]
+        return tuple(made)
 
 
 def _free_memory() -> None:

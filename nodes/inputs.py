@@ -29,3 +29,25 @@ def source_kind() -> list[Any]:
                         tooltip="A picture that is made up: an empty latent for its size, filled with noise by seed; "
                         "or noise itself."),
     ]  # fmt: skip
+
+
+def text_conditioning(model: Any, positive: Any, negative: Any, cfg: float) -> tuple[Any, Any, str]:
+    """The conditionings as a MODEL takes them (None, None for one without text), and what to say of unused ones.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    from ..hosts import comfy_host
+
+    if not comfy_host.needs_conditioning(model):
+        unused = positive is not None or negative is not None
+        words = "positive and negative are not used: this MODEL takes no text, the prompt goes to CLIP alone"
+        return None, None, words if unused else ""
+    if positive is None:
+        raise ValueError(
+            "positive is not connected, but this MODEL takes text: connect a CLIPTextEncode (the same words as the "
+            "prompt serve well), and one for negative."
+        )
+    if negative is None and cfg != 1.0:
+        raise ValueError("negative is not connected: connect an (empty) CLIPTextEncode, or set cfg to 1.")
+    return positive, negative, ""

@@ -8,6 +8,12 @@ ClipGuideIO = io.Custom("CLIP_GUIDE")
 AugmentIO = io.Custom("AUGMENT")
 """A `blending.augment.ExtendingAugmentations`."""
 
+BlendRegionsIO = io.Custom("BLEND_REGIONS")
+"""A tuple of `nodes.guides.RegionRequest`."""
+
+GuideScheduleIO = io.Custom("GUIDE_SCHEDULE")
+"""A `blending.schedule.GuideSchedule`."""
+
 InversionIO = io.Custom("INVERSION")
 """An `attention_swap.inversion.Inversion`."""
 
@@ -25,3 +31,6 @@ SwapSettingsIO = io.Custom("SWAP_SETTINGS")
 
 SwapLayersIO = io.Custom("SWAP_LAYERS")
 """An `attention_swap.settings.Where`."""
+
+ConceptReferencesIO = io.Custom("CONCEPT_REFERENCES")
+"""A tuple of `nodes.concept_training.Reference`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from blendswap.blending.canvas import Canvas
+from blendswap.blending.window import window_for
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -69,11 +70,47 @@ def test_what_is_painted_into_the_padding_is_cut_off() -> None:
     assert torch.equal(canvas.restore(painted), source)
 
 
-def test_a_mask_of_one_pixel_does_not_vanish_when_the_picture_shrinks() -> None:
+def test_a_mask_of_one_pixel_keeps_its_value_when_the_picture_shrinks() -> None:
     mask = torch.zeros(1, 1, 512, 512)
-    mask[..., 300, 41] = 1
+    mask[..., 300, 41] = 0.7
     canvas = Canvas.make(torch.zeros(1, 3, 512, 512), mask, 32, 64)
-    assert canvas.mask.count_nonzero() == 1 and canvas.mask.max() == pytest.approx(1 / 64)
+    assert canvas.mask.count_nonzero() == 1 and canvas.mask.max() == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 90), (40, 33), (256, 64)])
+def test_every_pixel_of_the_mask_is_covered_on_the_canvas(size) -> None:
+    mask = (torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(2)) > 0.98).float()
+    canvas = Canvas.make(picture(*size), mask, 16, 48)
+    rows, columns = mask[0, 0].nonzero().T
+    there = ((rows + 0.5) * canvas.inner[0] / size[0]).long(), ((columns + 0.5) * canvas.inner[1] / size[1]).long()
+    assert (canvas.mask[0, 0][there] == 1).all()
+
+
+def test_a_second_mask_is_brought_to_the_same_canvas() -> None:
+    mask, other = torch.zeros(2, 1, 1, 90, 120)
+    mask[..., 20:50, 30:70] = 1
+    other[..., 25:30, 40:60] = 0.5
+    canvas = Canvas.make(picture(90, 120), mask, 32, 48, window_for(mask, "on", 0.5, 48))
+    assert torch.equal(canvas.fit(mask), canvas.mask)
+    fitted = canvas.fit(other)
+    assert fitted.shape == canvas.mask.shape and fitted.max() == 0.5
+    assert (canvas.mask[fitted > 0] == 1).all()
+
+
+def test_a_window_is_cut_worked_on_and_put_back() -> None:
+    source, mask = picture(90, 120), torch.zeros(1, 1, 90, 120)
+    mask[..., 40:56, 10:20] = 1
+    window = window_for(mask, "on", 0.5, 64)
+    canvas = Canvas.make(source, mask, 32, 64, window)
+    assert canvas.source.shape == (1, 3, 64, 64) and canvas.scale == 2
+    restored = canvas.restore(canvas.source.new_full((2, 3, 64, 64), 0.25))
+    assert restored.shape == (2, 3, 90, 120)
+    assert (window.cut(restored) - 0.25).abs().max() < 1e-5
+    outside = torch.ones_like(mask)
+    window.cut(outside).fill_(0)
+    kept = outside.bool().expand_as(restored)
+    assert torch.equal(restored[kept], source.expand_as(restored)[kept])
+    assert "32×32 pixels at (0, 32) of 120×90" in canvas.words() and "enlarged 2 times" in canvas.words()
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 9), (2000, 249)])

@@ -10,6 +10,7 @@ from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
 from blendswap.blending.guide import ClipGuide
 from blendswap.blending.losses import DISTANCES
+from blendswap.blending.regions import Region
 from blendswap.blending.settings import BlendSettings
 from torch import Tensor
 
@@ -46,8 +47,8 @@ def make(guide: ClipGuide, seeds=(1, 2), copies: int = 6, perceptual=None, text:
     """A fresh Guidance: the augmentation draws as on its first step."""
     augment = ExtendingAugmentations(copies=copies)
     return Guidance(
-        BlendSettings(**dials), guide, guide.embed_text(["a red star"])[0] if text else None, pictures(1, 9),
-        rectangle(), augment, augment.generators(seeds), perceptual,
+        BlendSettings(**dials), (Region.of(rectangle(), guide, guide.embed_text(["a red star"])[0] if text else None),),
+        pictures(1, 9), augment, augment.generators(seeds), perceptual,
     )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def test_the_gradient_is_that_of_the_written_out_loss(guide, distance: str) -> N
     seen.requires_grad_(), estimate.requires_grad_()
     other = make(guide)
     views = other.augment(seen * rectangle(), other.generators, guide.image_size)
-    clip = DISTANCES[distance](guide.embed_image(views), other.text).view(6, 2).mean(dim=0)
+    clip = DISTANCES[distance](guide.embed_image(views), other.regions[0].terms[0].target).view(6, 2).mean(dim=0)
     ranged = (estimate - estimate.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
     (300 * clip + 50 * ranged).sum().backward()
     torch.testing.assert_close(losses["clip"], clip.detach())

@@ -12,6 +12,7 @@ import torch
 from blendswap.blending import sampler
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
+from blendswap.blending.regions import Region
 from blendswap.blending.settings import BlendSettings, preset_settings
 from blendswap.blending.steps import Schedule
 from blendswap.hosts.adm import GuidedDiffusionUNet, convert_adm_weights, read_adm_config
@@ -142,7 +143,7 @@ def guidance_of(case: dict) -> Guidance:
     augment = ExtendingAugmentations(copies=1, pooling="area")
     guide = StandInGuide()
     return Guidance(
-        settings_of(case), guide, guide.embed_text(), source_picture(), rectangle(), augment,
+        settings_of(case), (Region.of(rectangle(), guide, guide.embed_text()),), source_picture(), augment,
         augment.generators(range(case["batch"])), stand_in_lpips if case["background_loss"] else None,
     )  # fmt: skip
 
@@ -160,7 +161,7 @@ def name(case: dict) -> str:
 def test_official_makes_the_published_steps(host: PixelHost, case: dict) -> None:
     settings, noise = settings_of(case), RecordedNoise(case)
     schedule = Schedule.respaced(host.train_sigmas, settings.steps)
-    edit = sampler.Edit(host, guidance_of(case), settings, schedule, source_picture(), rectangle())
+    edit = sampler.Edit(host, guidance_of(case), settings, schedule, source_picture())
     x = schedule.add_noise(source_picture(), noise.like((3, 16, 16)), case["index"])
     for index in range(case["index"], case["index"] - case["steps_run"], -1):
         x, _, losses = edit.step(x, index, noise)

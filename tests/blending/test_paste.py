@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from blendswap.blending.paste import exact_paste, latent_mask, prepare_mask, resize_mask
+from blendswap.blending.paste import cover_mask, exact_paste, latent_mask, prepare_mask, resize_mask
 
 
 def scene(count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,7 +107,22 @@ def test_masks_that_cannot_be_used_are_named_with_the_cure(mask: torch.Tensor, w
 def test_a_latent_cell_is_editable_when_any_of_its_pixels_is():
     mask = torch.zeros(1, 1, 16, 20)
     mask[..., 7, 8] = 1
-    mask[..., 15, 19] = 0.5
-    cells = latent_mask(mask, 8)
-    assert cells.tolist() == [[[[0, 1, 0], [0, 0, 0.5]]]]
-    assert torch.equal(latent_mask(mask, 1), mask)
+    mask[..., 15, 19] = 1e-3
+    assert latent_mask(mask, 8).tolist() == [[[[0, 1, 0], [0, 0, 1]]]]
+    assert torch.equal(latent_mask(mask, 1), (mask > 0).float())
+
+
+@pytest.mark.parametrize("downscale", [1, 4, 8])
+def test_the_latent_mask_of_a_soft_edge_covers_all_that_the_paste_takes(downscale: int):
+    ramp = torch.linspace(-1, 1, 64).clamp(0, 1).expand(1, 1, 64, 64)
+    cells = latent_mask(ramp, downscale).repeat_interleave(downscale, -1).repeat_interleave(downscale, -2)
+    assert set(cells.unique().tolist()) == {0.0, 1.0}
+    assert (cells[ramp > 0] == 1).all()
+
+
+def test_a_mask_that_is_made_smaller_is_covered_at_its_full_value():
+    mask = torch.zeros(1, 1, 50, 70)
+    mask[..., 20, 30], mask[..., 40, 60] = 1, 0.4
+    small = cover_mask(mask, 7, 9)
+    assert small.shape == (1, 1, 7, 9) and sorted(small[small > 0].tolist()) == pytest.approx([0.4, 1])
+    assert torch.equal(cover_mask(mask, 100, 140), resize_mask(mask, 100, 140))

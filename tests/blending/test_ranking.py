@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blendswap.blending.fit import fit_to_square
+from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guide import (
     ClipGuide,
     CompactTokenizer,
     build_demo_clip,
     compact_vocabulary,
 )
-from blendswap.blending.ranking import Score, rank, region_box, region_view, score, table
+from blendswap.blending.guides import CombinedGuide
+from blendswap.blending.ranking import (
+    RankWeights,
+    Score,
+    rank,
+    region_box,
+    region_view,
+    score,
+    seam_visibility,
+    table,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +58,98 @@ def test_scores_are_the_scorers_similarities_of_region_and_whole(scorer: ClipGui
     for one in scores:
         assert one.whole == pytest.approx(whole[one.index].item(), abs=1e-5)
         assert one.region == pytest.approx(region[one.index].item(), abs=1e-5)
-        assert one.combined == pytest.approx((one.region + one.whole) / 2)
+    order = [one.index for one in rank(images, mask, "a red star", scorer)]
+    assert order == (-(whole + region)).argsort(stable=True).tolist()
 
 
-@pytest.mark.parametrize("view", ["crop", "masked"])
-def test_the_best_comes_first(scorer: ClipGuide, view: str):
+@pytest.mark.parametrize("weights", [RankWeights(), RankWeights(1, 0, 0), RankWeights(0, 0, 1), RankWeights(2, 1, 0.5)])
+def test_the_best_comes_first(scorer: ClipGuide, weights: RankWeights):
     images, mask = scene()
-    ranked = rank(images, mask, "a red star", scorer, view)
+    ranked = rank(images, mask, "a red star", scorer, weights=weights)
     assert sorted(one.index for one in ranked) == [0, 1, 2, 3]
     assert [one.combined for one in ranked] == sorted((one.combined for one in ranked), reverse=True)
+
+
+def test_each_term_alone_orders_as_its_own_values(scorer: ClipGuide):
+    images, mask = scene()
+    for name, sign in (("region", -1), ("whole", -1), ("seam", 1)):
+        weights = RankWeights(**{**dict.fromkeys(("region", "whole", "seam"), 0.0), name: 1.0})
+        values = [getattr(one, name) for one in rank(images, mask, "a red star", scorer, weights=weights)]
+        assert values == sorted(values, key=lambda value: sign * value)
+
+
+def test_a_contrast_is_subtracted(scorer: ClipGuide):
+    images, mask = scene()
+    against = score(images, mask, "a red star", scorer, contrasts=["a star", "red"])
+    for one, whole, other, another in zip(
+        against, *(scorer.score(images, words).tolist() for words in ("a red star", "a star", "red"))
+    ):
+        assert one.whole == pytest.approx(whole - max(other, another), abs=1e-5)
+
+
+def test_over_copies_the_mean_similarity_counts_and_equal_pictures_have_equal_views(scorer: ClipGuide):
+    images, mask = scene()
+    alone = score(images, mask, "a red star", scorer)
+    one_copy = score(images, mask, "a red star", scorer, augment=ExtendingAugmentations(copies=1))
+    assert [one.whole for one in one_copy] == pytest.approx([one.whole for one in alone], abs=1e-5)
+    many = score(images[:1].repeat(3, 1, 1, 1), mask, "a red star", scorer, augment=ExtendingAugmentations(copies=4))
+    assert many[0].whole == pytest.approx(many[2].whole, abs=1e-5)
+    assert abs(many[0].whole - alone[0].whole) > 1e-6
+
+
+def test_of_several_clips_each_counts_in_units_of_its_own_spread(scorer: ClipGuide):
+    class Amplified:
+        """The same CLIP, whose similarities differ a hundred times as much."""
+
+        members = property(lambda self: ((self, 1.0),))
+        name, image_size = "amplified", scorer.image_size
+        embed_text = staticmethod(scorer.embed_text)
+        embed_image = staticmethod(lambda images: -100 * scorer.embed_image(images))
+
+    images, mask = scene()
+    both = CombinedGuide([(scorer, 1.0), (Amplified(), 1.0)])
+    assert all(abs(one.combined) < 1e-4 for one in score(images, mask, "a red star", both))
+    mostly = CombinedGuide([(scorer, 1.0), (Amplified(), 0.5)])
+    alone = [one.index for one in rank(images, mask, "a red star", scorer)]
+    assert [one.index for one in rank(images, mask, "a red star", mostly)] == alone
+
+
+def flat(shade: float, inside: float | None = None) -> torch.Tensor:
+    image = torch.full((1, 3, 48, 64), shade)
+    if inside is not None:
+        image[..., 10:20, 30:42] = inside
+    return image
+
+
+def test_the_seam_is_seen_where_the_border_alone_steps():
+    _, mask = scene()
+    smooth = torch.linspace(-1, 1, 64).expand(1, 3, 48, 64)
+    edge = flat(-0.5)
+    edge[..., 36:] = 0.5  # an edge that passes through the border
+    pictures = torch.cat([flat(0.3), smooth, edge, flat(0.3, 0.35), flat(0.3, 0.8)])
+    values = seam_visibility(pictures, mask)
+    assert values[:3].max() < 0.05
+    assert values[2] < values[3] < values[4]
+    assert values[4] > 0.9 and values.max() <= 1
+
+
+def test_a_mask_of_everything_or_a_picture_of_a_few_pixels_has_no_seam():
+    images, mask = scene(2)
+    assert seam_visibility(images, torch.ones_like(mask)).tolist() == [0, 0]
+    assert seam_visibility(images[..., :2, :2], mask[..., 12:14, 29:31]).tolist() == [0, 0]
+
+
+def test_a_visible_seam_counts_against_a_candidate(scorer: ClipGuide):
+    _, mask = scene()
+    pictures = torch.cat([flat(0.3, 0.9), flat(0.3, 0.35), flat(0.3)])
+    ranked = rank(pictures, mask, "a red star", scorer, weights=RankWeights(0, 0, 1))
+    assert [one.index for one in ranked] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("weights", [(-1, 1, 0), (float("nan"), 1, 0), (0, 0, 0)])
+def test_weights_that_order_nothing_are_refused(weights: tuple):
+    with pytest.raises(ValueError, match="weight"):
+        RankWeights(*weights)
 
 
 def test_equal_candidates_keep_their_order_and_broken_ones_come_last(scorer: ClipGuide):
@@ -64,11 +157,6 @@ def test_equal_candidates_keep_their_order_and_broken_ones_come_last(scorer: Cli
     images = images.repeat(4, 1, 1, 1)
     images[1] = torch.nan
     assert [one.index for one in rank(images, mask, "a red star", scorer)] == [0, 2, 3, 1]
-
-
-def test_the_masked_view_is_what_the_guide_saw():
-    images, mask = scene()
-    assert torch.equal(region_view(images, mask, 32, "masked"), fit_to_square(images * mask, 32))
 
 
 def test_the_crop_is_a_square_around_the_mask_with_context():
@@ -101,12 +189,10 @@ def test_a_mask_per_candidate_crops_each_its_own():
 
 
 def test_the_table_lists_candidates_in_rank_order():
-    lines = table([Score(2, 0.5, 0.25), Score(0, 0.1, 0.2)]).splitlines()
+    scores = [Score(2, 0.5, 0.25, 0.1, 0.375), Score(0, 0.1, 0.2, 0.3, -0.15)]
+    lines = table(scores).splitlines()
     assert lines[1].split() == ["1", "3", "0.5000", "0.2500", "0.3750"]
     assert lines[2].split()[:2] == ["2", "1"]
-
-
-def test_an_unknown_view_is_named():
-    images, mask = scene()
-    with pytest.raises(ValueError, match="'zoom'; choose one of crop, masked"):
-        region_view(images, mask, 32, "zoom")
+    lines = table(scores, RankWeights(seam=1)).splitlines()
+    assert lines[0].split() == ["rank", "candidate", "region", "whole", "seam", "combined"]
+    assert lines[2].split() == ["2", "1", "0.1000", "0.2000", "0.3000", "-0.1500"]

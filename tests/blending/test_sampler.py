@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
 from blendswap.blending.guide import ClipGuide
+from blendswap.blending.regions import Region
+from blendswap.blending.paste import exact_paste
 from blendswap.blending.sampler import CandidateNoise, Edit, StepReport, blended_diffusion
+from blendswap.blending.schedule import GuideSchedule
 from blendswap.blending.settings import BlendSettings
+from blendswap.blending.shrink import Shrink
 from blendswap.blending.steps import Schedule
 from blendswap.hosts.adm import GuidedDiffusionUNet
 from blendswap.hosts.protocol import Prediction
@@ -113,8 +118,9 @@ def make(
 ) -> Guidance:
     augment = ExtendingAugmentations(copies=copies)
     return Guidance(
-        settings, guide, guide.embed_text(["a red star"])[0] if text else None, source_picture(size),
-        rectangle(size) if mask is None else mask, augment, augment.generators(seeds),
+        settings,
+        (Region.of(rectangle(size) if mask is None else mask, guide, guide.embed_text(["a red star"])[0] if text else None),),
+        source_picture(size), augment, augment.generators(seeds),
     )  # fmt: skip
 
 
@@ -138,13 +144,13 @@ def test_a_guided_step_is_one_pass_and_at_most_one_back(host, guide, guided_inpu
 
 
 def test_an_unguided_step_is_one_pass(host, guide) -> None:
-    _, reports = edit(host, guide, steps=6, every=3)
+    _, reports = edit(host, guide, steps=6, schedule=GuideSchedule(every=3))
     assert (host.forward, host.backward) == (5, 2)
     assert [bool(report.losses) for report in reports] == [True, False, False, True, False]
 
 
 def test_guidance_rarer_than_the_steps_guides_the_first(host, guide) -> None:
-    _, reports = edit(host, guide, every=1000)
+    _, reports = edit(host, guide, schedule=GuideSchedule(every=1000))
     assert [bool(report.losses) for report in reports] == [True, False, False]
 
 
@@ -217,12 +223,28 @@ def test_a_mask_that_covers_everything(host, guide) -> None:
     torch.testing.assert_close(kept, free)
 
 
-def test_a_soft_mask_mixes(host, guide) -> None:
-    soft = torch.linspace(0, 1, SIZE).expand(1, 1, SIZE, SIZE).clone()
-    _, reports = edit(host, guide, mask=soft, text=False)
-    last = reports[-1]
-    # Unguided, the last step's own result is its estimate.
-    torch.testing.assert_close(last.x, last.x0 * soft + source_picture() * (1 - soft))
+def test_a_soft_mask_is_blended_wherever_it_is_not_0_and_its_edge_is_left_to_the_paste(host, guide) -> None:
+    soft = torch.linspace(-1, 1, SIZE).clamp(0, 1).expand(1, 1, SIZE, SIZE).clone()
+    made, _ = edit(host, guide, mask=soft, text=False)
+    hard, _ = edit(host, guide, mask=(soft > 0).float(), text=False)
+    torch.testing.assert_close(made, hard)
+    kept = (soft == 0).expand_as(made)
+    assert torch.equal(made[kept], source_picture()[kept])
+    pasted, source = exact_paste(source_picture(), made, soft), source_picture()
+    torch.testing.assert_close(pasted - source, soft * (hard - source))
+
+
+def test_a_mask_that_shrinks_ends_as_the_true_one(host, guide) -> None:
+    mask = torch.zeros(1, 1, SIZE, SIZE)
+    mask[..., 7:9, 7:9] = 1
+    guidance = make(guide, BlendSettings(steps=6, start=1, guidance=100.0), (1,), mask)
+    region = dataclasses.replace(guidance.regions[0], shrink=Shrink(4))
+    guidance = dataclasses.replace(guidance, regions=(region,))
+    reports: list[StepReport] = []
+    made = blended_diffusion(host, guidance, (1,), guidance.settings, reports.append)
+    changed = (made - source_picture()).abs().amax(dim=1, keepdim=True) > 0
+    assert torch.equal(changed, mask.bool())
+    assert guidance.at(0.0).count_nonzero() == 100 and torch.equal(guidance.at(1.0), mask)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
@@ -296,7 +318,7 @@ def test_a_steps_gradient_is_that_of_the_written_out_loss(guide, latent, guided_
 
     def step(text: bool) -> Tensor:
         guidance = make(guide, settings, seeds, text=text, copies=copies, size=picture_size)
-        shared = Edit(host, guidance, settings, schedule, source, torch.ones_like(source[:, :1]))
+        shared = Edit(host, guidance, settings, schedule, source)
         return shared.step(x, index, CandidateNoise(seeds, host.device))[0]
 
     # The variance is fixed, so what guidance adds to the mean is the gradient alone.
@@ -313,7 +335,7 @@ def test_a_steps_gradient_is_that_of_the_written_out_loss(guide, latent, guided_
     seen = x0 * share + leaf * (1 - share) if guided_input == "mixed" else x0
     guidance = make(guide, settings, seeds, copies=copies, size=picture_size)
     views = guidance.augment(host.decode(seen) * guidance.mask, guidance.generators, guide.image_size)
-    clip = (1 - guide.embed_image(views) @ guidance.text).view(copies, -1).mean(dim=0).sum()
+    clip = (1 - guide.embed_image(views) @ guidance.regions[0].terms[0].target).view(copies, -1).mean(dim=0).sum()
     estimate = host.decode(x0)
     ranged = (estimate - estimate.clamp(-1, 1)).square().mean(dim=(1, 2, 3)).sum()
     (expected,) = torch.autograd.grad(300 * clip + 50 * ranged, leaf)
@@ -329,7 +351,7 @@ def test_the_gradient_through_the_model_is_the_slope_of_the_loss(guide) -> None:
     x, direction = schedule.add_noise(source_picture(), noise[0], index), noise[1]
 
     def step(x: Tensor, text: bool = True) -> tuple[Tensor, float]:
-        shared = Edit(host, make(guide, settings, (1,), text=text), settings, schedule, source_picture(), rectangle())
+        shared = Edit(host, make(guide, settings, (1,), text=text), settings, schedule, source_picture())
         made, _, losses = shared.step(x, index, CandidateNoise((1,), host.device))
         return made, 300 * losses["clip"].item() if text else 0.0
 

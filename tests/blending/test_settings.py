@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from blendswap.blending.schedule import GuideSchedule
 from blendswap.blending.settings import PRESETS, BlendSettings, preset_settings
 
 
@@ -21,7 +22,6 @@ from blendswap.blending.settings import PRESETS, BlendSettings, preset_settings
         ({"steps": 1001}, "steps is 1001; it must be 1 to 1000"),
         ({"start": 100}, "start is 100 of 100 steps, which leaves none to run; choose 0 to 99"),
         ({"start": -1}, "start is -1 of 100 steps.*choose 0 to 99"),
-        ({"every": 0}, "every is 0; .* needs n of 1 or more"),
         ({"guidance": -1.0}, "guidance is -1.0; it must be 0 or a positive number"),
         ({"guidance": math.nan}, "guidance is nan; it must be 0 or a positive number"),
         ({"guidance": math.inf}, "guidance is inf; it must be 0 or a positive number"),
@@ -37,7 +37,7 @@ def test_a_dial_out_of_range_is_named_with_its_cure(dials: dict, message: str) -
 
 def test_the_ends_of_the_ranges_are_allowed() -> None:
     BlendSettings(steps=1, start=0)
-    BlendSettings(steps=1000, start=999, guidance=0, range_weight=0, every=1000)
+    BlendSettings(steps=1000, start=999, guidance=0, range_weight=0)
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -64,13 +64,13 @@ def test_presets_bring_their_number_of_copies() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_keeps_guidance_and_chunk_and_replaces_the_other_dials(name: str) -> None:
+def test_a_preset_keeps_guidance_schedule_and_chunk_and_replaces_the_other_dials(name: str) -> None:
     settings = preset_settings(name, {
-        "steps": 10, "start": 10, "sampler": "ddim", "guidance": 123.0, "range_weight": 1.0, "every": 3, "blend": False,
-        "chunk": 2, "background_weight": 7.0,
+        "steps": 10, "start": 10, "sampler": "ddim", "guidance": 123.0, "range_weight": 1.0, "blend": False,
+        "chunk": 2, "background_weight": 7.0, "schedule": GuideSchedule(every=3),
     })  # fmt: skip
-    assert settings == preset_settings(name, {"guidance": 123.0, "chunk": 2})
-    assert (settings.every, settings.blend, settings.background_weight, settings.sampler) == (1, True, 0, "ddpm")
+    assert settings == preset_settings(name, {"guidance": 123.0, "chunk": 2, "schedule": GuideSchedule(every=3)})
+    assert (settings.blend, settings.background_weight, settings.sampler) == (True, 0, "ddpm")
 
 
 def test_an_unknown_preset_is_refused() -> None:

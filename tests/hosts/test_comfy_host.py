@@ -149,7 +149,7 @@ def test_gradients_flow_through_weights_loaded_in_inference_mode(parts):
         guide = ComfyGuide.wrap(
             load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
         )
-    for module in (model.model, vae.first_stage_model, guide.patcher.model):
+    for module in (model.model, vae.first_stage_model, *(patcher.model for patcher in guide.patchers)):
         poison(module)
 
     def steer(host):

@@ -318,3 +318,92 @@ def test_the_callers_tensors_are_not_written_to(sample):
     image_before, mask_before = image.clone(), mask.clone()
     sample(image, mask, candidates=2)
     assert torch.equal(image, image_before) and torch.equal(mask, mask_before)
+
+
+# Large pictures, tiny and soft masks -----------------------------------------------------------------------
+
+
+def corner_mask(height: int, width: int) -> torch.Tensor:
+    """20×30 pixels in the corner below right."""
+    mask = torch.zeros(1, height, width)
+    mask[:, -20:, -30:] = 1
+    return mask
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("size", [(150, 500), (333, 101)])
+def test_a_large_picture_is_edited_in_a_window_and_kept_outside_the_mask(sample, size, channels):
+    image, mask = random_image(*size, channels=channels), corner_mask(*size)
+    images, _, _, summary = sample(image, mask, candidates=2)
+    assert f"window of 60×60 pixels at ({size[1] - 60}, {size[0] - 60}) of {size[1]}×{size[0]}" in summary
+    assert "worked at 64×64, enlarged" in summary
+    source = image.expand(-1, -1, -1, max(channels, 3))
+    assert_kept_outside(source, images, mask)
+    if channels == 4:
+        assert torch.equal(images[..., 3], source[..., 3].expand(2, -1, -1))
+    inside = (mask[0] == 1)
+    assert (images[0][inside] != source[0][inside]).any(-1).float().mean() > 0.9
+
+
+def test_a_window_keeps_the_surroundings_pixels_as_they_are_where_the_whole_would_blur_them(sample, monkeypatch):
+    """Seen by the model: the window's own pixels, not the picture made small."""
+    from blendswap.blending import canvas as core
+
+    seen, real = [], core.Canvas.make.__func__
+
+    def watched(cls, *arguments):
+        seen.append(real(cls, *arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(core.Canvas, "make", classmethod(watched))
+    image, mask = random_image(200, 200), torch.zeros(1, 200, 200)
+    mask[:, 100:132, 60:92] = 1
+    sample(image, mask, context=0.5, window="auto")
+    assert torch.equal(seen[0].source[0].movedim(0, -1), image[0, 84:148, 44:108] * 2 - 1)
+    sample(image, mask, window="off")
+    assert seen[1].source.shape[-2:] == (64, 64) and seen[1].inner == (64, 64)
+
+
+def test_a_picture_of_the_models_size_is_worked_on_as_a_whole_unless_a_window_is_asked_for(sample):
+    image, mask = scene_image()
+    assert "worked at 64×64 pixels for a picture of 64×64" in sample(image, mask)[3]
+    small = torch.zeros(1, 64, 64)
+    small[:, 20:28, 30:38] = 1
+    images, _, _, summary = sample(image, small, window="on")
+    assert "window of 16×16 pixels at (26, 16) of 64×64, worked at 64×64, enlarged 4 times" in summary
+    assert_kept_outside(image, images, small)
+
+
+def test_each_picture_of_a_batch_has_a_window_of_its_own_around_all_parts_of_its_mask(sample):
+    image, masks = random_image(160, 160, batch=2), torch.zeros(2, 160, 160)
+    masks[0, :20, :20] = 1
+    masks[1, 100:110, 10:20], masks[1, 140:150, 60:70] = 1, 1
+    images, _, _, summary = sample(image, masks, context=0.0)
+    assert "20×20 pixels at (0, 0)" in summary and "60×60 pixels at (10, 95)" in summary
+    for row in range(2):
+        assert_kept_outside(image[row:row + 1], images[row:row + 1], masks[row:row + 1])
+    assert (images[1, 100:110, 10:20] != image[1, 100:110, 10:20]).any()
+    assert (images[1, 140:150, 60:70] != image[1, 140:150, 60:70]).any()
+
+
+def test_a_tiny_mask_shrinks_by_itself_and_the_summary_says_so(sample):
+    image, mask = scene_image()
+    tiny = torch.zeros(1, 64, 64)
+    tiny[:, 30:36, 30:36] = 1
+    images, _, _, summary = sample(image, tiny)
+    assert "shrinking mask: dilated by 8 pixels of the canvas" in summary
+    assert_kept_outside(image, images, tiny)
+    plain, _, _, summary = sample(image, tiny, shrink="off")
+    assert "shrinking" not in summary and not torch.equal(plain, images)
+    assert "shrinking" not in sample(image, mask)[3]
+
+
+@pytest.mark.parametrize("window", ["off", "on"])
+def test_a_soft_edge_is_mixed_once_by_the_masks_value(sample, window):
+    image, mask = scene_image()
+    soft = torch.nn.functional.avg_pool2d(mask[None], 7, 1, 3)[0]
+    images, *_ = sample(image, soft, prompt="", window=window)
+    whole, *_ = sample(image, (soft > 0).float(), prompt="", window=window)
+    assert_kept_outside(image, images, soft)
+    expected = image + soft[..., None] * (whole - image)
+    assert (images - expected).abs().max() < 1e-5

@@ -1,0 +1,149 @@
+"""What an autoencoder does outside the mask, and whether a seam is left where the source is pasted back.
+
+    python run.py bench latent_seams [--pictures 64] [--cases 8] [--steps 25]
+
+Drift: a picture through the demo's autoencoder and back, against itself, before and after the exact paste (the mask as
+in the edits). Seam: of latent edits, the mean step in value from a pixel just inside the mask to its neighbour just
+outside, against the mean step between neighbours within 4 pixels of the border on either side; 1 is no seam. "smooth"
+adds to the edit, inside the mask, the smooth continuation of what source and result differ by around it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..blending.augment import ExtendingAugmentations
+from ..blending.guidance import Guidance
+from ..blending.paste import exact_paste
+from ..blending.regions import Region, terms_for
+from ..blending.report import to_8_bit
+from ..blending.sampler import blended_diffusion
+from ..blending.shrink import dilate
+from ..demo import files, judge, world
+from ..hosts.diffusers_host import DiffusersHost
+from .edits import METHOD, Bench, cases
+
+logger = logging.getLogger(__name__)
+
+NEAR = 4
+
+
+def as_picture(scene: world.Scene) -> tuple[Tensor, Tensor]:
+    """[1, 3, H, W] in -1..1, and the mask [1, 1, H, W]."""
+    picture = torch.from_numpy(world.draw(scene)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return picture, torch.from_numpy(world.edit_mask(scene))[None, None].float()
+
+
+@torch.no_grad()
+def drift(host: DiffusersHost, count: int) -> dict[str, float]:
+    """Differences outside the mask in 8-bit steps, of pictures that are only encoded and decoded."""
+    mean, largest, pasted = [], 0.0, 0.0
+    for case in cases(count):
+        picture, mask = as_picture(case.scene)
+        made = host.decode(host.encode(picture)).clamp(-1, 1)
+        outside = (mask == 0).expand_as(made)
+        difference = (made - picture)[outside].abs() * 127.5
+        mean.append(float(difference.mean()))
+        largest = max(largest, float(difference.max()))
+        pasted = max(pasted, float((exact_paste(picture, made, mask) - picture)[outside].abs().max() * 127.5))
+    return {"mean": sum(mean) / len(mean), "largest": largest, "after_paste": pasted}
+
+
+def smooth_correction(source: Tensor, result: Tensor, mask: Tensor, ring: int = 3) -> Tensor:
+    """`result` [B, 3, H, W] with the difference to `source` in a ring around `mask` continued smoothly into it.
+
+    Push and pull over an image pyramid (Gortler et al. 1996, §3.4): a membrane's continuation, nearly.
+    """
+    weight = ((dilate((mask > 0).to(mask), ring) > 0) & (mask == 0)).to(result)
+    value = (source - result) * weight
+    levels = [(value, weight.expand(len(value), -1, -1, -1))]
+    while min(levels[-1][0].shape[-2:]) > 1:
+        levels.append(tuple(F.avg_pool2d(part, 2, ceil_mode=True) for part in levels[-1]))
+    filled = levels[-1][0] / levels[-1][1].clamp(min=1e-8)
+    for value, weight in reversed(levels[:-1]):
+        filled = F.interpolate(filled, value.shape[-2:], mode="bilinear", align_corners=False)
+        known = weight.clamp(max=1)
+        filled = torch.where(weight > 0, value / weight.clamp(min=1e-8) * known + filled * (1 - known), filled)
+    return result + filled * (mask > 0).to(result)
+
+
+def seam(picture: Tensor, mask: Tensor) -> float:
+    """Mean step across the border of `mask` against that near it; `picture` [1, 3, H, W]."""
+    inside = mask[0, 0] > 0
+    near = dilate(mask, NEAR)[0, 0].bool() & dilate(1 - mask, NEAR)[0, 0].bool()
+    across, beside = [], []
+    for axis in (0, 1):
+        count = inside.shape[axis] - 1
+        first, second = (inside.narrow(axis, start, count) for start in (0, 1))
+        close = near.narrow(axis, 0, count) & near.narrow(axis, 1, count)
+        step = (picture.narrow(axis + 2, 0, count) - picture.narrow(axis + 2, 1, count))[0].abs().mean(0)
+        across.append(step[close & (first != second)])
+        beside.append(step[close & (first == second)])
+    return float(torch.cat(across).mean() / torch.cat(beside).mean())
+
+
+def seams(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    bench, settings = Bench("text"), dataclasses.replace(METHOD, steps=options.steps, start=options.steps // 4)
+    kinds: dict[str, list[tuple[float, bool]]] = {"source": [], "pasted": [], "smooth": []}
+    for number, case in enumerate(cases(options.cases)):
+        picture, mask = as_picture(case.scene)
+        augment = ExtendingAugmentations(copies=4)
+        guidance = Guidance(
+            dataclasses.replace(settings, guidance=60.0), (Region(mask, terms_for(bench.guide, case.prompt)),),
+            picture, augment, augment.generators([number]),
+        )  # fmt: skip
+        host = DiffusersHost.from_pipeline(files.TEXT, case.prompt, "", 4.0)
+        made = blended_diffusion(host, guidance, [number], guidance.settings)
+        outcomes = {
+            "source": picture, "pasted": exact_paste(picture, made, mask),
+            "smooth": exact_paste(picture, smooth_correction(picture, made, mask).clamp(-1, 1), mask),
+        }  # fmt: skip
+        for kind, outcome in outcomes.items():
+            shown = to_8_bit(((outcome + 1) / 2).permute(0, 2, 3, 1) + 1e-4)[0]
+            finding = judge.judge(shown, mask[0, 0].bool().numpy())
+            kinds[kind].append((seam(outcome, mask), finding.shape == case.shape and finding.palette == case.colour))
+        logger.info("case %d/%d: %s", number + 1, options.cases, {kind: rows[-1] for kind, rows in kinds.items()})
+    return {
+        kind: {
+            "seam": sum(value for value, _ in rows) / len(rows),
+            "success": sum(success for _, success in rows) / len(rows),
+        }
+        for kind, rows in kinds.items()
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench latent_seams", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--cases", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=Path("bench_output"))
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result: dict[str, dict] = {"drift": drift(DiffusersHost.from_pipeline(files.TEXT), options.pictures)}
+    found = result["drift"]
+    print(f"drift outside the mask, of 255: mean {found['mean']:.2f}, largest {found['largest']:.1f}; after the paste "
+          f"{found['after_paste']:g}", flush=True)  # fmt: skip
+    if options.cases:
+        result["seams"] = seams(options)
+        print("| picture | seam | success |\n|---|---|---|")
+        for kind, values in result["seams"].items():
+            print(f"| {kind} | {values['seam']:.2f} | {values['success']:.2f} |", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "latent_seams.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

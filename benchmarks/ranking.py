@@ -1,0 +1,139 @@
+"""Which order of the candidates puts a good one first? Published and own rankings, on the same saved candidates.
+
+    python run.py bench ranking [--cases 48] [--candidates 8] [--saved bench_output/candidates.npz]
+
+The candidates are those of `bench edits --variants method`. They are made once and saved after every case; a run that
+was stopped goes on where it was. Each ranking then chooses one of n candidates, for n of 2, 4 and all (the candidates
+are divided into groups of n), and the judge, which took no part, says whether it shows what was asked: the shape by its
+network, the colour by the palette. "nothing" is the share of choices in which the judge finds no object. "wins" and
+"losses" count the cases in which, of all candidates, only this ranking's or only the published one's choice is good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..blending.augment import ExtendingAugmentations
+from ..blending.fit import fit_to_square
+from ..blending.guide import ClipGuide
+from ..blending.ranking import RankWeights, rank
+from ..blending.report import to_8_bit
+from ..demo import judge, world
+from .applications import GROUNDS, to_tensor
+from .edits import Bench, cases, variants, wilson
+
+logger = logging.getLogger(__name__)
+
+Ranking = Callable[[Tensor, Tensor, str, ClipGuide], list[int]]
+"""(pictures [N, 3, H, W], mask [1, 1, H, W], prompt, guide) → indices, best first."""
+
+
+def published(images: Tensor, mask: Tensor, prompt: str, guide: ClipGuide) -> list[int]:
+    """As the method's published code ranks: x⊙m alone, brought to CLIP's size but not normalised."""
+    with torch.no_grad():
+        seen = fit_to_square(images * mask, guide.image_size)
+        found = torch.nn.functional.normalize(guide.model.encode_image(seen.to(guide.dtype)).float(), dim=-1)
+        similarity = found @ guide.embed_text([prompt])[0]
+    return similarity.argsort(descending=True, stable=True).tolist()
+
+
+def by(weights: RankWeights = RankWeights(), contrasts: tuple[str, ...] = (), copies: int = 0) -> Ranking:
+    """The pack's ranking with these settings."""
+    augment = ExtendingAugmentations(copies=copies) if copies else None
+
+    def ranking(images: Tensor, mask: Tensor, prompt: str, guide: ClipGuide) -> list[int]:
+        scores = rank(images, mask, prompt, guide, weights=weights, contrasts=contrasts, augment=augment)
+        return [one.index for one in scores]
+
+    return ranking
+
+
+RANKINGS: dict[str, Ranking] = {
+    "published": published,
+    "region": by(RankWeights(whole=0)),
+    "whole": by(RankWeights(region=0)),
+    "region + whole (the sampler's)": by(),
+    "… + seam 0.25": by(RankWeights(seam=0.25)),
+    "… + seam 1": by(RankWeights(seam=1)),
+    "… against 'a background'": by(contrasts=("a background",)),
+    "… against the grounds' colours": by(contrasts=GROUNDS),
+    "the same + seam 0.25": by(RankWeights(seam=0.25), GROUNDS),
+    "seam alone": by(RankWeights(0, 0, 1)),
+    "region + whole over 8 copies": by(copies=8),
+    "… against the grounds' colours, over 8 copies": by(contrasts=GROUNDS, copies=8),
+}
+
+
+def candidates(count: int, each: int, path: Path) -> np.ndarray:
+    """Pictures uint8 [count, each, H, W, 3] of the first `count` cases, from `path` as far as it has them.
+
+    Raises:
+        ValueError: a file with another number of candidates per case.
+    """
+    made = list(np.load(path)["pictures"]) if path.is_file() else []
+    if made and len(made[0]) != each:
+        raise ValueError(f"{path} has {len(made[0])} candidates per case, not {each}: delete it, or set --candidates.")
+    if len(made) < count:
+        bench, variant = Bench("prior"), variants()["method"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number, case in list(enumerate(cases(count)))[len(made):]:
+            results, *_ = bench.edit(case, variant, [number * 1000 + index for index in range(each)])
+            made.append(to_8_bit(((results + 1) / 2).permute(0, 2, 3, 1) + 1e-4))
+            np.savez(path, pictures=np.stack(made))
+            logger.info("case %d/%d: %s", number + 1, count, case.prompt)
+    return np.stack(made[:count])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench ranking", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--cases", type=int, default=48)
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--saved", type=Path, default=Path("bench_output/candidates.npz"))
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    pictures = candidates(options.cases, options.candidates, options.saved)
+    from ..blending.guide import load_clip_guide
+    from ..demo import files
+
+    guide = load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
+    chosen = cases(options.cases)
+    masks = [world.edit_mask(case.scene) for case in chosen]
+    findings = [[judge.judge(picture, mask) for picture in each] for each, mask in zip(pictures, masks)]
+    good = np.array([[f.shape == case.shape and f.palette == case.colour for f in found]
+                     for found, case in zip(findings, chosen)])  # fmt: skip
+    nothing = np.array([[f.shape == judge.NONE for f in found] for found in findings])
+    sizes = [n for n in (2, 4) if n < options.candidates] + [options.candidates]
+    print(f"{len(good)} cases, {options.candidates} candidates: a random one is good in {good.mean():.2f}, "
+          f"one of all in {good.any(1).mean():.2f}, nothing is in {nothing.mean():.2f}\n")
+    print("| ranking | " + " | ".join(f"best of {n}" for n in sizes) + " | 95 % | nothing | wins | losses |\n"
+          + "|---" * (len(sizes) + 5) + "|")
+    baseline = None
+    for name, ranking in RANKINGS.items():
+        rates = []
+        for n in sizes:
+            first = []
+            for number, (each, mask, case) in enumerate(zip(pictures, masks, chosen)):
+                mask = torch.from_numpy(mask)[None, None].float()
+                for start in range(0, options.candidates - n + 1, n):
+                    order = ranking(to_tensor(each[start : start + n]), mask, case.prompt, guide)
+                    first.append((number, start + order[0]))
+            rates.append(np.array([good[place] for place in first]))
+        empty = np.mean([nothing[place] for place in first])
+        baseline = rates[-1] if baseline is None else baseline
+        low, high = wilson(int(rates[-1].sum()), len(rates[-1]))
+        print(f"| {name} | " + " | ".join(f"{rate.mean():.2f}" for rate in rates) + f" | {low:.2f}–{high:.2f} "
+              f"| {empty:.2f} | {(rates[-1] & ~baseline).sum()} | {(baseline & ~rates[-1]).sum()} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What an edit is asked for: regions, each with a mask, and terms that pull it towards what is wanted or push it away.
+
+Where masks overlap, a pixel is shared in proportion to their values: region r has m_r / max(1, Σm) of it. What a
+region's guides look at is still its whole mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .guide import ClipGuide
+from .guides import CombinedGuide
+from .shrink import Shrink
+
+NEGATIVE_WEIGHT = 0.5
+"""Pull of a negative prompt, against 1 of what is wanted: away is no place to arrive at."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One direction in which one CLIP pulls.
+
+    Attributes:
+        guide: the CLIP that looks.
+        target: unit vector [D] of a text or a picture, in the guide's space.
+        weight: share of the guidance weight; negative pushes away.
+        words: what the target is, for reports.
+    """
+
+    guide: ClipGuide
+    target: Tensor
+    weight: float = 1.0
+    words: str = ""
+
+    def __str__(self) -> str:
+        return f"{'towards' if self.weight > 0 else 'away from'} {self.words} ({self.guide.name}, {self.weight:+.3g})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A part of the picture and what is to be there.
+
+    Attributes:
+        mask: [1, 1, H, W] in 0..1, 1 = edit.
+        terms: what steers it; none leaves it to the model.
+        strength: factor of the guidance weight.
+        shrink: how the mask varies over the run; None where it does not.
+    """
+
+    mask: Tensor
+    terms: tuple[Term, ...]
+    strength: float = 1.0
+    shrink: Shrink | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < math.inf:
+            raise ValueError(f"strength is {self.strength}; it must be 0 or a positive number")
+
+    @classmethod
+    def of(cls, mask: Tensor, guide: ClipGuide, text: Tensor | None) -> Region:
+        """One guide, one target [D]; None for a region that nothing steers."""
+        return cls(mask, () if text is None else (Term(guide, text),))
+
+    @property
+    def steers(self) -> bool:
+        """Whether anything pulls here."""
+        return self.strength > 0 and any(term.weight != 0 for term in self.terms)
+
+    def at(self, progress: float) -> Tensor:
+        """The mask [1, 1, H, W] of the step at `progress` of the run: 0 is the first step that runs, 1 the last."""
+        return self.mask if self.shrink is None else self.shrink.at(self.mask, progress)
+
+    def by_guide(self) -> list[tuple[ClipGuide, list[Term]]]:
+        """The terms by the CLIP that looks, which then looks once for all of its own."""
+        found: dict[int, tuple[ClipGuide, list[Term]]] = {}
+        for term in self.terms:
+            if term.weight != 0:
+                found.setdefault(id(term.guide), (term.guide, []))[1].append(term)
+        return list(found.values())
+
+
+def terms_for(
+    guide: ClipGuide | CombinedGuide, prompt: str = "", negative: str = "", picture: Tensor | None = None
+) -> tuple[Term, ...]:
+    """What a prompt, a negative prompt and a picture to resemble ask of every member of `guide`.
+
+    prompt, negative: empty ones ask for nothing.
+    picture: [1, 3, H, W] in -1..1 of any size; its embedding is the target. With a prompt beside it each has half.
+
+    The weights of what is wanted add up to 1 over all members, whatever is asked for; the negative's to
+    -`NEGATIVE_WEIGHT`.
+    """
+    prompt, negative = prompt.strip(), negative.strip()
+    half = 0.5 if prompt and picture is not None else 1.0
+    terms = []
+    for member, share in guide.members:
+        if prompt:
+            terms.append(Term(member, member.embed_text([prompt])[0], share * half, f"'{prompt}'"))
+        if picture is not None:
+            with torch.no_grad():
+                target = member.embed_image(picture)[0]
+            terms.append(Term(member, target, share * half, "the guide image"))
+        if negative:
+            terms.append(Term(member, member.embed_text([negative])[0], -share * NEGATIVE_WEIGHT, f"'{negative}'"))
+    return tuple(terms)
+
+
+def editable(masks: Sequence[Tensor]) -> Tensor:
+    """Where any of `masks` ([1, 1, H, W] each) allows a change: their largest value."""
+    result = masks[0]
+    for mask in masks[1:]:
+        result = torch.maximum(result, mask)
+    return result
+
+
+def crowding(masks: Sequence[Tensor]) -> Tensor | None:
+    """max(1, Σm) [1, 1, H, W], by which the masks' shares of a pixel are divided; None where no two meet."""
+    if len(masks) == 1:
+        return None
+    total = torch.stack(list(masks)).sum(dim=0)
+    return total.clamp(min=1) if total.max() > 1 else None

@@ -1,0 +1,88 @@
+"""The window around the mask: where it lies, how large it is, and that nothing outside of it is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blendswap.blending.window import LARGEST_SCALE, Window, window_for
+from torch import Tensor
+
+
+def mask_of(size: tuple[int, int], *boxes: tuple[int, int, int, int]) -> Tensor:
+    """1 within `boxes` (top, bottom, left, right)."""
+    mask = torch.zeros(1, 1, *size)
+    for top, bottom, left, right in boxes:
+        mask[..., top:bottom, left:right] = 1
+    return mask
+
+
+def box(window: Window) -> tuple[int, int, int, int]:
+    return window.top, window.bottom, window.left, window.right
+
+
+def test_it_is_a_square_around_the_mask_with_context_to_every_side():
+    window = window_for(mask_of((400, 600), (100, 140, 200, 300)), "auto", 0.5, 64)
+    assert box(window) == (20, 220, 150, 350)
+    assert not window.whole
+    assert box(window_for(mask_of((400, 600), (100, 140, 200, 300)), "auto", 0.0, 64)) == (70, 170, 200, 300)
+
+
+@pytest.mark.parametrize("where", [(0, 40), (360, 400)])
+def test_at_an_edge_it_moves_inwards_and_keeps_its_size(where: tuple[int, int]):
+    window = window_for(mask_of((400, 600), (*where, 560, 600)), "auto", 0.5, 64)
+    assert window.size == (80, 80)
+    assert window.right == 600 and window.top in (0, 320)
+
+
+def test_one_window_holds_all_parts_of_a_mask():
+    mask = mask_of((400, 600), (10, 20, 15, 25), (300, 310, 400, 440))
+    assert window_for(mask, "auto", 0.1, 64).cut(mask).sum() == mask.sum()
+
+
+def test_the_faintest_pixel_belongs_to_the_mask():
+    mask = mask_of((400, 600), (100, 140, 200, 240))
+    mask[..., 150, 250] = 1e-4
+    assert window_for(mask, "auto", 0.0, 64).cut(mask).count_nonzero() == mask.count_nonzero()
+
+
+@pytest.mark.parametrize("size", [(64, 400), (400, 50), (64, 64)])
+def test_auto_leaves_pictures_at_or_below_the_models_size_whole(size: tuple[int, int]):
+    mask = mask_of(size, (10, 20, 10, 20))
+    assert window_for(mask, "auto", 0.5, 64).whole
+    assert not window_for(mask, "on", 0.5, 64).whole
+    assert window_for(mask_of((500, 500), (10, 20, 10, 20)), "off", 0.5, 64).whole
+
+
+def test_a_tiny_mask_is_not_enlarged_beyond_the_limit():
+    window = window_for(mask_of((500, 500), (250, 251, 300, 301)), "auto", 0.5, 256)
+    assert window.size == (256 // LARGEST_SCALE,) * 2
+    assert window.top <= 250 < window.bottom and window.left <= 300 < window.right
+
+
+@pytest.mark.parametrize("size", [(40, 900), (900, 40), (33, 132), (1024, 256)])
+def test_it_is_never_larger_than_the_picture(size: tuple[int, int]):
+    height, width = size
+    for mask in (torch.ones(1, 1, *size), mask_of(size, (0, height, 0, width // 2)), mask_of(size, (0, 1, 0, width))):
+        window = window_for(mask, "on", 2.0, 64)
+        assert 0 <= window.top < window.bottom <= height and 0 <= window.left < window.right <= width
+        assert window.cut(mask).sum() == mask.sum()
+    assert window_for(torch.ones(1, 1, *size), "on", 0.0, 16).whole
+
+
+def test_results_lie_in_the_window_and_the_picture_around_it():
+    picture = torch.rand(1, 3, 30, 40)
+    window = Window(5, 15, 20, 36, 30, 40)
+    before, results = picture.clone(), torch.full((2, 3, 10, 16), 9.0)
+    filled = window.put(picture, results)
+    assert filled.shape == (2, 3, 30, 40) and torch.equal(picture, before)
+    assert (window.cut(filled) == 9).all()
+    assert (filled == 9).sum() == results.numel()
+    assert torch.equal(filled[filled != 9], picture.expand_as(filled)[filled != 9])
+
+
+@pytest.mark.parametrize(
+    "mode, context, words", [("maybe", 0.5, "window is 'maybe'"), ("on", -0.1, "context is -0.1")]
+)
+def test_what_is_not_a_choice_is_named(mode: str, context: float, words: str):
+    with pytest.raises(ValueError, match=words):
+        window_for(torch.ones(1, 1, 8, 8), mode, context, 64)
