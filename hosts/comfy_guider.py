@@ -23,7 +23,7 @@ REFUSED: dict[str, str] = {
     "guidance adds up from step to step and overshoots",
     "dpm_fast": "it ends before the noise is gone, so the background ends noisy, and its few large steps overshoot",
     "dpm_adaptive": "it ends before the noise is gone, so the background ends noisy",
-    "uni_pc": "its last step goes beyond the last estimate, so the background ends a little off the source",
+    "unipc": "its last step goes beyond the last estimate, so the background ends a little off the source",
 }
 """Samplers that do not keep the method's meaning, by a part of their function's name, and why."""
 
@@ -163,7 +163,8 @@ def refuse_sampler(sampler: Any) -> None:
     name = getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
     for part, reason in REFUSED.items():
         if part in name:
-            plain = name.removeprefix("sample_").removesuffix("_function")
+            # ComfyUI lists sample_unipc as uni_pc.
+            plain = name.removeprefix("sample_").removesuffix("_function").replace("unipc", "uni_pc")
             raise ValueError(
                 f"The sampler {plain} cannot be used with CLIPBlendGuider: {reason}. Choose "
                 "another, for example euler, euler_ancestral, heun or dpmpp_2m."

@@ -126,7 +126,9 @@ def test_every_sampler_of_comfyui_keeps_the_background_or_is_refused_by_name(gui
         assert result.isfinite().all(), name
         assert difference[..., kept].max() < 1e-4, name
         assert difference[..., changed].mean() > 0.05, name
-    assert {name for name in refused if "cfg_pp" not in name} == {"dpm_fast", "dpm_adaptive"}
+    assert {name for name in refused if "cfg_pp" not in name} == {
+        "dpm_fast", "dpm_adaptive", "uni_pc", "uni_pc_bh2"
+    }
 
 
 @pytest.mark.parametrize("scheduler", ["simple", "karras", "sgm_uniform"])
