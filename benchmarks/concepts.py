@@ -54,6 +54,7 @@ from ..hosts.attention_diffusers import DiffusersTextHost
 from ..hosts.diffusers_learner import DiffusersLearner
 from ..hosts.learning import FullWeights, Learned, LowRank, TokenVectors
 from .edits import wilson
+from .quiet import quiet
 from .swaps import BACKGROUND_KEPT, CELL, POSE_KEPT, cell, overlap, silhouette, to_8_bit, to_tensor, write_json
 
 logger = logging.getLogger(__name__)
@@ -443,15 +444,15 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     folder = options.out / "concepts"
     folder.mkdir(parents=True, exist_ok=True)
-    logging.getLogger(capture.__module__).setLevel(logging.WARNING)  # a line about the tape for every case
     bench, made = Bench(options, folder), {}
-    for number, name in enumerate(names):
-        made[name] = {}
-        for method in methods:
-            made[name][method] = bench.outcome(SUBJECTS[name], method)
-            right = np.mean([one.identity for one in made[name][method].swapped])
-            logger.info("subject %d/%d: %s, %s: identity %.2f", number + 1, len(names), name, method, right)
-        made[name] |= {bound: bench.bound(SUBJECTS[name], bound) for bound in BOUNDS}
+    with quiet(capture.__module__):  # a line about the tape for every case
+        for number, name in enumerate(names):
+            made[name] = {}
+            for method in methods:
+                made[name][method] = bench.outcome(SUBJECTS[name], method)
+                right = np.mean([one.identity for one in made[name][method].swapped])
+                logger.info("subject %d/%d: %s, %s: identity %.2f", number + 1, len(names), name, method, right)
+            made[name] |= {bound: bench.bound(SUBJECTS[name], bound) for bound in BOUNDS}
     report(made, {key: value for key, value in vars(options).items() if key != "out"}, options.out)
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import math
 import statistics
 import time
@@ -42,6 +41,7 @@ from ..demo import files
 from ..hosts.attention import AttentionCall, FeatureCall
 from ..hosts.attention_diffusers import DiffusersTextHost
 from .cost import peak_memory
+from .quiet import quiet
 
 SOURCE, TARGET = "a red star on a mint background", "a blue dotted moon on a mint background"
 CFG, CHANNELS, TEXT_WIDTH = 7.5, 4, 256
@@ -297,8 +297,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(where, flush=True)
-    logging.getLogger(capture.__module__).setLevel(logging.WARNING)  # a line about the tape for every run
-    results = {name: MEASURES[name](options, options.device, DTYPES[options.dtype]) for name in names}
+    with quiet(capture.__module__):  # a line about the tape for every run
+        results = {name: MEASURES[name](options, options.device, DTYPES[options.dtype]) for name in names}
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"where": where, "dtype": options.dtype, **results}, indent=1) + "\n",

@@ -44,6 +44,7 @@ from ..demo import files, judge, world
 from ..hosts.attention_diffusers import DiffusersTextHost
 from ..hosts.diffusers_host import load_pipeline
 from .edits import wilson
+from .quiet import quiet
 
 logger = logging.getLogger(__name__)
 
@@ -410,15 +411,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    logging.getLogger(capture.__module__).setLevel(logging.WARNING)  # a line about the tape for every case
     chosen = cases(options.cases or (24 if options.sweep else 64))
     bench = Bench(chosen, options.steps, options.cfg, options.device, options.inversion)
     settled = {"cases": len(chosen), "steps": options.steps, "cfg": options.cfg, "inversion": options.inversion}
     print(f"{len(chosen)} cases, {options.steps} steps, cfg {options.cfg:g}, {options.inversion}\n", flush=True)
-    if options.sweep:
-        run_sweep(bench, chosen, not options.uncorrected, settled, options.out)
-    else:
-        run_methods(bench, chosen, {name: METHODS[name] for name in names}, settled, options.out)
+    with quiet(capture.__module__):  # a line about the tape for every case
+        if options.sweep:
+            run_sweep(bench, chosen, not options.uncorrected, settled, options.out)
+        else:
+            run_methods(bench, chosen, {name: METHODS[name] for name in names}, settled, options.out)
 
 
 def run_methods(bench: Bench, chosen: Sequence[Case], methods: dict[str, Method], settled: dict, out: Path) -> None:

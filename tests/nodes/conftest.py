@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from blendswap.demo import files
 
 SOURCE, TARGET = "a red star on a blue sky background", "a green heart on a blue sky background"
 STEPS = 4
@@ -94,6 +95,19 @@ def half_mask(size: int = 64) -> torch.Tensor:
     mask = torch.zeros(1, size, size)
     mask[..., : size // 2] = 1
     return mask
+
+
+@pytest.fixture(scope="module")
+def parts(comfy):
+    """The pixel prior, its VAE and the demo CLIP, loaded in inference mode as ComfyUI does."""
+    from blendswap.blending.guide import load_clip_guide
+    from blendswap.hosts import adm_comfy
+    from blendswap.hosts.comfy_guide import ComfyGuide
+
+    with torch.inference_mode():
+        model = adm_comfy.load_native_model(files.PRIOR, dtype=torch.float32)
+        guide = ComfyGuide.wrap(load_clip_guide(files.CLIP, "auto", "cpu", torch.float32))
+        return model, adm_comfy.pixel_space_vae(), guide
 
 
 @pytest.fixture(scope="module")

@@ -8,24 +8,10 @@ import pytest
 import torch
 
 from blendswap.demo import world
-from blendswap.demo import files
 
 pytestmark = pytest.mark.needs_comfy
 
 PROMPT = "a blue star"
-
-
-@pytest.fixture(scope="module")
-def parts(comfy):
-    """The pixel prior, its VAE and the demo CLIP, loaded in inference mode as ComfyUI does."""
-    from blendswap.blending.guide import load_clip_guide
-    from blendswap.hosts import adm_comfy
-    from blendswap.hosts.comfy_guide import ComfyGuide
-
-    with torch.inference_mode():
-        model = adm_comfy.load_native_model(files.PRIOR, dtype=torch.float32)
-        guide = ComfyGuide.wrap(load_clip_guide(files.CLIP, "auto", "cpu", torch.float32))
-        return model, adm_comfy.pixel_space_vae(), guide
 
 
 @pytest.fixture

@@ -34,8 +34,7 @@ def test_noise_that_is_given_is_sampled_from(kit):
 
 @pytest.mark.parametrize("preset", ["photoswap", "official", "p2p", "pnp", "masactrl"])
 def test_what_a_tape_takes_is_said_beforehand_and_true(kit, preset, caplog):
-    # By name: a benchmark that ran before has quietened it.
-    with caplog.at_level(logging.INFO, logger="blendswap.attention_swap.capture"):
+    with caplog.at_level(logging.INFO):
         attention, _, summary = kit.capture(settings=kit.settings(preset))
     made = attention.capture
     assert made.tape.bytes == made.estimate.bytes > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blendswap.demo import files, world
+from blendswap.demo import world
 
 pytestmark = pytest.mark.needs_comfy
 
@@ -15,19 +15,6 @@ SEED = 3
 def run(node, **inputs):
     with torch.inference_mode():
         return node.execute(**inputs).args
-
-
-@pytest.fixture(scope="module")
-def prior(comfy):
-    """The pixel prior, its VAE and the demo CLIP, loaded in inference mode as ComfyUI does."""
-    from blendswap.blending.guide import load_clip_guide
-    from blendswap.hosts import adm_comfy
-    from blendswap.hosts.comfy_guide import ComfyGuide
-
-    with torch.inference_mode():
-        model = adm_comfy.load_native_model(files.PRIOR, dtype=torch.float32)
-        guide = ComfyGuide.wrap(load_clip_guide(files.CLIP, "auto", "cpu", torch.float32))
-        return model, adm_comfy.pixel_space_vae(), guide
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +29,13 @@ def latent(comfy):
 
 
 @pytest.fixture
-def guider(prior):
+def guider(parts):
     def make(**changes):
         from blendswap.blending.augment import ExtendingAugmentations
         from blendswap.nodes.guider import CLIPBlendGuider
 
         inputs = dict(
-            model=prior[0], vae=prior[1], image=picture(), mask=box(), clip_guide=prior[2], prompt="a red star",
+            model=parts[0], vae=parts[1], image=picture(), mask=box(), clip_guide=parts[2], prompt="a red star",
             guidance=300.0, augment=ExtendingAugmentations(copies=2),
         )
         return run(CLIPBlendGuider, **{**inputs, **changes})[0]
@@ -186,9 +173,9 @@ def test_a_noise_mask_of_the_latent_and_a_soft_mask_are_kept_to_as_well(guider):
 
 def test_a_latent_model_is_guided_through_its_vae(guider, latent):
     model, vae, positive, negative = latent
-    parts = dict(model=model, vae=vae, positive=positive, negative=negative)
-    made = guider(**parts)
-    steered, free = sampled(made), sampled(guider(guidance=0.0, **parts))
+    own = dict(model=model, vae=vae, positive=positive, negative=negative)
+    made = guider(**own)
+    steered, free = sampled(made), sampled(guider(guidance=0.0, **own))
     source = source_of(made)
     assert (steered - source).abs()[..., outside(made)].max() < 1e-3 * source.abs().max()
     assert (steered - free).abs()[..., ~outside(made)].mean() > 1e-3
@@ -210,12 +197,12 @@ def test_several_regions_a_negative_and_a_schedule_work_here_too(guider):
 # What it leaves and refuses -------------------------------------------------------------------------------
 
 
-def test_the_callers_model_stays_as_it_was_also_after_an_interrupt(guider, prior, monkeypatch):
+def test_the_callers_model_stays_as_it_was_also_after_an_interrupt(guider, parts, monkeypatch):
     import comfy.model_management as management
 
     from blendswap.blending import sampler as core
 
-    before, options = sampled(guider()), repr(prior[0].model_options)
+    before, options = sampled(guider()), repr(parts[0].model_options)
     calls, real = [], core._guided_prediction
 
     def interrupted(*arguments):
@@ -228,7 +215,7 @@ def test_the_callers_model_stays_as_it_was_also_after_an_interrupt(guider, prior
         patch.setattr(core, "_guided_prediction", interrupted)
         with pytest.raises(management.InterruptProcessingException):
             sampled(guider())
-    assert len(calls) == 2 and repr(prior[0].model_options) == options
+    assert len(calls) == 2 and repr(parts[0].model_options) == options
     assert torch.equal(sampled(guider()), before)
 
 
