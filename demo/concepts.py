@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import edits, subject_judge, world
+from . import edits, subject_judge
 from .server import ComfyServer
 from .subjects import SUBJECTS, Subject, object_mask
-from .swaps import FIRST_SEED, pose_iou
+from .swaps import OnScene, pose_iou
 
 LEARNING = "Learning"
 """Title of the node that saves the previews of the training."""
@@ -21,38 +21,25 @@ TOKEN = "sks"
 
 
 @dataclasses.dataclass(frozen=True)
-class Concept:
+class Concept(OnScene):
     """One subject, learned and swapped in: the shipped workflow with these inputs in place of its own.
 
-    `subject` is a name of `demo.subjects`, `scene` DemoScene's seed, `room` how far the mask reaches beyond the object.
+    `subject` is a name of `demo.subjects`, `room` how far the mask reaches beyond the object.
     """
 
-    name: str
-    subject: str
-    scene: int
     room: int = 8
     workflow: str = "concept_dreambooth_swap"
 
     panels = ("source", "mask", "result", "learning")
     kind = "concept"
-    latent = True
-
-    @property
-    def drawn(self) -> world.Scene:
-        return next(world.scenes(FIRST_SEED + self.scene, 1))
 
     @property
     def wanted(self) -> Subject:
         return SUBJECTS[self.subject]
 
     @property
-    def source_prompt(self) -> str:
-        return self.drawn.caption()
-
-    @property
-    def prompt(self) -> str:
-        """The source's caption with the concept in the object's place."""
-        return self.source_prompt.replace(self.drawn.things[0].caption(), f"{TOKEN} {self.wanted.kind}", 1)
+    def words(self) -> str:
+        return f"{TOKEN} {self.wanted.kind}"
 
     def run(self, server: ComfyServer, object_info: Mapping[str, Any], stem: Path,
             on_progress: Callable[[int, int], None]) -> dict[str, Any]:

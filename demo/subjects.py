@@ -93,7 +93,7 @@ def _right(level: float) -> Field:
 
 
 def _of_world(shape: str) -> Field:
-    return lambda u, v: world._inside(shape, u, v)
+    return lambda u, v: world.inside(shape, u, v)
 
 
 def _petals(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -174,15 +174,15 @@ def paint(subject: Subject, pose: world.Thing) -> np.ndarray:
 
 def inside(field: Field, pose: world.Thing, softness: float = 1.0) -> np.ndarray:
     """Where a field is negative, its edge `softness` pixels wide (the world's is one): float32 [SIZE, SIZE] in 0..1."""
-    return np.clip(0.5 - field(*world._object_frame(pose)) * pose.radius / softness, 0, 1).astype(np.float32)
+    return np.clip(0.5 - field(*world.object_frame(pose)) * pose.radius / softness, 0, 1).astype(np.float32)
 
 
 def draw_with(scene: world.Scene, subject: Subject) -> np.ndarray:
     """The scene with the subject in the pose of its object 0, the ideal result of a swap: uint8 [SIZE, SIZE, 3]."""
     pose, *others = scene.things
     layers = [(coverage(subject, pose), paint(subject, pose))]
-    layers += [(world.coverage(thing), world._paint(thing)) for thing in others]
-    picture = world._draw_ground(scene.ground)
+    layers += [(world.coverage(thing), world.paint(thing)) for thing in others]
+    picture = world.draw_ground(scene.ground)
     for alpha, surface in layers:
         picture = picture * (1 - alpha[..., None]) + surface * alpha[..., None]
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)

@@ -26,23 +26,19 @@ _STANDS_OUT = 28  # distance in RGB of 0..255: what is farther from the bare bac
 
 
 @dataclasses.dataclass(frozen=True)
-class Swap:
-    """One swap: the shipped workflow with these inputs in place of its own.
-
-    `scene` is DemoScene's seed, `subject` what stands in the place of the scene's object in its caption. `room` is how far
-    the mask reaches beyond the object, in pixels; `lambdas` are SwapSettings' where they are not the workflow's.
-    """
+class OnScene:
+    """What takes the place of the object in a scene. `scene` is DemoScene's seed."""
 
     name: str
     subject: str
     scene: int
-    room: int = 4
-    lambdas: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    workflow: str = "swap_real_image"
 
-    panels = ("source", "mask", "result", "unmasked", "word", "layout")
-    kind = "swap"
     latent = True
+
+    @property
+    def words(self) -> str:
+        """What stands in the place of the scene's object in its caption."""
+        return self.subject
 
     @property
     def drawn(self) -> world.Scene:
@@ -55,7 +51,23 @@ class Swap:
     @property
     def prompt(self) -> str:
         """The source's caption with the new subject."""
-        return self.source_prompt.replace(self.drawn.things[0].caption(), self.subject, 1)
+        return self.source_prompt.replace(self.drawn.things[0].caption(), self.words, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Swap(OnScene):
+    """One swap: the shipped workflow with these inputs in place of its own.
+
+    `subject` is the new object in words. `room` is how far the mask reaches beyond the object, in pixels; `lambdas` are
+    SwapSettings' where they are not the workflow's.
+    """
+
+    room: int = 4
+    lambdas: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    workflow: str = "swap_real_image"
+
+    panels = ("source", "mask", "result", "unmasked", "word", "layout")
+    kind = "swap"
 
     def run(self, server: ComfyServer, object_info: Mapping[str, Any], stem: Path,
             on_progress: Callable[[int, int], None]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from .training.common import Run
 # name: (pictures, batch, learning rate); the order is that of a training from nothing
 DEFAULTS = {
     "judge": (250_000, 64, 1e-3),
-    "subjects": (112_000, 64, 1e-3),
+    "subjects": (160_000, 64, 1e-3),
     "backbone": (120_000, 64, 1e-3),
     "clip": (400_000, 128, 1e-3),
     "vae": (200_000, 32, 1e-3),

@@ -108,7 +108,7 @@ class Scene:
 _ROWS, _COLUMNS = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
 
 
-def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Signed distance (about; negative inside) to a shape of radius 1 at the origin, v pointing down."""
     r = np.hypot(u, v)
     if shape == "circle":
@@ -144,7 +144,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     raise ValueError(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")
 
 
-def _object_frame(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
+def object_frame(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
     """Pixel centres in the object's own frame, where it has radius 1 and no tilt."""
     dx, dy = (_COLUMNS - thing.x) / thing.radius, (_ROWS - thing.y) / thing.radius
     cos, sin = math.cos(thing.angle), math.sin(thing.angle)
@@ -153,18 +153,18 @@ def _object_frame(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
 
 def coverage(thing: Thing) -> np.ndarray:
     """How much of each pixel the object covers: float32 [SIZE, SIZE] in 0..1."""
-    u, v = _object_frame(thing)
-    distance = _inside(thing.shape, u, v) * thing.radius
+    u, v = object_frame(thing)
+    distance = inside(thing.shape, u, v) * thing.radius
     return np.clip(0.5 - distance / _SUPERSAMPLE_SOFTNESS, 0, 1).astype(np.float32)
 
 
-def _paint(thing: Thing) -> np.ndarray:
+def paint(thing: Thing) -> np.ndarray:
     """The object's surface, float32 [SIZE, SIZE, 3] in 0..255."""
     colour = np.array(COLOURS[thing.colour], np.float32)
     if thing.pattern == "solid":
         return np.broadcast_to(colour, (SIZE, SIZE, 3))
     light = colour * 0.36 + np.float32(255) * 0.64
-    u, v = _object_frame(thing)
+    u, v = object_frame(thing)
     # Patterns keep their width in pixels, so that they stay visible on small objects.
     step = max(thing.radius / 2.4, 5.5)
     u, v = u * thing.radius / step, v * thing.radius / step
@@ -192,7 +192,7 @@ def _smooth_noise(rng: np.random.Generator) -> np.ndarray:
     return total / 2.4
 
 
-def _draw_ground(ground: Ground) -> np.ndarray:
+def draw_ground(ground: Ground) -> np.ndarray:
     """The background, float32 [SIZE, SIZE, 3] in 0..255."""
     rng = np.random.default_rng(ground.seed)
     colour = np.array(GROUND_COLOURS[ground.colour], np.float32)
@@ -223,10 +223,10 @@ def _draw_ground(ground: Ground) -> np.ndarray:
 
 def draw(scene: Scene) -> np.ndarray:
     """Draws a scene: uint8 [SIZE, SIZE, 3]."""
-    picture = _draw_ground(scene.ground)
+    picture = draw_ground(scene.ground)
     for thing in scene.things:
         alpha = coverage(thing)[..., None]
-        picture = picture * (1 - alpha) + _paint(thing) * alpha
+        picture = picture * (1 - alpha) + paint(thing) * alpha
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
 

@@ -88,7 +88,7 @@ class ComfyHost:
         options = dict(self.extra_args["model_options"])
         inner = options["transformer_options"] = dict(options.get("transformer_options", {}))
         if torch.is_grad_enabled():
-            inner[ATTENTION_KEY] = _differentiable_attention(inner.get(ATTENTION_KEY))
+            inner[ATTENTION_KEY] = differentiable_attention(inner.get(ATTENTION_KEY))
             patches = inner.get("patches", {})
             inner["patches"] = {**patches, SKIP_KEY: [*patches.get(SKIP_KEY, []), _apart_from_skip]}
         return options
@@ -271,7 +271,7 @@ def refuse_partial_load(patcher: Any) -> None:
             )
 
 
-def _differentiable_attention(previous: Callable | None) -> Callable:
+def differentiable_attention(previous: Callable | None) -> Callable:
     """An attention override for the time of a gradient: torch's own kernel, which has a backward pass.
 
     Some of the kernels that ComfyUI may have chosen (SageAttention, the split ones with in-place steps) have none.

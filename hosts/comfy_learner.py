@@ -17,7 +17,7 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from .comfy_host import ATTENTION_KEY, UnsupportedModel, _differentiable_attention, latent_shape
+from .comfy_host import ATTENTION_KEY, UnsupportedModel, differentiable_attention, latent_shape
 from .comfy_learner_checks import check_learnable, check_learned, prediction_of
 from .comfy_learner_memory import DTYPES, MemoryNeed, check_memory, memory_needed
 from .comfy_learner_text import TextEncoders, embedding_state, encoders_of, first_vectors, with_token
@@ -132,7 +132,7 @@ class ComfyLearner:
     def denoise(self, x: Tensor, t: Tensor, text: Text, sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         y = self._size_embedding(x, text, sizes) if self._takes_pooled else None
-        options = {ATTENTION_KEY: _differentiable_attention(None)}
+        options = {ATTENTION_KEY: differentiable_attention(None)}
         with self._autocast():
             output = self._unet(x.float(), t.float(), context=text.context, y=y, transformer_options=options).float()
         if self.precision == "fp16" and output.requires_grad:

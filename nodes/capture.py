@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_api.latest import io, ui
 
-from .inputs import LARGEST_SEED, dial, source_kind
+from .inputs import LARGEST_SEED, dial, running_node, source_kind
 from .invert import WITHOUT_NEGATIVE, check_fits, say
 from .sockets import AttentionIO, SwapSettingsIO, SwapSubjectsIO
 from .swap_run import Attention, Progress, as_latent
@@ -106,7 +106,7 @@ class AttentionCapture(io.ComfyNode):
         negative = negative_for(negative, positive, cfg, inversion)
         budget, of_free = _budget(memory_gib)
         said.append(f"memory for a tape: {_size(budget)}" + (" (half of what is free)" if of_free else ""))
-        node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
+        node_id = running_node(cls)
 
         def estimated(line: str) -> None:
             said.append(line)

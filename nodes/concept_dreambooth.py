@@ -7,9 +7,10 @@ import re
 from comfy_api.latest import io, ui
 
 from .concept_training import (
-    Training, checked_token, gathered, name_input, reference_inputs, settings_of, train, training_inputs
+    Training, checked_token, gathered, model_inputs, name_input, reference_inputs, settings_of, train, training_inputs,
+    training_outputs,
 )  # fmt: skip
-from .inputs import dial
+from .inputs import dial, running_node
 
 LORA, FULL = "lora", "full"
 
@@ -32,9 +33,7 @@ class LearnConceptDreamBooth(io.ComfyNode):
                 "or in the full weights. Gives MODEL and CLIP that know it, and writes a file for Load LoRA."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. It stays as it is."),
-                io.Clip.Input("clip", tooltip="Its CLIP. It stays as it is."),
-                io.Vae.Input("vae", tooltip="Its VAE."),
+                *model_inputs(),
                 io.String.Input("instance_prompt", default="a photo of sks dog",
                                 tooltip="What the references show: the token, and the class after it."),
                 io.String.Input("token", default="sks", tooltip="The rare word that names the subject."),
@@ -63,9 +62,7 @@ class LearnConceptDreamBooth(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="Knows the subject."),
                 io.Clip.Output(display_name="CLIP", tooltip="Knows the subject."),
                 io.String.Output(display_name="lora_name", tooltip="The file as Load LoRA lists it."),
-                io.Image.Output(display_name="losses", tooltip="Loss by step, and its moving mean."),
-                io.Image.Output(display_name="previews", tooltip="The subject on the way; the last one is the end."),
-                io.String.Output(display_name="report", tooltip="What was trained on what, how far, and which file."),
+                *training_outputs(),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -105,7 +102,7 @@ class LearnConceptDreamBooth(io.ComfyNode):
             settings_of(lr or preset.lr, prior_weight, schedule), size, precision, gradient_checkpointing, resume,
             class_prompt.strip(), class_images,
         )  # fmt: skip
-        made = train(model, clip, vae, training, getattr(getattr(cls, "hidden", None), "unique_id", None))
+        made = train(model, clip, vae, training, running_node(cls))
         knowing = learned_model(model, clip, learned, made.state)
         return io.NodeOutput(
             *knowing, made.file.name, made.plot, made.previews, made.report, ui=ui.PreviewText(made.report)

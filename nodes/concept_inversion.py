@@ -5,8 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from .concept_training import (
-    Training, checked_token, gathered, name_input, reference_inputs, settings_of, train, training_inputs
+    Training, checked_token, gathered, model_inputs, name_input, reference_inputs, settings_of, train, training_inputs,
+    training_outputs,
 )  # fmt: skip
+from .inputs import running_node
 
 
 class LearnConceptTextualInversion(io.ComfyNode):
@@ -25,9 +27,7 @@ class LearnConceptTextualInversion(io.ComfyNode):
                 "for embedding:name in any prompt."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. It stays as it is."),
-                io.Clip.Input("clip", tooltip="Its CLIP. It stays as it is."),
-                io.Vae.Input("vae", tooltip="Its VAE."),
+                *model_inputs(),
                 io.String.Input("token", default="sks", tooltip="The new word: one that means nothing yet."),
                 io.String.Input("initial_word", default="dog",
                                 tooltip="What the subject is, in a word: what the vectors begin as."),
@@ -44,9 +44,7 @@ class LearnConceptTextualInversion(io.ComfyNode):
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="Knows the token as a word of any prompt."),
                 io.String.Output(display_name="embedding", tooltip="What to write in a prompt for the file."),
-                io.Image.Output(display_name="losses", tooltip="Loss by step, and its moving mean."),
-                io.Image.Output(display_name="previews", tooltip="The subject on the way; the last one is the end."),
-                io.String.Output(display_name="report", tooltip="What was trained on what, how far, and which file."),
+                *training_outputs(),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -76,7 +74,7 @@ class LearnConceptTextualInversion(io.ComfyNode):
             prompts_for(token, lines or TEMPLATES), settings_of(lr or TEXTUAL_INVERSION.lr, 0.0, schedule), size,
             precision, gradient_checkpointing, resume,
         )  # fmt: skip
-        made = train(model, clip, vae, training, getattr(getattr(cls, "hidden", None), "unique_id", None))
+        made = train(model, clip, vae, training, running_node(cls))
         knowing = learned_model(model, clip, learned, made.state)[1]
         return io.NodeOutput(
             knowing, f"embedding:{made.file.stem}", made.plot, made.previews, made.report,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .concept_training import Reference, gathered, picture_size, reference_inputs
 from .convert import to_bchw
-from .inputs import LARGEST_SEED
+from .inputs import LARGEST_SEED, running_node
 from .invert import say
 from .sockets import ClipGuideIO
 
@@ -83,7 +83,7 @@ class ConceptScore(io.ComfyNode):
             "class": (model, clip, class_prompt),
             "class before": (base_model, base_clip, class_prompt),
         }
-        node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
+        node_id = running_node(cls)
         size = size or picture_size(model, vae)
         made = _sampled(kinds, vae, samples, steps, cfg, size, seed, node_id)
         guide = scorer.load()

@@ -119,7 +119,25 @@ def gathered(
         return (*(references or ()), *zip(pictures, own))
 
 
-# Inputs ---------------------------------------------------------------------------------------------------------------
+# Inputs and outputs ------------------------------------------------------------------------------------------------
+
+
+def model_inputs() -> list[Any]:
+    """What is learned on."""
+    return [
+        io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL. It stays as it is."),
+        io.Clip.Input("clip", tooltip="Its CLIP. It stays as it is."),
+        io.Vae.Input("vae", tooltip="Its VAE."),
+    ]
+
+
+def training_outputs() -> list[Any]:
+    """What a training shows of itself."""
+    return [
+        io.Image.Output(display_name="losses", tooltip="Loss by step, and its moving mean."),
+        io.Image.Output(display_name="previews", tooltip="The subject on the way; the last one is the end."),
+        io.String.Output(display_name="report", tooltip="What was trained on what, how far, and which file."),
+    ]
 
 
 def name_input(default: str, place: str) -> Any:

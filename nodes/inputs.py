@@ -17,6 +17,12 @@ def dial(made: Any) -> Any:
     return made
 
 
+def running_node(node: Any) -> Any:
+    """The id under which a node runs in a graph, for its progress; None outside of one. The node must ask for it
+    (hidden)."""
+    return getattr(getattr(node, "hidden", None), "unique_id", None)
+
+
 def source_kind() -> list[Any]:
     """Optional inputs of a node that runs a source: what it was inverted with, or a latent to make it up from."""
     return [

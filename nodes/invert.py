@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import folders
-from .inputs import dial
+from .inputs import dial, running_node
 from .report import NONE, load_perceptual, lpips_choices
 from .sockets import InversionIO
 
@@ -120,7 +120,7 @@ class NullTextInvert(io.ComfyNode):
         clean = _checked(model, vae, latent)
         bound = vae.decode(latent["samples"])
         source = None if image is None else _fitted(image, bound)
-        progress = _Progress(model, getattr(getattr(cls, "hidden", None), "unique_id", None))
+        progress = _Progress(model, running_node(cls))
         inverted = _invert(model, positive, negative, cfg, clean, settings, progress)
         with torch.inference_mode(False):
             made = model.model.process_latent_out(inverted.reconstruction.clone())

@@ -50,7 +50,7 @@ def tolerable(subject: Subject, pose: world.Thing, ground: np.ndarray, rng: np.r
 
 
 def thing_picture(ground: np.ndarray, thing: world.Thing) -> np.ndarray:
-    return over(ground, world.coverage(thing), world._paint(thing))
+    return over(ground, world.coverage(thing), world.paint(thing))
 
 
 def side_of(pose: world.Thing, rng: np.random.Generator) -> np.ndarray:
