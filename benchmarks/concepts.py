@@ -5,8 +5,11 @@
 
 The subjects (`demo/subjects.py`) and the scenes are such that no demo model has seen them. A method learns a subject
 from five pictures of it, under "a sks KIND" with KIND the nearest word of the world ("a sks" for Textual Inversion).
-Then each scene is inverted with `direct` under its caption by the model that learned, and swapped; the target's prompt
-is the caption with the object's words replaced. "none" is the model as it was, with the prompt of DreamBooth.
+Then each scene is inverted with `direct` under its caption by the model as it was, and swapped by the one that learned,
+within a mask around the object, as the shipped workflows do; the target's prompt is the caption with the object's words
+replaced. "none" is the model as it was throughout, with the prompt of DreamBooth. With `--inverted_by learned` the
+model that learned inverts too, as published: where it has drifted, the scene is unlikely to it, and its noise then
+holds what the scene shows.
 
 "identity": a judge network that took part in nothing finds the subject, and not another or "none", in the place of the
 object; "certainty" is what it gives the subject; "palette" finds the subject by its colours without a network. "pose":
@@ -61,6 +64,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_SCENE_SEED, FIRST_REFERENCE_SEED, SAMPLE_SEED = 4_600_000, 4_700_000, 4_800_000
 REFERENCES = 5
+ROOM = 8
+"""Pixels around the object, as in the demo (`demo.concepts.Concept.room`)."""
 TOKEN = "sks"
 EVERYWHERE = np.ones((world.SIZE, world.SIZE), bool)
 
@@ -175,6 +180,13 @@ def reference_pictures(subject: Subject) -> np.ndarray:
     return references(subject, REFERENCES, FIRST_REFERENCE_SEED + list(SUBJECTS).index(subject.name))[0]
 
 
+def place(scene: world.Scene) -> np.ndarray:
+    """Where a swap may change the scene: its object and `ROOM` around it, bool [H, W]."""
+    from scipy.ndimage import binary_dilation
+
+    return binary_dilation(world.object_mask(scene), np.ones((3, 3), bool), ROOM)
+
+
 def target_prompt(scene: world.Scene, phrase: str) -> str:
     return scene.caption().replace(scene.things[0].caption(), phrase, 1)
 
@@ -216,6 +228,7 @@ class Bench:
         self.options, self.folder, self.device = options, folder, options.device
         self.swap = PRESETS[options.swap]
         self._class_pictures: dict[str, Tensor] = {}
+        self._as_it_was: DiffusersLearner | None = None
         self._weights = [digest(path.read_bytes()) for path in (
             files.TEXT / "unet" / "diffusion_pytorch_model.safetensors", subject_judge.WEIGHTS, judge.WEIGHTS
         )]  # fmt: skip
@@ -227,7 +240,7 @@ class Bench:
 
     def settled(self, subject: Subject, method: Method) -> dict:
         """What an outcome depends on, plain JSON."""
-        names = ("scenes", "steps", "cfg", "swap", "class_pictures", "class_samples")
+        names = ("scenes", "steps", "cfg", "swap", "inverted_by", "class_pictures", "class_samples")
         learned, settings = None, self.settings(method)
         if method.learned is not None:
             what = method.learned(subject.kind)
@@ -252,10 +265,15 @@ class Bench:
     def fresh(self, learned: Learned) -> DiffusersLearner:
         return DiffusersLearner(files.TEXT, learned, device=self.device)
 
+    def as_it_was(self) -> DiffusersLearner:
+        if self._as_it_was is None:
+            self._as_it_was = self.fresh(LowRank())  # begins as no change
+        return self._as_it_was
+
     def learned(self, subject: Subject, method: Method, checkpoint: Path) -> DiffusersLearner:
         """A model that has learned the subject; the model as it was where the method learns nothing."""
         if method.learned is None:
-            return self.fresh(LowRank())  # begins as no change
+            return self.as_it_was()
         learner, settings = self.fresh(method.learned(subject.kind)), self.settings(method)
         images = [to_tensor(picture)[0] for picture in reference_pictures(subject)]
         given = {}
@@ -270,7 +288,7 @@ class Bench:
     def class_pictures(self, kind: str) -> Tensor:
         if kind not in self._class_pictures:
             self._class_pictures[kind] = make_class_pictures(
-                self.fresh(LowRank()), f"a {kind}", self.options.class_pictures, world.SIZE, steps=self.options.steps,
+                self.as_it_was(), f"a {kind}", self.options.class_pictures, world.SIZE, steps=self.options.steps,
                 cfg=self.options.cfg, seed=SAMPLE_SEED + 1_000,
             )  # fmt: skip
         return self._class_pictures[kind]
@@ -296,12 +314,14 @@ class Bench:
     def _swapped(self, learner: DiffusersLearner, scene: world.Scene, phrase: str) -> np.ndarray:
         """The scene with its object swapped for the phrase, uint8 [H, W, 3]."""
         prompts = scene.caption(), target_prompt(scene, phrase)
-        source, target = (self._host(learner, prompt) for prompt in prompts)
+        inverting = learner if self.options.inverted_by == "learned" else self.as_it_was()
+        source, target = self._host(inverting, prompts[0]), self._host(learner, prompts[1])
         drawn = to_tensor(world.draw(scene)).to(self.device)
         inverted = invert(source, source.encode(drawn), InvertSettings("direct", self.options.steps))
         taken = capture(source, inverted.inversion, self.swap, "tape")
-        words = align(*(_tokenised(learner, prompt) for prompt in prompts), by=self.swap.alignment)
-        replaced = Replaced(scene.things[0].caption(), phrase)
+        tokenised = _tokenised(inverting, prompts[0]), _tokenised(learner, prompts[1])
+        words = align(*tokenised, by=self.swap.alignment)
+        replaced = Replaced(scene.things[0].caption(), phrase, torch.from_numpy(place(scene)).float())
         swapped = attention_swap(target, taken, self.swap, words, [replaced]).latents
         return to_8_bit(source.decode(swapped.to(self.device)))[0]
 
@@ -314,7 +334,7 @@ class Bench:
 
     def bound(self, subject: Subject, name: str) -> Outcome:
         """The drawn pictures after the VAE's round trip."""
-        learner, chosen = self.fresh(LowRank()), scenes(subject, self.options.scenes)
+        learner, chosen = self.as_it_was(), scenes(subject, self.options.scenes)
         drawn = [draw_with(scene, subject) if name == "ideal" else world.draw(scene) for scene in chosen]
         pictures = np.concatenate([to_8_bit(learner.decode(learner.encode(to_tensor(one)))) for one in drawn])
         found = [judged(scene, subject, picture) for scene, picture in zip(chosen, pictures)]
@@ -426,6 +446,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=8, help="for each subject")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--swap", default="photoswap", choices=tuple(PRESETS))
+    parser.add_argument("--inverted_by", default="as_it_was", choices=("as_it_was", "learned"))
     parser.add_argument("--steps", type=int, default=20, help="of inversions, swaps and samples; 50 as published")
     parser.add_argument("--cfg", type=float, default=5.0)
     parser.add_argument("--learn_steps", type=int, help="of each training; 400 where not said")

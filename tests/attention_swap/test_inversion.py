@@ -95,10 +95,11 @@ def test_an_inversion_samples_to_its_own_reconstruction(method: str):
 
 
 def test_the_path_goes_through_the_picture_and_grows_to_noise():
-    trajectory = inverted("direct").inversion.trajectory
-    spread = trajectory.std((1, 2, 3, 4))
+    spread = inverted("direct").inversion.trajectory.std((1, 2, 3, 4))
     assert (spread.diff() < 0).all()
-    assert spread[0] == pytest.approx(float(inverted("direct").inversion.sigmas[0]), rel=0.3)
+    # With the few steps of the other tests it lags behind.
+    inversion = invert(host(), latent(), InvertSettings("direct", 50)).inversion
+    assert inversion.noise.std() == pytest.approx(float(inversion.sigmas[0]), rel=0.25)
 
 
 def test_official_ends_where_the_published_code_takes_its_latent_for_clean():

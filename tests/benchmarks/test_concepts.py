@@ -64,6 +64,8 @@ def test_a_run_leaves_a_table_a_contact_sheet_and_the_figures_of_every_method(ti
         assert len(report["by subject"]["house"][name]["swapped"]) == 1
     assert report["methods"]["ideal"]["identity"]["rate"] == 1
     assert report["methods"]["source"]["identity"]["rate"] == 0
+    # The mask leaves the rest to the source, less what the autoencoder takes.
+    assert all(report["methods"][name]["background"]["mean"] > 30 for name in ("dreambooth_lora", "none"))
     assert (tiny / "concepts.png").stat().st_size > 1000
 
 
