@@ -89,13 +89,13 @@ def terms_for(
 ) -> tuple[Term, ...]:
     """What a prompt, a negative prompt and a picture to resemble ask of every member of `guide`.
 
-    prompt, negative: empty ones ask for nothing.
+    prompt, negative: empty ones ask for nothing. Each line of negative is one thing that the region is not to show.
     picture: [1, 3, H, W] in -1..1 of any size; its embedding is the target. With a prompt beside it each has half.
 
-    The weights of what is wanted add up to 1 over all members, whatever is asked for; the negative's to
-    -`NEGATIVE_WEIGHT`.
+    The weights of what is wanted add up to 1 over all members, whatever is asked for; those of the negative's lines
+    to -`NEGATIVE_WEIGHT`.
     """
-    prompt, negative = prompt.strip(), negative.strip()
+    prompt, unwanted = prompt.strip(), lines(negative)
     half = 0.5 if prompt and picture is not None else 1.0
     terms = []
     for member, share in guide.members:
@@ -105,9 +105,15 @@ def terms_for(
             with torch.no_grad():
                 target = member.embed_image(picture)[0]
             terms.append(Term(member, target, share * half, "the guide image"))
-        if negative:
-            terms.append(Term(member, member.embed_text([negative])[0], -share * NEGATIVE_WEIGHT, f"'{negative}'"))
+        for line in unwanted:
+            weight = -share * NEGATIVE_WEIGHT / len(unwanted)
+            terms.append(Term(member, member.embed_text([line])[0], weight, f"'{line}'"))
     return tuple(terms)
+
+
+def lines(text: str) -> list[str]:
+    """The lines of `text` that say something."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def editable(masks: Sequence[Tensor]) -> Tensor:

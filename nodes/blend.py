@@ -126,7 +126,8 @@ class CLIPBlendSampler(io.ComfyNode):
                                   tooltip="Another CLIP that ranks the candidates. Better than the guide, which may "
                                   "have been fooled by what it made itself."),
                 io.String.Input("negative_prompt", multiline=True, default="", optional=True,
-                                tooltip="What the region is not to show: CLIP pushes away from it, with half the weight."),
+                                tooltip="What the region is not to show, a line each: CLIP pushes away from it with half the "
+                                "weight, and ranks by the prompt's lead over it."),
                 io.Image.Input("guide_image", optional=True,
                                tooltip="A picture that the region is to resemble for CLIP, beside the prompt (each has "
                                "half of the weight) or instead of it."),
@@ -326,13 +327,18 @@ class _Job:
         return pasted, scores, joined
 
     def _ranked(self, pictures: torch.Tensor, masks: list[torch.Tensor]) -> list[Score]:
-        """Scores of `pictures` [N, 3, H, W], best first; with several prompted regions their mean."""
-        from ..blending.ranking import rank
+        """Scores of `pictures` [N, 3, H, W], best first; with several prompted regions their mean.
+
+        What a region is not to show is what its prompt has to lead over.
+        """
+        from ..blending.ranking import score
+        from ..blending.regions import lines
 
         scorer = (self.scorer or self.guide).load()
+        asked = [(masks[number], self.requests[number]) for number in self.prompted]
         by_region = [
-            sorted(rank(pictures, masks[number], self.requests[number].prompt.strip(), scorer), key=lambda one: one.index)
-            for number in self.prompted
+            score(pictures, mask, request.prompt.strip(), scorer, contrasts=lines(request.negative_prompt))
+            for mask, request in asked
         ]
         terms = [name for name in dataclasses.asdict(by_region[0][0]) if name != "index"]
         mean = [

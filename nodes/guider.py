@@ -62,7 +62,7 @@ class CLIPBlendGuider(io.ComfyNode):
                 io.Conditioning.Input("positive", optional=True, tooltip="For a MODEL that takes text."),
                 io.Conditioning.Input("negative", optional=True, tooltip="For a MODEL that takes text."),
                 io.String.Input("negative_prompt", multiline=True, default="", optional=True,
-                                tooltip="What the region is not to show: CLIP pushes away from it, with half the weight."),
+                                tooltip="What the region is not to show, a line each: CLIP pushes away, with half the weight."),
                 io.Image.Input("guide_image", optional=True,
                                tooltip="A picture that the region is to resemble for CLIP, beside the prompt (each has "
                                "half of the weight) or instead of it."),

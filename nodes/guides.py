@@ -136,7 +136,8 @@ class BlendRegion(io.ComfyNode):
                 io.String.Input("prompt", multiline=True, default="",
                                 tooltip="What this region is to show. Empty, with no guide_image: it is made up anew."),
                 io.String.Input("negative_prompt", multiline=True, default="",
-                                tooltip="What it is not to show: CLIP pushes away from it, with half the weight."),
+                                tooltip="What it is not to show, a line each: CLIP pushes away from it with half the weight, and "
+                                "ranks by the prompt's lead over it."),
                 io.Float.Input("strength", default=1.0, min=0.0, max=100.0, step=0.05,
                                tooltip="Factor of the sampler's guidance for this region."),
                 BlendRegionsIO.Input("regions", optional=True, tooltip="Regions before this one in the chain."),

@@ -70,16 +70,16 @@ class RankCandidates(io.ComfyNode):
         augment: ExtendingAugmentations | None = None,
     ) -> io.NodeOutput:
         from ..blending.ranking import RankWeights, rank, table
+        from ..blending.regions import lines
 
         weights = RankWeights(region, whole, seam)
         if not prompt.strip():
             raise ValueError("prompt is empty: say what the edit asked for.")
         masks = mask_for(images, mask)
-        lines = [line.strip() for line in contrasts.splitlines() if line.strip()]
         with torch.inference_mode(False), torch.no_grad():
             scores = rank(
                 to_bchw(images.clone()), masks.clone(), prompt.strip(), clip_guide.load(),
-                weights=weights, contrasts=lines, augment=augment,
+                weights=weights, contrasts=lines(contrasts), augment=augment,
             )
         ranked = images[[score.index for score in scores]]
         text = f"{table(scores, weights)}\nranked by {clip_guide.guide.name}"

@@ -142,6 +142,12 @@ def test_a_negative_prompt_pushes_away_with_half_the_weight(first) -> None:
     same(both, pull(Region(box(1, 12), terms_for(first, WORDS[0]))) + away)
 
 
+def test_the_lines_of_a_negative_prompt_share_its_weight(first) -> None:
+    single = [pull(Region(box(1, 12), terms_for(first, negative=line))) for line in WORDS[:2]]
+    both = pull(Region(box(1, 12), terms_for(first, negative=f"{WORDS[0]}\n\n  {WORDS[1]}\n")))
+    same(both, (single[0] + single[1]) / 2)
+
+
 def test_a_picture_is_resembled_beside_the_prompt_or_instead_of_it(first) -> None:
     target = picture(1, 5)
     like = pull(Region(box(1, 12), terms_for(first, picture=target)))

@@ -115,6 +115,19 @@ def test_a_negative_prompt_and_a_picture_each_change_what_is_made(sample):
     assert not torch.equal(like, nothing)
 
 
+def test_candidates_are_ranked_by_the_prompts_lead_over_the_lines_of_the_negative(sample, parts):
+    from blendswap.blending.ranking import score
+    from blendswap.nodes.convert import to_bchw
+
+    grounds, mask = ["a white background", "a cream background"], box(16, 48)
+    images, scores, *_ = sample(mask, "a red star", negative_prompt="\n".join(grounds), candidates=3)
+    with torch.inference_mode(False), torch.no_grad():
+        again = score(to_bchw(images.clone()), mask[None].clone(), "a red star", parts[2].load(), contrasts=grounds)
+    assert [one.combined for one in again] == sorted((one.combined for one in again), reverse=True)
+    printed = [float(number) for line in scores.splitlines()[1:4] for number in line.split()[2:4]]
+    assert printed == pytest.approx([term for one in again for term in (one.region, one.whole)], abs=2e-4)
+
+
 def test_a_guide_for_one_region_alone(sample, other):
     _, _, _, summary = sample(box(4, 28), "a red star", regions=region(box(36, 60), "a blue ring", clip_guide=other))
     lines = [line for line in summary.splitlines() if line.startswith("region ")]
