@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..hosts.attention import TextHost
+from ..hosts.files import write_whole
 from .ddim import ddim_step, from_level, invert_step, to_level
 from .null_text import NullTextSettings, optimise_null_text
 from .proximal import Proximal
@@ -105,16 +104,7 @@ class Inversion:
             {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()},
             {KEY: json.dumps(about, ensure_ascii=False)},
         )
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(path, payload)
 
     @classmethod
     def load(cls, path: str | Path) -> Inversion:

@@ -67,7 +67,7 @@ class Concept(OnScene):
         }  # fmt: skip
 
 
-CONCEPTS = (Concept("learned_flower", "flower", scene=13),)
+CONCEPTS = (Concept("learned_blush", "blush", scene=13),)
 
 
 def prepare(concept: Concept, object_info: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
+
+from .files import write_whole
 
 RESERVED = {"con", "prn", "aux", "nul", *(f"{device}{number}" for device in ("com", "lpt") for number in range(1, 10))}
 """Names that Windows keeps for devices, with any ending."""
@@ -45,21 +45,11 @@ def write_concept(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises RuntimeError, naming the path, where it cannot be written (disk full, no permission).
     """
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's are the owner's alone
-        os.replace(temporary, path)
+        write_whole(path, data)
     except OSError as error:
         raise RuntimeError(
             f"{path} could not be written: {error.strerror or error}. Make room or let it be written to, then start "
             "again: what was learned is in the training's checkpoint."
         ) from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)

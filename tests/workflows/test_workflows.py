@@ -23,7 +23,7 @@ from .conftest import (
 WANTED = {"blend_replace_object", "blend_latent", "blend_candidates_report", "blend_baseline",
           "blend_replace_object_adm", "blend_latent_sd"}
 USERS_FILES = {"256x256_diffusion_uncond.pt", "ViT-B-16.pt", "v1-5-pruned-emaonly-fp16.safetensors",
-               "my_concept.safetensors", "demo_flower.safetensors", "example.png"}
+               "my_concept.safetensors", "demo_blush.safetensors", "example.png"}
 """What the workflows for real checkpoints choose, which no server here has of itself."""
 
 needs_lpips = pytest.mark.skipif(
