@@ -1,11 +1,11 @@
-"""How a concept is learned: the published settings, prompts, and the check of the token that will name it."""
+"""How a concept is learned: the published settings and prompts."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,28 +106,3 @@ def prompts_for(token: str, templates: Sequence[str] = TEMPLATES) -> tuple[str, 
         if template.count("{}") != 1 or re.search(r"[{}]", template.replace("{}", "", 1)):
             raise ValueError(f"the template {template!r} must have {{}} once, in the place of the token")
     return tuple(template.replace("{}", token) for template in templates)
-
-
-def check_token(token: str, known: Collection[str]) -> str:
-    """`token` without the spaces around it, fit to name a concept.
-
-    known: words that mean something to the model already, lower case.
-    Raises ValueError for none, for several words, for characters that prompts use otherwise, and for a known word.
-    """
-    name = token.strip()
-    if not name:
-        raise ValueError("token is empty: give a rare word that will name the concept, such as sks or ohwx")
-    if re.search(r"\s", name):
-        raise ValueError(f"token {token!r} is more than one word: give a single rare one, such as sks or ohwx")
-    strange = sorted(set(re.findall(r"[^\w<>*-]", name)))
-    if strange:
-        raise ValueError(
-            f"token {token!r} has characters that mean something else in a prompt ({' '.join(strange)}): "
-            "use letters, digits, - and _"
-        )
-    if name.lower() in known:
-        raise ValueError(
-            f"token {token!r} is a common word, which means something to the model already: give a rare one, such as "
-            "sks or ohwx"
-        )
-    return name

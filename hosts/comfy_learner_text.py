@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .comfy_host import UnsupportedModel
-from .learning import Text, TokenVectors
+from .learning import Text, TokenVectors, check_token
 
 ENCODERS = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
 """Stable Diffusion's text encoders, by ComfyUI's name in a token list, in the order of SDXL's embedding."""
@@ -160,15 +160,6 @@ def first_vectors(encoders: TextEncoders, learned: TokenVectors) -> dict[str, nn
         taken = [ids[min(place, len(ids) - 1)] for place in range(learned.count)]
         vectors[ENCODERS[name]] = nn.Parameter(encoders.table(name)[taken].detach().float().clone())
     return vectors
-
-
-def check_token(token: str) -> None:
-    """Raises ValueError where a concept's word cannot stand in a ComfyUI prompt as one word."""
-    if not token.strip() or re.search(r"[\s()\\:,\0]", token):
-        raise ValueError(
-            f"token is {token!r}; give one word without spaces, commas, colons, brackets or backslashes, such as "
-            "'sks' or '<my-dog>'"
-        )
 
 
 def is_common_word(clip: Any, word: str) -> bool:

@@ -7,7 +7,8 @@ noise levels are the model's own: x_t = sqrt(ᾱ_t)·x0 + sqrt(1 - ᾱ_t)·n, an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -50,6 +51,31 @@ class TokenVectors:
 
 
 Learned = LowRank | FullWeights | TokenVectors
+
+
+def check_token(token: str, known: Collection[str] = ()) -> str:
+    """`token` without the spaces around it, fit to name a concept.
+
+    known: words that mean something to the model already, lower case.
+    Raises ValueError for none, for several words, for characters that prompts use otherwise, and for a known word.
+    """
+    name = token.strip()
+    if not name:
+        raise ValueError("token is empty: give a rare word that will name the concept, such as sks or ohwx")
+    if re.search(r"\s", name):
+        raise ValueError(f"token {token!r} is more than one word: give a single rare one, such as sks or ohwx")
+    strange = sorted(set(re.findall(r"[^\w<>*-]", name)))
+    if strange:
+        raise ValueError(
+            f"token {token!r} has characters that mean something else in a prompt ({' '.join(strange)}): "
+            "use letters, digits, - and _"
+        )
+    if name.lower() in known:
+        raise ValueError(
+            f"token {token!r} is a common word, which means something to the model already: give a rare one, such as "
+            "sks or ohwx"
+        )
+    return name
 
 
 @dataclasses.dataclass(frozen=True)

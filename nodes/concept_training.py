@@ -182,10 +182,10 @@ def training_inputs(*, steps: int, batch: int, lr: float, lr_words: str) -> list
 
 def checked_token(clip: Any, token: str) -> str:
     """Raises ValueError where `token` is not fit to name a concept, or is a common word of the CLIP."""
-    from ..concepts.settings import check_token
     from ..hosts.comfy_learner_text import is_common_word
+    from ..hosts.learning import check_token
 
-    word = check_token(token, ())
+    word = check_token(token)
     return check_token(word, {word.lower()} if is_common_word(clip, word) else ())
 
 

@@ -9,9 +9,9 @@ from blendswap.concepts.settings import (
     TEMPLATES,
     TEXTUAL_INVERSION,
     TrainSettings,
-    check_token,
     prompts_for,
 )
+from blendswap.hosts.learning import check_token
 
 
 def test_the_presets_are_the_papers() -> None:

@@ -425,8 +425,8 @@ def test_models_that_no_concept_can_be_learned_on_are_refused_by_name(parts, pix
 
 @pytest.mark.parametrize(("learned", "message"), [
     (LowRank(0), "rank is 0"), (LowRank(4, alpha=0.0), "alpha is 0"), (TokenVectors("sks", "  "), "initial_word"),
-    (TokenVectors("", "star"), "token is ''"), (TokenVectors("my dog", "star"), "one word"),
-    (TokenVectors("(sks)", "star"), "brackets"), (TokenVectors("sks", "star", 0), "vectors is 0"),
+    (TokenVectors("", "star"), "token is empty"), (TokenVectors("my dog", "star"), "more than one word"),
+    (TokenVectors("(sks)", "star"), "mean something else in a prompt"), (TokenVectors("sks", "star", 0), "vectors is 0"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_named(parts, learned, message):
     with pytest.raises(ValueError, match=message), learning(parts, learned):
