@@ -96,14 +96,15 @@ def picture(case: Case) -> Tensor:
 
 def masks(case: Case) -> Tensor:
     """[M, H, W]; of another size for "other_size"."""
-    count = case.batch if case.own_masks else 1
-    return torch.stack([_mask(case, np.random.default_rng((case.number, index))) for index in range(count)])
-
-
-def _mask(case: Case, rng: np.random.Generator) -> Tensor:
-    height, width = case.height, case.width
+    size = case.height, case.width
     if case.mask == "other_size":
-        height, width = (int(rng.integers(max(side // 3, 8), side * 2)) for side in (height, width))
+        rng = np.random.default_rng((case.number, 99))
+        size = tuple(int(rng.integers(max(side // 3, 8), side * 2)) for side in size)
+    count = case.batch if case.own_masks else 1
+    return torch.stack([_mask(case.mask, *size, np.random.default_rng((case.number, one))) for one in range(count)])
+
+
+def _mask(kind: str, height: int, width: int, rng: np.random.Generator) -> Tensor:
     mask = torch.zeros(height, width)
 
     def box(most: float, least: int = 1) -> None:
@@ -111,23 +112,23 @@ def _mask(case: Case, rng: np.random.Generator) -> Tensor:
         top, left = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))
         mask[top : top + rows, left : left + columns] = 1
 
-    if case.mask == "full":
+    if kind == "full":
         return torch.ones(height, width)
-    if case.mask == "ramp":
+    if kind == "ramp":
         return torch.linspace(-1, 1, width).clamp(0, 1).expand(height, width).clone()
-    if case.mask == "dots":
+    if kind == "dots":
         return torch.from_numpy(rng.uniform(size=(height, width)) > 0.99).float().index_fill(0, torch.tensor([0]), 1.0)
-    if case.mask == "tiny":
+    if kind == "tiny":
         box(min(6 / min(height, width), 1.0))
-    elif case.mask == "parts":
+    elif kind == "parts":
         for _ in range(int(rng.integers(2, 5))):
             box(0.15, 2)
-    elif case.mask == "border":
+    elif kind == "border":
         box(0.4, 2)
         mask = mask.roll((-int(mask.any(1).nonzero()[0]), -int(mask.any(0).nonzero()[0])), (0, 1))
-    elif case.mask != "empty":
+    elif kind != "empty":
         box(0.7, 3)
-    if case.mask == "soft":
+    if kind == "soft":
         reach = int(rng.integers(1, max(min(height, width) // 8, 2)))
         mask = F.avg_pool2d(mask[None, None], 2 * reach + 1, 1, reach)[0, 0]
     return mask
