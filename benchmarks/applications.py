@@ -339,8 +339,7 @@ def contact_sheet(rows: list, path: Path, zoom: int = 1) -> None:
             size = (picture.shape[1] * zoom, picture.shape[0] * zoom)
             sheet.paste(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST), (place, y + 2))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # 128 colours are enough to see by, at a third of the size.
-    sheet.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    sheet.save(path, optimize=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
