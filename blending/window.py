@@ -7,6 +7,8 @@ import math
 
 from torch import Tensor
 
+from .shrink import SMALL, width_of
+
 MODES = ("off", "auto", "on")
 
 LARGEST_SCALE = 4
@@ -65,8 +67,9 @@ def window_for(mask: Tensor, mode: str, context: float, size: int) -> Window:
     side (less at the picture's edges, more at the opposite ones), and is at least as large that it need not be enlarged
     more than `LARGEST_SCALE` times to a shorter side of `size` pixels.
 
-    "off": the whole picture. "auto": the whole picture where its shorter side is at most `size`. "on": always a window,
-    which is the whole picture where the mask with its context takes all of it.
+    "off": the whole picture. "auto": the whole picture where its shorter side is at most `size` and the mask is not so
+    narrow (`shrink.SMALL`) that a model would hardly see it there. "on": always a window, which is the whole picture
+    where the mask with its context takes all of it.
 
     Raises:
         ValueError: another mode, or a negative context.
@@ -76,7 +79,8 @@ def window_for(mask: Tensor, mode: str, context: float, size: int) -> Window:
     if not 0 <= context < math.inf:
         raise ValueError(f"context is {context}; it is a fraction of the mask's longer side, 0 or more.")
     height, width = mask.shape[-2:]
-    if mode == "off" or (mode == "auto" and min(height, width) <= size):
+    shorter = min(height, width)
+    if mode == "off" or (mode == "auto" and shorter <= size and width_of(mask) >= SMALL * shorter):
         return Window.of(mask)
     rows, columns = ((mask[0, 0] > 0).any(dim=axis).nonzero().flatten() for axis in (1, 0))
     spans = [(int(marked[0]), int(marked[-1]) + 1) for marked in (rows, columns)]

@@ -144,8 +144,8 @@ class CLIPBlendSampler(io.ComfyNode):
                                     "around the mask, which is faster for small masks and nearly the same.")),
                 dial(io.Combo.Input("window", options=["off", "auto", "on"], default="auto", optional=True,
                                     tooltip="Edit the part of the picture around the mask at the MODEL's own size, and "
-                                    "paste it back. auto: where the picture's shorter side is larger than that size; "
-                                    "on: always, and a small mask is enlarged for it; off: the whole picture.")),
+                                    "paste it back. auto: where the picture's shorter side is larger than that size, or "
+                                    "the mask is a few pixels wide; on: always; off: the whole picture.")),
                 dial(io.Float.Input("context", default=0.5, min=0.0, max=16.0, step=0.05, optional=True,
                                     tooltip="Room around the mask that a window takes in, to every side, as a fraction "
                                     "of the mask's longer side.")),

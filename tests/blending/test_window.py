@@ -47,10 +47,16 @@ def test_the_faintest_pixel_belongs_to_the_mask():
 
 @pytest.mark.parametrize("size", [(64, 400), (400, 50), (64, 64)])
 def test_auto_leaves_pictures_at_or_below_the_models_size_whole(size: tuple[int, int]):
-    mask = mask_of(size, (10, 20, 10, 20))
+    mask = mask_of(size, (10, 22, 10, 22))
     assert window_for(mask, "auto", 0.5, 64).whole
     assert not window_for(mask, "on", 0.5, 64).whole
     assert window_for(mask_of((500, 500), (10, 20, 10, 20)), "off", 0.5, 64).whole
+
+
+def test_auto_enlarges_what_is_too_narrow_for_the_model_to_see():
+    for narrow in ((10, 18, 10, 18), (10, 12, 10, 40)):
+        assert not window_for(mask_of((64, 64), narrow), "auto", 0.25, 64).whole
+    assert window_for(mask_of((64, 64), (10, 18, 10, 18)), "off", 0.25, 64).whole
 
 
 def test_a_tiny_mask_is_not_enlarged_beyond_the_limit():

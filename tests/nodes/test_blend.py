@@ -376,12 +376,22 @@ def test_a_tiny_mask_shrinks_by_itself_and_the_summary_says_so(sample):
     image, mask = scene_image()
     tiny = torch.zeros(1, 64, 64)
     tiny[:, 30:36, 30:36] = 1
-    images, _, _, summary = sample(image, tiny)
+    images, _, _, summary = sample(image, tiny, window="off")
     assert "shrinking mask: dilated by 8 pixels of the canvas" in summary
     assert_kept_outside(image, images, tiny)
-    plain, _, _, summary = sample(image, tiny, shrink="off")
+    plain, _, _, summary = sample(image, tiny, window="off", shrink="off")
     assert "shrinking" not in summary and not torch.equal(plain, images)
     assert "shrinking" not in sample(image, mask)[3]
+
+
+def test_a_tiny_mask_is_enlarged_by_itself_and_a_larger_one_is_not(sample):
+    image, mask = scene_image()
+    tiny = torch.zeros(1, 64, 64)
+    tiny[:, 30:36, 30:36] = 1
+    images, _, _, summary = sample(image, tiny)
+    assert "window of 16×16 pixels" in summary and "worked at 64×64" in summary
+    assert_kept_outside(image, images, tiny)
+    assert "window of" not in sample(image, mask)[3]
 
 
 @pytest.mark.parametrize("window", ["off", "on"])

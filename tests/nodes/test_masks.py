@@ -22,7 +22,7 @@ def tiny(size: int = 64) -> torch.Tensor:
 
 
 def test_a_tiny_mask_begins_dilated_and_ends_as_it_is(comfy):
-    sheet, summary = show(tiny(), frames=4)
+    sheet, summary = show(tiny(), frames=4, window="off")
     assert sheet.shape == (1, 66, 4 * 66, 3)
     reds = [(frame == torch.tensor([1.0, 0.0, 0.0])).all(-1).sum().item() for frame in sheet[0].split(66, dim=1)]
     assert reds[0] > reds[1] > 0 == reds[-1]
