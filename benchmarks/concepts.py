@@ -8,8 +8,8 @@ from five pictures of it, under "a sks KIND" with KIND the nearest word of the w
 Then each scene is inverted with `direct` under its caption by the model as it was, and swapped by the one that learned,
 within a mask around the object, as the shipped workflows do; the target's prompt is the caption with the object's words
 replaced. "none" is the model as it was throughout, with the prompt of DreamBooth. With `--inverted_by learned` the
-model that learned inverts too, as published: where it has drifted, the scene is unlikely to it, and its noise then
-holds what the scene shows.
+model that learned inverts too: where it has drifted, the scene is unlikely to it, and its noise then holds what the
+scene shows.
 
 "identity": a judge network that took part in nothing finds the subject, and not another or "none", in the place of the
 object; "certainty" is what it gives the subject; "palette" finds the subject by its colours without a network. "pose":
