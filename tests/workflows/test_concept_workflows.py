@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from blendswap.demo import concepts, edits, world
 from blendswap.demo.server import ComfyServer
+from blendswap.demo.subjects import SUBJECTS
 
 from .conftest import (
     NAMES, arrays, assert_edited, needs_text_model, patch, quick_prompt, read, run_quickly, text, titled
 )
 
+SUBJECT = concepts.CONCEPTS[0].subject
 DEMO = {"concept_dreambooth_swap", "concept_inversion_swap", "concept_load_swap"}
 FEW: dict[str, dict[str, Any]] = {
     name: {"steps": 3, "batch": 1, "preview_every": 2, "class_images": 1}
@@ -42,12 +44,16 @@ def test_prompts_say_what_the_scene_shows_with_the_concept_in_the_objects_place(
     scene = scene_of(name)
     source, target = nodes["SwapPrompts"][:2]
     assert source == scene.caption()
-    concept = "sks" if name == "concept_inversion_swap" else "sks star"
+    concept = "sks" if name == "concept_inversion_swap" else f"sks {SUBJECTS[SUBJECT].kind}"
     assert target == source.replace(scene.things[0].caption(), concept)
 
 
-def test_a_subject_is_learned_swapped_in_and_the_rest_of_the_picture_stays(any_server: ComfyServer):
-    run = run_quickly(any_server, "concept_dreambooth_swap", FEW)
+@pytest.mark.parametrize("what, said", [
+    ("full", "DreamBooth of every weight of UNet and text encoder"), ("lora", "DreamBooth of a LoRA of rank 16"),
+])  # fmt: skip
+def test_a_subject_is_learned_swapped_in_and_the_rest_of_the_picture_stays(any_server: ComfyServer, what, said):
+    few = {**FEW["LearnConceptDreamBooth"], "what": what, "name": f"demo_{what}"}
+    run = run_quickly(any_server, "concept_dreambooth_swap", {**FEW, "LearnConceptDreamBooth": few})
     source, mask = arrays(any_server, run, edits.SOURCE)[0], arrays(any_server, run, edits.MASK, "L")[0]
     assert (source == world.draw(scene_of("concept_dreambooth_swap"))).all()
     assert_edited(source, mask, arrays(any_server, run, edits.RESULT))
@@ -56,7 +62,7 @@ def test_a_subject_is_learned_swapped_in_and_the_rest_of_the_picture_stays(any_s
     assert "identical 100.00%" in text(run, "Edit Report")
     report = "".join(run[1][next(number for number, node in run[0].items()
                                  if node["class_type"] == "LearnConceptDreamBooth")]["text"])
-    assert "DreamBooth of a LoRA of rank 16" in report and "5 references" in report
+    assert said in report and "5 references" in report
     written = re.search(r"file: (\S+)", report)[1]
     assert Path(written).is_file()
     assert_loads(any_server, Path(written).name, run)
