@@ -58,7 +58,9 @@ from ..hosts.diffusers_learner import DiffusersLearner
 from ..hosts.learning import FullWeights, Learned, LowRank, TokenVectors
 from .edits import wilson
 from .quiet import quiet
-from .swaps import BACKGROUND_KEPT, CELL, POSE_KEPT, cell, overlap, silhouette, to_8_bit, to_tensor, write_json
+from .swaps import (
+    BACKGROUND_KEPT, POSE_KEPT, background_psnr, cell, overlap, silhouette, to_8_bit, to_tensor, write_json
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -204,15 +206,6 @@ def judged(scene: world.Scene, subject: Subject, picture: np.ndarray) -> Judged:
         palette=found.palette == subject.name, pose=overlap(silhouette(mask), silhouette(judge.outline(picture))),
         background=background_psnr(world.draw(scene), picture, mask | world.object_mask(scene)),
     )  # fmt: skip
-
-
-def background_psnr(source: np.ndarray, picture: np.ndarray, objects: np.ndarray) -> float:
-    """In dB, of uint8 pictures, a latent cell away from the objects' mask and farther."""
-    from scipy.ndimage import binary_dilation
-
-    outside = ~binary_dilation(objects, np.ones((3, 3), bool), CELL)
-    error = np.square((source.astype(np.float64) - picture)[outside] / 255).mean()
-    return math.inf if error == 0 else float(-10 * np.log10(error))
 
 
 def shows(subject: Subject, picture: np.ndarray) -> bool:

@@ -159,12 +159,11 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
     return float((one & other).sum() / union) if union else 0.0
 
 
-def background_psnr(source: np.ndarray, picture: np.ndarray, case: Case) -> float:
-    """In dB, of uint8 pictures, where neither object is."""
+def background_psnr(source: np.ndarray, picture: np.ndarray, objects: np.ndarray) -> float:
+    """In dB, of uint8 pictures, a latent cell away from the objects' mask and farther."""
     from scipy.ndimage import binary_dilation
 
-    things = world.object_mask(case.source) | world.object_mask(case.target)
-    outside = ~binary_dilation(things, np.ones((3, 3), bool), CELL)
+    outside = ~binary_dilation(objects, np.ones((3, 3), bool), CELL)
     error = np.square((source.astype(np.float64) - picture)[outside] / 255).mean()
     return math.inf if error == 0 else float(-10 * np.log10(error))
 
@@ -176,7 +175,8 @@ def judged(case: Case, source: np.ndarray, picture: np.ndarray) -> Judged:
              "pattern": found.pattern == wanted.pattern}  # fmt: skip
     pose = overlap(silhouette(world.object_mask(case.target)), silhouette(judge.outline(picture)))
     asked = all(right[name] for name in case.changed)
-    return Judged(**right, asked=asked, pose=pose, background=background_psnr(source, picture, case))
+    things = world.object_mask(case.source) | world.object_mask(case.target)
+    return Judged(**right, asked=asked, pose=pose, background=background_psnr(source, picture, things))
 
 
 # Running ----------------------------------------------------------------------------------------------------------
