@@ -1,6 +1,6 @@
 """Does it edit, and does it keep? Blended Diffusion on the demo world, judged by what took no part.
 
-    python run.py bench edits [--cases 48] [--candidates 8] [--variants method,no_guidance,...]
+    python run.py bench edits [--cases 48] [--candidates 8] [--variants method,no_guidance,...] [--guide demo|reader|both]
 
 Every case is a scene that no model has seen, a box over its object, and a sentence that asks for another shape in
 another colour. A candidate succeeds when the judge network finds the asked shape and the palette the asked colour in
@@ -25,11 +25,12 @@ from torch import Tensor
 from ..blending.augment import ExtendingAugmentations
 from ..blending.canvas import Canvas
 from ..blending.guidance import Guidance
-from ..blending.guide import load_clip_guide
+from ..blending.guide import ClipGuide, load_clip_guide
+from ..blending.guides import CombinedGuide
 from ..blending.paste import exact_paste
 from ..blending.perceptual import Perceptual
 from ..blending.ranking import rank
-from ..blending.regions import Region, terms_for
+from ..blending.regions import Region, Term, terms_for
 from ..blending.report import to_8_bit
 from ..blending.sampler import blended_diffusion
 from ..blending.settings import PRESETS, BlendSettings, preset_settings
@@ -61,6 +62,7 @@ class Variant:
     settings: BlendSettings
     copies: int = 8
     prompted: bool = True
+    text_guard: float = 0.0
     same: bool = False  # asks for what is already there
 
 
@@ -110,12 +112,21 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
     return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)
 
 
+def demo_guide(name: str) -> ClipGuide | CombinedGuide:
+    """One of the demo CLIPs ("demo", "reader"), or "both" with the same weight."""
+    paths = {"demo": [files.CLIP], "reader": [files.READER], "both": [files.CLIP, files.READER]}[name]
+    guides = [load_clip_guide(path, "auto", "cpu", torch.float32) for path in paths]
+    return guides[0] if len(guides) == 1 else CombinedGuide([(guide, 1.0) for guide in guides])
+
+
 class Bench:
-    def __init__(self, model: str):
-        self.guide = load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
+    """Edits with one model and one guide. `prior` is the folder of the pixel prior."""
+
+    def __init__(self, model: str, guide: str = "demo", prior: Path = files.PRIOR):
+        self.guide = demo_guide(guide)
         self.perceptual = Perceptual("demo", files.LPIPS)
         self.model = model
-        self.host = DiffusersHost.from_prior(files.PRIOR) if model == "prior" else None
+        self.host = DiffusersHost.from_prior(prior) if model == "prior" else None
 
     def edit(self, case: Case, variant: Variant, seeds: list[int]) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Candidates [N, 3, H, W] in -1..1 after the paste, the source uint8, and the mask."""
@@ -127,12 +138,15 @@ class Bench:
         augment = ExtendingAugmentations(copies=variant.copies)
         guidance = Guidance(
             variant.settings,
-            (Region(canvas.mask, terms_for(self.guide, case.prompt) if variant.prompted else ()),),
+            (Region(canvas.mask, self.terms(case, variant)),),
             canvas.source, augment, augment.generators(seeds), self.perceptual,
         )
         host = self.host or DiffusersHost.from_pipeline(files.TEXT, case.prompt, "", 4.0)
         made = canvas.restore(blended_diffusion(host, guidance, seeds, variant.settings))
         return exact_paste(picture, made, masks), source, mask
+
+    def terms(self, case: Case, variant: Variant) -> tuple[Term, ...]:
+        return terms_for(self.guide, case.prompt, text_guard=variant.text_guard) if variant.prompted else ()
 
     def run(self, variant: Variant, chosen: list[Case], candidates: int) -> dict:
         found = {"shape": 0, "colour": 0, "pattern_solid": 0, "both": 0, "ranked": 0, "ranked_shape": 0}
@@ -202,6 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--variants", default="method", help=f"of {', '.join(table)}; all for all of them")
     parser.add_argument("--model", choices=("prior", "text"), default="prior")
+    parser.add_argument("--guide", choices=("demo", "reader", "both"), default="demo", help="which of the demo CLIPs guides")
     parser.add_argument("--out", type=Path, default=Path("bench_output"))
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -210,17 +225,18 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown variant {', '.join(sorted(unknown))}; choose of {', '.join(table)}")
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench, chosen, results = Bench(options.model), cases(options.cases), {}
+    bench, chosen, results = Bench(options.model, options.guide), cases(options.cases), {}
+    run = options.model if options.guide == "demo" else f"{options.model}_{options.guide}"
     print("| variant | ranked best | 95 % | single | 95 % | shape | colour | max background Δ |\n|---|---|---|---|---|---|---|---|")
     for name in names:
         result = bench.run(table[name], chosen, options.candidates)
-        contact_sheet(result.pop("rows"), options.out / f"{options.model}_{name}.png")
+        contact_sheet(result.pop("rows"), options.out / f"{run}_{name}.png")
         results[name] = result
         low, high = result["ranked_interval"]
         first, last = result["single_interval"]
         print(f"| {name} | {result['ranked']:.2f} | {low:.2f}–{high:.2f} | {result['single']:.2f} | {first:.2f}–{last:.2f} "
               f"| {result['shape']:.2f} | {result['colour']:.2f} | {result['background_max_abs']} |", flush=True)
-        path = options.out / f"edits_{options.model}.json"
+        path = options.out / f"edits_{run}.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps({**known, **results}, indent=2) + "\n", encoding="utf-8")
 

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "swap_cost": "time and peak memory of a swap, in units of plain sampling, and their growth with tokens",
     "swaps": "is the new subject there, and did the rest stay: Photoswap and its rivals; --sweep for each λ",
     "tiny_masks": "does an edit of a few pixels do anything: plain, with a shrinking mask, in an enlarged window",
+    "written_words": "does the text guard keep a guide from taking a written word for the thing",
 }
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("cost", [])
     if name not in BENCHMARKS:
-        listed = "\n".join(f"  {key:12} {text}" for key, text in BENCHMARKS.items())
+        listed = "\n".join(f"  {key:13} {text}" for key, text in BENCHMARKS.items())
         sys.exit(f"usage: python run.py bench [NAME] [arguments]; without a name, cost. The benchmarks:\n{listed}")
     importlib.import_module(f".{name}", __package__).main(arguments)
 

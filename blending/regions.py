@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .guide import ClipGuide
 from .guides import CombinedGuide
@@ -19,6 +20,8 @@ from .shrink import Shrink
 
 NEGATIVE_WEIGHT = 0.5
 """Pull of a negative prompt, against 1 of what is wanted: away is no place to arrive at."""
+WRITTEN = ("the word {}", "the written word {}", "text that says {}")
+"""How a picture is described that writes something instead of showing it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +88,23 @@ class Region:
 
 
 def terms_for(
-    guide: ClipGuide | CombinedGuide, prompt: str = "", negative: str = "", picture: Tensor | None = None
+    guide: ClipGuide | CombinedGuide, prompt: str = "", negative: str = "", picture: Tensor | None = None,
+    text_guard: float = 0.0,
 ) -> tuple[Term, ...]:
     """What a prompt, a negative prompt and a picture to resemble ask of every member of `guide`.
 
     prompt, negative: empty ones ask for nothing. Each line of negative is one thing that the region is not to show.
     picture: [1, 3, H, W] in -1..1 of any size; its embedding is the target. With a prompt beside it each has half.
+    text_guard: pull away from writing the prompt (see `writing`), 0 or more.
 
     The weights of what is wanted add up to 1 over all members, whatever is asked for; those of the negative's lines
-    to -`NEGATIVE_WEIGHT`.
+    to -`NEGATIVE_WEIGHT`, the text guard's to -`text_guard`.
+
+    Raises:
+        ValueError: a text_guard that is negative or not finite.
     """
+    if not 0 <= text_guard < math.inf:
+        raise ValueError(f"text_guard is {text_guard}; it must be 0 or a positive number")
     prompt, unwanted = prompt.strip(), lines(negative)
     half = 0.5 if prompt and picture is not None else 1.0
     terms = []
@@ -108,7 +118,25 @@ def terms_for(
         for line in unwanted:
             weight = -share * NEGATIVE_WEIGHT / len(unwanted)
             terms.append(Term(member, member.embed_text([line])[0], weight, f"'{line}'"))
+        if prompt and text_guard > 0:
+            terms.append(Term(member, writing(member, prompt), -share * text_guard, f"writing '{prompt}'"))
     return tuple(terms)
+
+
+def written(prompt: str) -> list[str]:
+    """Captions of pictures that write `prompt`."""
+    return [template.format(prompt) for template in WRITTEN]
+
+
+def writing(guide: ClipGuide, prompt: str) -> Tensor:
+    """The direction [D], of length 1, from a picture that shows `prompt` to one that writes it.
+
+    A CLIP that has learned from captions of the web takes a thing's name for the thing (the typographic attack, Goh et
+    al. 2021), so a guide is content with letters. Away from the difference, not from the written word itself: that
+    would lead away from the prompt too, with which it has nearly everything in common.
+    """
+    shown, *others = guide.embed_text([prompt, *written(prompt)])
+    return F.normalize(torch.stack(others).mean(dim=0) - shown, dim=0)
 
 
 def lines(text: str) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 MODELS = Path(__file__).parent / "models"
 CLIP = MODELS / "clip" / "model.safetensors"
+READER = MODELS / "reader" / "model.safetensors"
 LPIPS = MODELS / "lpips" / "model.safetensors"
 PRIOR = MODELS / "prior"
 TEXT = MODELS / "text"

@@ -2,16 +2,18 @@
 
 A scene is one or two objects (shape × colour × pattern × pose) on a pale background. Because every scene is
 drawn from a specification, the mask and the caption of each object are exact, and an unlimited number of scenes
-that no model has seen can be made from fresh seeds.
+that no model has seen can be made from fresh seeds. An object may be written instead of drawn: the word for its shape.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 64
 """Side of a picture in pixels."""
@@ -51,7 +53,8 @@ _SUPERSAMPLE_SOFTNESS = 1.0  # width in pixels of the anti-aliased edge
 class Thing:
     """An object of a scene.
 
-    `x`, `y` (centre) and `radius` are in pixels, `angle` in radians. `phase` (0..1) shifts the pattern.
+    `x`, `y` (centre) and `radius` are in pixels, `angle` in radians. `phase` (0..1) shifts the pattern. `written` shows
+    the word for the shape, as wide as the object would be, in the plain colour.
     """
 
     shape: str
@@ -62,9 +65,13 @@ class Thing:
     radius: float
     angle: float
     phase: float = 0.0
+    written: bool = False
 
     def caption(self, pattern: bool = True) -> str:
-        """The object in words, such as "red striped star"; solid objects have no pattern word."""
+        """The object in words, such as "red striped star"; solid objects have no pattern word, a written one is a
+        "red word star"."""
+        if self.written:
+            return f"{self.colour} word {self.shape}"
         words = [self.colour, self.shape]
         if pattern and self.pattern != "solid":
             words.insert(1, self.pattern)
@@ -151,8 +158,28 @@ def object_frame(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
     return dx * cos + dy * sin, -dx * sin + dy * cos
 
 
+@functools.cache
+def _lettering(word: str, width: float) -> ImageFont.FreeTypeFont:
+    """The font in which `word` is `width` pixels wide, or as high as a third of that width where it is short."""
+    size = width / ImageFont.load_default(100).getlength(word) * 100
+    return ImageFont.load_default(min(size, 0.75 * width))
+
+
+def lettering(thing: Thing) -> np.ndarray:
+    """How much of each pixel the word for the object's shape covers: float32 [SIZE, SIZE] in 0..1."""
+    fine = 4
+    canvas = Image.new("L", (SIZE * fine, SIZE * fine))
+    font = _lettering(thing.shape.upper(), round(2.1 * thing.radius) * fine)
+    # Bold, or the strokes of a long word are thinner than a pixel.
+    ImageDraw.Draw(canvas).text((thing.x * fine, thing.y * fine), thing.shape.upper(), 255, font, "mm", stroke_width=2)
+    tilted = canvas.rotate(-math.degrees(thing.angle), Image.Resampling.BILINEAR, center=(thing.x * fine, thing.y * fine))
+    return np.asarray(tilted.reduce(fine), np.float32) / 255
+
+
 def coverage(thing: Thing) -> np.ndarray:
     """How much of each pixel the object covers: float32 [SIZE, SIZE] in 0..1."""
+    if thing.written:
+        return lettering(thing)
     u, v = object_frame(thing)
     distance = inside(thing.shape, u, v) * thing.radius
     return np.clip(0.5 - distance / _SUPERSAMPLE_SOFTNESS, 0, 1).astype(np.float32)
@@ -161,7 +188,7 @@ def coverage(thing: Thing) -> np.ndarray:
 def paint(thing: Thing) -> np.ndarray:
     """The object's surface, float32 [SIZE, SIZE, 3] in 0..255."""
     colour = np.array(COLOURS[thing.colour], np.float32)
-    if thing.pattern == "solid":
+    if thing.pattern == "solid" or thing.written:
         return np.broadcast_to(colour, (SIZE, SIZE, 3))
     light = colour * 0.36 + np.float32(255) * 0.64
     u, v = object_frame(thing)
@@ -275,8 +302,15 @@ def random_scene(rng: np.random.Generator, things: int | None = None) -> Scene:
             return Scene(ground, (first, second))
 
 
-def scenes(seed: int, things: int | None = None) -> Iterator[Scene]:
-    """An endless, reproducible stream of scenes. Training uses seeds below 1,000,000, tests and demos above."""
-    rng = np.random.default_rng(seed)
+def scenes(seed: int, things: int | None = None, written: float = 0.0) -> Iterator[Scene]:
+    """An endless, reproducible stream of scenes. Training uses seeds below 1,000,000, tests and demos above.
+
+    `written` is the share of objects that are words. The scenes of a seed differ by nothing else.
+    """
+    rng, words = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     while True:
-        yield random_scene(rng, things)
+        scene = random_scene(rng, things)
+        if written:
+            scene = dataclasses.replace(scene, things=tuple(
+                dataclasses.replace(thing, written=bool(words.uniform() < written)) for thing in scene.things))
+        yield scene

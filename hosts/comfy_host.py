@@ -147,6 +147,11 @@ def needs_conditioning(model: Any) -> bool:
     return not hasattr(model.model, "size_multiple")
 
 
+def is_latent(vae: Any | None) -> bool:
+    """Whether what is sampled is an autoencoder's latent; a pixel-space prior's VAE only converts."""
+    return _downscale(vae) > 1
+
+
 def size_multiple(model: Any, vae: Any) -> int:
     """What a picture's sides must be divisible by, in pixels."""
     own = getattr(model.model, "size_multiple", None)

@@ -12,8 +12,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from .convert import paste_into, to_bchw
-from .inputs import LARGEST_SEED, dial, text_conditioning
-from .guides import RegionRequest, masks_for, patchers_of, told
+from .inputs import LARGEST_SEED, dial, match_border_input, text_conditioning
+from .guides import RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
 from .report import NONE, load_perceptual, lpips_choices
 from .sockets import AugmentIO, BlendRegionsIO, ClipGuideIO, GuideScheduleIO
 
@@ -89,7 +89,7 @@ class CLIPBlendSampler(io.ComfyNode):
                                     tooltip="What CLIP sees: the clean estimate, or as published its mix with the "
                                     "noisy picture.")),
                 dial(io.Int.Input("guide_every", default=1, min=1, max=1000,
-                                  tooltip="Guidance at every n-th step only.")),
+                                  tooltip="Guidance at every n-th step only; the every of a schedule takes its place.")),
                 dial(io.Combo.Input("gradient", options=["through_model", "direct"], default="through_model",
                                     tooltip="through_model differentiates through the MODEL (exact; about twice the "
                                     "time and much more memory), direct does not.")),
@@ -125,17 +125,7 @@ class CLIPBlendSampler(io.ComfyNode):
                 ClipGuideIO.Input("scorer", optional=True,
                                   tooltip="Another CLIP that ranks the candidates. Better than the guide, which may "
                                   "have been fooled by what it made itself."),
-                io.String.Input("negative_prompt", multiline=True, default="", optional=True,
-                                tooltip="What the region is not to show, a line each: CLIP pushes away from it with half the "
-                                "weight, and ranks by the prompt's lead over it."),
-                io.Image.Input("guide_image", optional=True,
-                               tooltip="A picture that the region is to resemble for CLIP, beside the prompt (each has "
-                               "half of the weight) or instead of it."),
-                BlendRegionsIO.Input("regions", optional=True,
-                                     tooltip="Further regions, edited in the same pass (BlendRegion)."),
-                GuideScheduleIO.Input("schedule", optional=True,
-                                      tooltip="At which steps CLIP guides, and how strongly (GuideSchedule). Its every "
-                                      "takes the place of guide_every."),
+                *steering_inputs(),
                 io.Vae.Input("guide_vae", optional=True,
                              tooltip="A small VAE of the same family (taesd, taesdxl) that CLIP looks through while it "
                              "guides; the result is decoded by vae."),
@@ -153,6 +143,8 @@ class CLIPBlendSampler(io.ComfyNode):
                                     tooltip="Begin with a larger mask that shrinks to yours while the noise falls: in a "
                                     "mask of a few pixels nothing happens otherwise. auto: where the mask is narrower "
                                     "than a sixth of the working size's shorter side.")),
+                text_guard_input(),
+                match_border_input(True, optional=True),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The candidates, best first (per picture of a batch)."),
@@ -172,7 +164,8 @@ class CLIPBlendSampler(io.ComfyNode):
         cfg: float = 4.0, augment: ExtendingAugmentations | None = None, positive=None, negative=None, scorer: ComfyGuide | None = None,
         negative_prompt: str = "", guide_image=None, regions: tuple[RegionRequest, ...] = (),
         schedule: GuideSchedule | None = None, guide_vae=None, guide_decode: str = "whole",
-        window: str = "auto", context: float = 0.5, shrink: str = "auto",
+        window: str = "auto", context: float = 0.5, shrink: str = "auto", text_guard: float = 0.0,
+        match_border: bool = True,
     ) -> io.NodeOutput:
         from ..blending.augment import ExtendingAugmentations
         from ..blending.plot import loss_plot
@@ -208,7 +201,7 @@ class CLIPBlendSampler(io.ComfyNode):
         job = _Job(
             model, vae, positive, negative, cfg, clip_guide, scorer, requests, settings, augment,
             load_perceptual(lpips) if settings.background_weight > 0 else None, resolution, batch_size,
-            window, context, shrink, guide_vae,
+            window, context, shrink, guide_vae, text_guard, match_border,
         )
         masks = masks_for(image, requests)
         seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(candidates)]
@@ -254,7 +247,8 @@ class _Job:
     """What the edits of one execution share."""
 
     def __init__(self, model, vae, positive, negative, cfg, guide, scorer, requests, settings, augment, perceptual,
-                 resolution, batch_size, window, context, shrink, guide_vae):
+                 resolution, batch_size, window, context, shrink, guide_vae, text_guard,
+                 match_border):
         from ..hosts import comfy_host
         from ..hosts.comfy_guide import check_guide_vae
 
@@ -271,9 +265,11 @@ class _Job:
         self.settings, self.augment, self.perceptual = settings, augment, perceptual
         self.batch_size = batch_size
         self.multiple = comfy_host.size_multiple(model, vae)
+        # Without blending the background is not the source's, so what differs around the mask is no drift.
+        self.match_border = match_border and settings.blend and comfy_host.is_latent(vae)
         self.resolution = resolution or comfy_host.training_size(model)
         self.native_size = resolution or comfy_host.native_size(model)
-        self.window, self.context, self.shrink = window, context, shrink
+        self.window, self.context, self.shrink, self.text_guard = window, context, shrink, text_guard
 
     @property
     def prompted(self) -> list[int]:
@@ -315,7 +311,7 @@ class _Job:
                 position += len(batch)
                 history.append(losses)
             results = canvas.restore(torch.cat(made).cpu())
-            pasted = paste_into(image.clone(), results, mask)
+            pasted = paste_into(image.clone(), results, mask, self.match_border)
             scores: list[Score] = []
             if self.prompted:
                 scores = self._ranked(to_bchw(pasted[..., :3]), masks)
@@ -329,17 +325,19 @@ class _Job:
     def _ranked(self, pictures: torch.Tensor, masks: list[torch.Tensor]) -> list[Score]:
         """Scores of `pictures` [N, 3, H, W], best first; with several prompted regions their mean.
 
-        What a region is not to show is what its prompt has to lead over.
+        What a region is not to show is what its prompt has to lead over; with the text guard, its written word too.
         """
         from ..blending.ranking import score
-        from ..blending.regions import lines
+        from ..blending.regions import lines, written
 
         scorer = (self.scorer or self.guide).load()
         asked = [(masks[number], self.requests[number]) for number in self.prompted]
-        by_region = [
-            score(pictures, mask, request.prompt.strip(), scorer, contrasts=lines(request.negative_prompt))
-            for mask, request in asked
-        ]
+        by_region = []
+        for mask, request in asked:
+            prompt, contrasts = request.prompt.strip(), lines(request.negative_prompt)
+            if self.text_guard > 0:
+                contrasts += written(prompt)
+            by_region.append(score(pictures, mask, prompt, scorer, contrasts=contrasts))
         terms = [name for name in dataclasses.asdict(by_region[0][0]) if name != "index"]
         mean = [
             dataclasses.replace(same[0], **{name: statistics.fmean(getattr(one, name) for one in same) for name in terms})
@@ -388,7 +386,7 @@ class _Job:
         for request, mask in zip(self.requests, masks):
             own = canvas.fit(mask)
             shrink = shrink_for(own, self.shrink)
-            made.append(dataclasses.replace(request.region(self.guide, own.to(device)), shrink=shrink))
+            made.append(dataclasses.replace(request.region(self.guide, own.to(device), self.text_guard), shrink=shrink))
         lines = told(made)
         lines += [region.shrink.words() for region in made if region.shrink is not None]
         self.said += [line for line in lines if line not in self.said]

@@ -14,22 +14,22 @@ from .inputs import dial
 from .sockets import ClipGuideIO
 
 FOLDER = "clip_guidance"
-DEMO = "demo"
+DEMOS = {"demo": files.CLIP, "demo_reader": files.READER}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def guide_names() -> list[str]:
-    """What can be loaded: "demo" where the demo CLIP is there, then the files and folders in
-    models/clip_guidance."""
+    """What can be loaded: the demo CLIPs that are there, then the files and folders in models/clip_guidance."""
     found = folders.model_names(FOLDER)
-    if not files.CLIP.is_file():
+    demos = [name for name, path in DEMOS.items() if path.is_file()]
+    if not demos:
         return found
-    return [DEMO, *(name for name in found if name != folders.nothing_there(FOLDER))]
+    return [*demos, *(name for name in found if name != folders.nothing_there(FOLDER))]
 
 
 def guide_path(choice: str) -> Path:
     """Path of a name of `guide_names`; FileNotFoundError, saying what goes where, if it is not there."""
-    return files.CLIP if choice == DEMO else folders.resolve(FOLDER, choice)
+    return DEMOS.get(choice) or folders.resolve(FOLDER, choice)
 
 
 class CLIPGuideLoader(io.ComfyNode):
@@ -67,8 +67,8 @@ class CLIPGuideLoader(io.ComfyNode):
                     options=guide_names(),
                     tooltip=(
                         "A weights file (open_clip's or OpenAI's: .safetensors, .bin, .pt) or open_clip "
-                        "model folder in models/clip_guidance; demo is the small CLIP of the pack's demo "
-                        "world."
+                        "model folder in models/clip_guidance; demo and demo_reader are two small CLIPs of the "
+                        "pack's demo world, the second of which has also learned to read."
                     ),
                 ),
                 architecture,

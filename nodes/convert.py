@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..blending.paste import exact_paste, prepare_mask
+from ..blending.seams import match_border
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +54,16 @@ def mask_for(image: Tensor, mask: Tensor, name: str = "mask") -> Tensor:
     return prepare_mask(mask, image.shape[1], image.shape[2], image.shape[0], name)
 
 
-def paste_into(image: Tensor, result: Tensor, mask: Tensor) -> Tensor:
+def paste_into(image: Tensor, result: Tensor, mask: Tensor, match: bool = False) -> Tensor:
     """`result` [N, 3, H, W] in -1..1 pasted into `image` [1 or N, H, W, C] in 0..1 where `mask` [1 or N, 1,
-    H, W] is.
+    H, W] is; `match` first takes out inside what differs all around (see `match_border`).
 
     The paste happens in ComfyUI's own layout and range, so every value outside the mask is the source's, bit
     for bit. An alpha channel stays as it is.
     """
     colours, alpha = split_alpha(image)
+    if match:
+        result = match_border(to_bchw(colours).to(result), result, mask)
     pasted = exact_paste(colours.float().cpu(), to_bhwc(result), mask[:, 0].cpu())
     return (
         pasted

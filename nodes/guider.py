@@ -11,8 +11,8 @@ import torch
 from comfy_api.latest import io
 
 from .convert import mask_for, paste_into, to_bchw
-from .guides import RegionRequest, masks_for, patchers_of, told
-from .inputs import dial, text_conditioning
+from .guides import RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
+from .inputs import dial, match_border_input, text_conditioning
 from .sockets import AugmentIO, BlendRegionsIO, ClipGuideIO, GuideScheduleIO
 
 if TYPE_CHECKING:
@@ -61,16 +61,10 @@ class CLIPBlendGuider(io.ComfyNode):
                 AugmentIO.Input("augment", optional=True, tooltip="ExtendingAugment. Without it: 16 copies."),
                 io.Conditioning.Input("positive", optional=True, tooltip="For a MODEL that takes text."),
                 io.Conditioning.Input("negative", optional=True, tooltip="For a MODEL that takes text."),
-                io.String.Input("negative_prompt", multiline=True, default="", optional=True,
-                                tooltip="What the region is not to show, a line each: CLIP pushes away, with half the weight."),
-                io.Image.Input("guide_image", optional=True,
-                               tooltip="A picture that the region is to resemble for CLIP, beside the prompt (each has "
-                               "half of the weight) or instead of it."),
-                BlendRegionsIO.Input("regions", optional=True, tooltip="Further regions (BlendRegion)."),
-                GuideScheduleIO.Input("schedule", optional=True,
-                                      tooltip="At which steps CLIP guides, and how strongly (GuideSchedule)."),
+                *steering_inputs(),
                 io.Vae.Input("guide_vae", optional=True,
                              tooltip="A small VAE of the same family (taesd, taesdxl) that CLIP looks through."),
+                text_guard_input(),
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For SamplerCustomAdvanced.")],
         )  # fmt: skip
@@ -81,6 +75,7 @@ class CLIPBlendGuider(io.ComfyNode):
         distance: str = "cosine", gradient: str = "through_model", cfg: float = 4.0,
         augment: ExtendingAugmentations | None = None, positive=None, negative=None, negative_prompt: str = "",
         guide_image=None, regions: tuple[RegionRequest, ...] = (), schedule: GuideSchedule | None = None, guide_vae=None,
+        text_guard: float = 0.0,
     ) -> io.NodeOutput:
         from ..blending.augment import ExtendingAugmentations
         from ..blending.guidance import Guidance
@@ -121,7 +116,7 @@ class CLIPBlendGuider(io.ComfyNode):
         def guidance_of_run(device: torch.device, seeds: Sequence[int]) -> Guidance:
             made = []
             for request, own in zip(requests, masks):
-                region = request.region(clip_guide, own.to(device))
+                region = request.region(clip_guide, own.to(device), text_guard)
                 made.append(dataclasses.replace(region, shrink=shrink_for(own, "auto")))
             for line in told(made):
                 logger.info("CLIPBlendGuider: %s", line)
@@ -154,16 +149,17 @@ class ExactPaste(io.ComfyNode):
                 io.Image.Input("source", tooltip="The picture before. One, or one per result."),
                 io.Image.Input("result", tooltip="The picture after, of the same size."),
                 io.Mask.Input("mask", tooltip="White takes the result. One, or one per result."),
+                match_border_input(False, optional=True),
             ],
             outputs=[io.Image.Output(display_name="image")],
         )
 
     @classmethod
-    def execute(cls, source: torch.Tensor, result: torch.Tensor, mask: torch.Tensor) -> io.NodeOutput:
+    def execute(cls, source: torch.Tensor, result: torch.Tensor, mask: torch.Tensor, match_border: bool = False) -> io.NodeOutput:
         if source.shape[1:3] != result.shape[1:3] or len(source) not in (1, len(result)):
             raise ValueError(
                 f"source holds {len(source)} pictures of {source.shape[2]}×{source.shape[1]} (width×height), result "
                 f"{len(result)} of {result.shape[2]}×{result.shape[1]}: give one source, or one per result, of the "
                 "result's size."
             )
-        return io.NodeOutput(paste_into(source, to_bchw(result, "result"), mask_for(result, mask)))
+        return io.NodeOutput(paste_into(source, to_bchw(result, "result"), mask_for(result, mask), match_border))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_api.latest import io
 
 from .convert import mask_for, to_bchw
+from .inputs import dial
 from .sockets import BlendRegionsIO, ClipGuideIO, GuideScheduleIO
 
 if TYPE_CHECKING:
@@ -18,6 +19,41 @@ if TYPE_CHECKING:
 
 MOST_GUIDES = 4
 CURVES = ("constant", "early", "falling")
+
+
+def negative_prompt_input(**settings) -> Any:
+    return io.String.Input(
+        "negative_prompt", multiline=True, default="",
+        tooltip="What the region is not to show, a line each: CLIP pushes away from it with half the weight, and ranks by "
+        "the prompt's lead over it.", **settings,
+    )  # fmt: skip
+
+
+def guide_image_input() -> Any:
+    return io.Image.Input(
+        "guide_image", optional=True,
+        tooltip="A picture that the region is to resemble for CLIP, beside the prompt (each has half of the weight) or "
+        "instead of it.",
+    )  # fmt: skip
+
+
+def steering_inputs() -> list[Any]:
+    """Optional inputs of a node that runs an edit: what guides beside the prompt, where else, and when."""
+    return [
+        negative_prompt_input(optional=True),
+        guide_image_input(),
+        BlendRegionsIO.Input("regions", optional=True, tooltip="Further regions, edited in the same pass (BlendRegion)."),
+        GuideScheduleIO.Input("schedule", optional=True,
+                              tooltip="At which steps CLIP guides, and how strongly (GuideSchedule)."),
+    ]  # fmt: skip
+
+
+def text_guard_input() -> Any:
+    return dial(io.Float.Input(
+        "text_guard", default=0.0, min=0.0, max=10.0, step=0.05, optional=True,
+        tooltip="Pushes away from pictures that write the prompt instead of showing it, which CLIP takes for the same; 0 is "
+        "off, 0.5 a start. Candidates are then ranked by the prompt's lead over its written word too.",
+    ))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +79,7 @@ class RegionRequest:
     def guide(self, default: ComfyGuide) -> ComfyGuide:
         return self.clip_guide or default
 
-    def region(self, default: ComfyGuide, mask: torch.Tensor) -> Region:
+    def region(self, default: ComfyGuide, mask: torch.Tensor, text_guard: float = 0.0) -> Region:
         """The core's region with `mask` [1, 1, h, w] on the working canvas; its guide is loaded already."""
         from ..blending.regions import Region, terms_for
 
@@ -51,7 +87,7 @@ class RegionRequest:
         if self.guide_image is not None:
             picture = to_bchw(self.guide_image[:1].clone(), "guide_image").to(mask.device)
         guide = self.guide(default).ready()
-        return Region(mask, terms_for(guide, self.prompt, self.negative_prompt, picture), self.strength)
+        return Region(mask, terms_for(guide, self.prompt, self.negative_prompt, picture, text_guard), self.strength)
 
 
 def masks_for(image: torch.Tensor, requests: Sequence[RegionRequest]) -> list[torch.Tensor]:
@@ -135,17 +171,13 @@ class BlendRegion(io.ComfyNode):
                 io.Mask.Input("mask", tooltip="White is changed. Of the size of the picture that is edited."),
                 io.String.Input("prompt", multiline=True, default="",
                                 tooltip="What this region is to show. Empty, with no guide_image: it is made up anew."),
-                io.String.Input("negative_prompt", multiline=True, default="",
-                                tooltip="What it is not to show, a line each: CLIP pushes away from it with half the weight, and "
-                                "ranks by the prompt's lead over it."),
+                negative_prompt_input(),
                 io.Float.Input("strength", default=1.0, min=0.0, max=100.0, step=0.05,
                                tooltip="Factor of the sampler's guidance for this region."),
                 BlendRegionsIO.Input("regions", optional=True, tooltip="Regions before this one in the chain."),
                 ClipGuideIO.Input("clip_guide", optional=True,
                                   tooltip="A CLIP for this region alone. Without it: the sampler's."),
-                io.Image.Input("guide_image", optional=True,
-                               tooltip="A picture that the region is to resemble for CLIP. With a prompt each has half "
-                               "of the weight."),
+                guide_image_input(),
             ],
             outputs=[BlendRegionsIO.Output(display_name="BLEND_REGIONS", tooltip="For CLIPBlendSampler or CLIPBlendGuider.")],
         )  # fmt: skip

@@ -17,6 +17,15 @@ def dial(made: Any) -> Any:
     return made
 
 
+def match_border_input(default: bool, **settings) -> Any:
+    return dial(io.Boolean.Input(
+        "match_border", default=default,
+        tooltip="A latent model's autoencoder changes the kept surroundings a little too. What it changed around the mask is "
+        "taken out inside, smoothly continued, so that no seam is left. Outside the mask every pixel is the picture's in any "
+        "case.", **settings,
+    ))  # fmt: skip
+
+
 def running_node(node: Any) -> Any:
     """The id under which a node runs in a graph, for its progress; None outside of one. The node must ask for it
     (hidden)."""

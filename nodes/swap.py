@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from comfy_api.latest import io, ui
 
+from .inputs import match_border_input
 from .sockets import AttentionIO, SwapSettingsIO, SwapSubjectsIO, SwapTokensIO
 from .swap_run import Attention, Frame, Progress, Target, as_latent, edit_mask, exact_background
 from .swap_settings import NOT_GIVEN, OF_50, amount, unit_input
@@ -60,6 +61,7 @@ class AttentionSwapSampler(io.ComfyNode):
                 io.Image.Input("image", optional=True,
                                tooltip="The source picture. With it every pixel of the result outside the mask (or the "
                                "subjects' masks) is this picture's, bit for bit, at its own size."),
+                match_border_input(True, optional=True),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The result."),
@@ -74,7 +76,7 @@ class AttentionSwapSampler(io.ComfyNode):
         cls, model, attention: Attention, positive, cfg: float = 0.0, mask_side: str = INSIDE,
         tokens: PromptPair | None = None, negative=None, settings: SwapSettings | None = None,
         subjects: tuple[Subject, ...] | None = None, mask: torch.Tensor | None = None, vae=None,
-        image: torch.Tensor | None = None,
+        image: torch.Tensor | None = None, match_border: bool = True,
     ) -> io.NodeOutput:
         from comfy_execution.graph_utils import ExecutionBlocker
 
@@ -104,7 +106,7 @@ class AttentionSwapSampler(io.ComfyNode):
         if vae is not None:
             picture = vae.decode(latent["samples"])
             if frame is not None:
-                picture = exact_background(image, picture, edited, frame)
+                picture = exact_background(image, picture, edited, frame, match_border)
                 report += "\nbackground: outside of the mask each pixel is the image's"
         return io.NodeOutput(
             latent, picture, report, json.dumps(said.to_dict(), indent=2), ui=ui.PreviewText(report)

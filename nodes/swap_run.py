@@ -218,9 +218,9 @@ class Frame:
         return whole
 
 
-def exact_background(image: Tensor, decoded: Tensor, mask: Tensor, frame: Frame) -> Tensor:
+def exact_background(image: Tensor, decoded: Tensor, mask: Tensor, frame: Frame, match_border: bool = False) -> Tensor:
     """`decoded` [B, H, W, 3] in 0..1 pasted into `image` [1 or B, H, W, C]: outside of `mask` [M, H, W] each pixel is
-    the image's, bit for bit."""
+    the image's, bit for bit; `match_border` keeps the border from showing."""
     if len(image) not in (1, len(decoded)):
         raise ValueError(f"image holds {len(image)} pictures for {len(decoded)} results: give one, or one for each")
     if frame.inner == frame.size or frame.resized:
@@ -231,7 +231,7 @@ def exact_background(image: Tensor, decoded: Tensor, mask: Tensor, frame: Frame)
         masks = torch.zeros(len(inner), 1, *frame.size)
         masks[..., frame.top:frame.top + frame.inner[0], frame.left:frame.left + frame.inner[1]] = inner
     image = image.expand(len(decoded), -1, -1, -1)
-    return paste_into(image, frame.place(image, to_bchw(decoded)), masks.expand(len(decoded), -1, -1, -1))
+    return paste_into(image, frame.place(image, to_bchw(decoded)), masks.expand(len(decoded), -1, -1, -1), match_border)
 
 
 def edit_mask(mask: Tensor | None, outside: bool, subjects: Sequence[Subject], size: tuple[int, int]) -> Tensor | None:

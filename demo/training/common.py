@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -46,12 +47,14 @@ class Run:
 class Pictures:
     """Pictures of the world, drawn once and kept on disk, with the scenes they were drawn from.
 
-    The scenes of a seed are always the same, so only the pixels are stored: uint8 [count, SIZE, SIZE, 3].
+    The scenes of a seed are always the same, so only the pixels are stored: uint8 [count, SIZE, SIZE, 3]. `written` is
+    the share of objects that are words.
     """
 
-    def __init__(self, work: Path, seed: int, count: int):
-        self.scenes = [scene for scene, _ in zip(world.scenes(seed), range(count))]
-        path = work / f"pictures-{seed}-{count}.npy"
+    def __init__(self, work: Path, seed: int, count: int, written: float = 0.0):
+        self.scenes = list(itertools.islice(world.scenes(seed, written=written), count))
+        words = f"-written-{written:g}" if written else ""
+        path = work / f"pictures-{seed}-{count}{words}.npy"
         if not path.exists():
             logger.info("drawing %d pictures", count)
             work.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,11 @@ def require_v(config: Path) -> None:
 
 
 def train(run: Run) -> nn.Module:
-    pictures = Pictures(run.work, seed=11, count=100_000)
+    return train_on(run, "prior", Pictures(run.work, seed=11, count=100_000), run.out / "prior")
+
+
+def train_on(run: Run, name: str, pictures: Pictures, folder: Path) -> nn.Module:
+    """Trains on `pictures` and exports to `folder`. `run.go_on` starts from the prior in `run.out`."""
     alphas_cumprod = linear_alphas_cumprod()
     weight = v_weight(alphas_cumprod)
 
@@ -84,7 +88,6 @@ def train(run: Run) -> nn.Module:
         return (error * weight[t].to(run.device)).mean(), {"mse": error.mean().item()}
 
     def export(average: nn.Module, facts: dict) -> None:
-        folder = run.out / "prior"
         write_weights(folder / "diffusion_pytorch_model.safetensors", half(average), {"format": "pt"})
         write_json(folder / "config.json", {
             "_class_name": "UNet2DModel", **{k: v for k, v in average.config.items() if not k.startswith("_")},
@@ -98,5 +101,5 @@ def train(run: Run) -> nn.Module:
         read_weights(unet, run.out / "prior" / "diffusion_pytorch_model.safetensors")
 
     torch.manual_seed(run.seed)
-    return fit("prior", run, build().to(memory_format=torch.channels_last), len(pictures), loss, export, exported=exported,
+    return fit(name, run, build().to(memory_format=torch.channels_last), len(pictures), loss, export, exported=exported,
                average=0.9995)

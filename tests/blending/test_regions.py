@@ -9,7 +9,9 @@ from blendswap.blending.guidance import Guidance
 from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
 from blendswap.blending.guides import CombinedGuide
 from blendswap.blending.losses import d_cosine
-from blendswap.blending.regions import NEGATIVE_WEIGHT, Region, Term, crowding, editable, terms_for
+from blendswap.blending.regions import (
+    NEGATIVE_WEIGHT, Region, Term, crowding, editable, terms_for, writing, written,
+)  # fmt: skip
 from blendswap.blending.settings import BlendSettings
 from blendswap.blending.shrink import Shrink
 from torch import Tensor
@@ -133,6 +135,27 @@ def test_a_negative_strength_and_no_region_are_refused() -> None:
 
 
 # Terms ----------------------------------------------------------------------------------------------------
+
+
+def test_the_text_guard_pulls_along_the_difference_between_writing_and_showing(first: WatchedGuide, second: WatchedGuide):
+    shown = first.embed_text([WORDS[0]])[0]
+    direction = writing(first, WORDS[0])
+    texts = first.embed_text(written(WORDS[0])).mean(dim=0)
+    assert direction.norm().item() == pytest.approx(1)
+    # Showing and then going along it arrives at writing.
+    along = (texts - shown).norm() * direction
+    torch.testing.assert_close(shown + along, texts)
+    guarded = pull(Region(box(1, 12), terms_for(first, WORDS[0], text_guard=0.5)))
+    same(guarded, pull(Region(box(1, 12), (Term(first, shown, 1.0), Term(first, direction, -0.5)))))
+    terms = terms_for(CombinedGuide([(first, 3.0), (second, 1.0)]), WORDS[0], text_guard=0.4)
+    assert [term.weight for term in terms if "writing" in term.words] == pytest.approx([-0.3, -0.1])
+
+
+def test_a_text_guard_asks_for_nothing_without_a_prompt_and_only_ever_pushes_away(first: WatchedGuide):
+    assert [term.words for term in terms_for(first, "", WORDS[1], text_guard=0.5)] == [f"'{WORDS[1]}'"]
+    for wrong in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="text_guard"):
+            terms_for(first, WORDS[0], text_guard=wrong)
 
 
 def test_a_negative_prompt_pushes_away_with_half_the_weight(first) -> None:

@@ -100,6 +100,23 @@ def test_a_soft_mask_mixes_and_is_exact_where_it_is_black(sample):
     assert_kept_outside(image, images, mask)
 
 
+def test_an_edit_of_a_latent_model_leaves_no_seam_and_one_of_a_prior_has_none_to_match(sample, kit):
+    from blendswap.blending.ranking import seam_visibility
+    from blendswap.nodes.convert import to_bchw
+
+    image, mask = scene_image()
+    empty = kit.prompts("", "")[0]
+    latent = dict(model=kit.model, vae=kit.vae, positive=empty, negative=empty, guidance=30.0)
+    seams, made = {}, {}
+    for match in (False, True):
+        made[match], *_ = sample(image, mask, match_border=match, **latent)
+        assert_kept_outside(image, made[match], mask)
+        seams[match] = seam_visibility(to_bchw(made[match].clone()), mask[None]).item()
+    assert not torch.equal(made[False], made[True]) and seams[True] < seams[False]
+    of_the_prior = [sample(image, mask, match_border=match)[0] for match in (False, True)]
+    assert torch.equal(*of_the_prior)
+
+
 def test_a_full_mask_changes_everything_and_an_empty_one_is_refused(sample):
     image, mask = scene_image()
     images, *_ = sample(image, torch.ones_like(mask))

@@ -252,6 +252,22 @@ def test_the_paste_is_exact_outside_mixes_where_soft_and_keeps_alpha():
     torch.testing.assert_close(pasted[:, :, -1, :3], result[:, :, -1])
 
 
+def test_a_paste_takes_the_drift_around_the_mask_out_of_what_is_inside_where_asked_to():
+    from blendswap.nodes.guider import ExactPaste
+
+    source = torch.rand(1, 20, 30, 4, generator=torch.Generator().manual_seed(2)) * 0.8
+    mask = torch.zeros(1, 20, 30)
+    mask[:, 5:15, 8:22] = 1
+    result = source[..., :3] + 0.05
+    (plain,), (matched,) = (
+        run(ExactPaste, source=source, result=result, mask=mask, match_border=match) for match in (False, True)
+    )
+    inside = mask[0] == 1
+    torch.testing.assert_close(plain[0][inside][:, :3], result[0][inside])
+    torch.testing.assert_close(matched, source)
+    assert torch.equal(matched[0][~inside], source[0][~inside])
+
+
 def test_a_paste_of_another_size_is_refused():
     from blendswap.nodes.guider import ExactPaste
 

@@ -19,13 +19,13 @@ def run(node, **inputs):
 def other(parts):
     """A second CLIP, of the same vocabulary, another size of vectors and random weights."""
     from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip
-    from blendswap.demo.training.clip import model_config, vocabulary
+    from blendswap.demo.training.clip import GUIDE
     from blendswap.hosts.comfy_guide import ComfyGuide
 
-    tokenizer = CompactTokenizer(vocabulary(), context_length=16)
+    tokenizer = CompactTokenizer(GUIDE.vocabulary(), context_length=16)
     torch.manual_seed(3)
     with torch.inference_mode():
-        model = build_demo_clip(model_config(tokenizer.vocab_size) | {"embed_dim": 24})
+        model = build_demo_clip(GUIDE.model_config(tokenizer.vocab_size) | {"embed_dim": 24})
         return ComfyGuide.wrap(ClipGuide(model, tokenizer, "other"))
 
 
@@ -125,6 +125,21 @@ def test_candidates_are_ranked_by_the_prompts_lead_over_the_lines_of_the_negativ
         again = score(to_bchw(images.clone()), mask[None].clone(), "a red star", parts[2].load(), contrasts=grounds)
     assert [one.combined for one in again] == sorted((one.combined for one in again), reverse=True)
     printed = [float(number) for line in scores.splitlines()[1:4] for number in line.split()[2:4]]
+    assert printed == pytest.approx([term for one in again for term in (one.region, one.whole)], abs=2e-4)
+
+
+def test_the_text_guard_pushes_away_from_the_written_prompt_and_the_candidates_have_to_lead_over_it(sample, parts):
+    from blendswap.blending.ranking import score
+    from blendswap.nodes.convert import to_bchw
+
+    mask = box(16, 48)
+    plain, *_ = sample(mask, "a red star")
+    images, scores, _, summary = sample(mask, "a red star", text_guard=0.5, candidates=2)
+    assert "away from writing 'a red star' (demo, -0.5)" in summary and not any(torch.equal(plain[0], i) for i in images)
+    contrasts = ["the word a red star", "the written word a red star", "text that says a red star"]
+    with torch.inference_mode(False), torch.no_grad():
+        again = score(to_bchw(images.clone()), mask[None].clone(), "a red star", parts[2].load(), contrasts=contrasts)
+    printed = [float(number) for line in scores.splitlines()[1:3] for number in line.split()[2:4]]
     assert printed == pytest.approx([term for one in again for term in (one.region, one.whole)], abs=2e-4)
 
 

@@ -114,6 +114,21 @@ def test_every_pixel_outside_the_mask_is_the_image(kit, taped, size, side):
     assert "background" in report
 
 
+def test_the_border_is_matched_inside_the_mask_alone_and_only_where_asked_to(kit, taped):
+    from blendswap.blending.ranking import seam_visibility
+    from blendswap.nodes.convert import to_bchw
+
+    image, mask = picture(64, 64), torch.zeros(1, 64, 64)
+    mask[:, 10:40, 7:33] = 1
+    plain, matched = (
+        kit.swap(taped[0], vae=kit.vae, image=image, mask=mask, match_border=match)[1] for match in (False, True)
+    )
+    outside = mask[0] == 0
+    assert torch.equal(plain[0][outside], matched[0][outside]) and not torch.equal(plain, matched)
+    seams = [seam_visibility(to_bchw(made.clone()), mask[None]).item() for made in (plain, matched)]
+    assert seams[1] < seams[0]
+
+
 def test_alpha_comes_back_untouched(kit, taped):
     image = picture(64, 64, channels=4)
     result = kit.swap(taped[0], vae=kit.vae, image=image, mask=half_mask())[1]

@@ -1,0 +1,117 @@
+"""Does the text guard keep a guide from being satisfied with written words (the typographic attack)?
+
+    python run.py train words
+    python run.py bench written_words [--cases 24] [--candidates 4] [--guards 0,0.25,0.5,1]
+
+The guide is the demo reader, which takes the word STAR for a star as CLIPs that learned from the web do; the prior is
+one that draws words as readily as objects (the first command makes it). The cases are those of `bench edits`. A
+candidate succeeds when the judge network finds the asked shape and the palette the asked colour. It shows a word where
+the ink within the mask lies along a line, as letters do and none of the objects: the spread across is less than
+`FLAT` of the spread along. Neither judge took part. "ranked" is the candidate that the reader ranks first, by the plain
+prompt, and with the guard by its lead over the written words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..blending.ranking import rank
+from ..blending.regions import written
+from ..blending.report import to_8_bit
+from ..demo import judge, world
+from ..demo.training.words import FOLDER
+from .edits import METHOD, Bench, Case, Variant, cases, contact_sheet, wilson
+
+logger = logging.getLogger(__name__)
+
+FLAT = 0.45
+INK = 50
+"""Least difference between the largest and the smallest channel of what is painted; the grounds are paler."""
+LEAST = 12
+"""Pixels of ink below which there is nothing to tell."""
+CHECKED = 400
+CHECK_SEED = 3_900_000
+
+
+def is_word(picture: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether the ink of `picture` (uint8 [H, W, 3]) within `mask` (bool [H, W]) lies along a line."""
+    values = picture.astype(int)
+    ink = np.argwhere((values.max(-1) - values.min(-1) > INK) & mask)
+    if len(ink) < LEAST:
+        return False
+    across, along = np.sqrt(np.linalg.eigvalsh(np.cov(ink.T)).clip(0))
+    return bool(across < FLAT * along)
+
+
+def check_of_the_judge() -> tuple[float, float]:
+    """Share of drawn words that are found, and of drawn objects that are taken for words."""
+    found: dict[bool, list[bool]] = {True: [], False: []}
+    stream = world.scenes(CHECK_SEED, 1, written=0.5)
+    for _ in range(CHECKED):
+        scene = next(stream)
+        found[scene.things[0].written].append(is_word(world.draw(scene), world.edit_mask(scene)))
+    return float(np.mean(found[True])), float(np.mean(found[False]))
+
+
+def run(bench: Bench, guard: float, chosen: list[Case], candidates: int) -> dict:
+    good, words, first_good, first_word, worst, rows = 0, 0, 0, 0, 0, []
+    variant = Variant(METHOD, text_guard=guard)
+    for number, case in enumerate(chosen):
+        made, source, mask = bench.edit(case, variant, [number * 1000 + i for i in range(candidates)])
+        pictures = to_8_bit(((made + 1) / 2).permute(0, 2, 3, 1) + 1e-4)
+        findings = [judge.judge(picture, mask) for picture in pictures]
+        success = [f.shape == case.shape and f.palette == case.colour for f in findings]
+        word = [is_word(picture, mask) for picture in pictures]
+        scores = rank(made, torch.from_numpy(mask)[None, None].float(), case.prompt, bench.guide,
+                      contrasts=written(case.prompt) if guard else ())
+        order = [score.index for score in scores]
+        good, words = good + sum(success), words + sum(word)
+        first_good, first_word = first_good + success[order[0]], first_word + word[order[0]]
+        worst = max(worst, int(np.abs(pictures.astype(int) - source)[:, ~mask].max()))
+        rows.append((case, source, pictures[order], [success[i] for i in order]))
+        logger.info("guard %g, case %d/%d: %s, %d good, %d words", guard, number + 1, len(chosen), case.prompt,
+                    sum(success), sum(word))
+    return {"guard": guard, "cases": len(chosen), "candidates": candidates, "good": good, "words": words,
+            "first_good": first_good, "first_word": first_word, "background_max_abs": worst, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench written_words", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=24)
+    parser.add_argument("--candidates", type=int, default=4)
+    parser.add_argument("--guards", default="0,0.25,0.5,1", help="weights of the text guard")
+    parser.add_argument("--prior", type=Path, default=Path.home() / ".cache" / "blendswap" / "training" / FOLDER,
+                        help="folder of the prior that draws words (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("bench_output"))
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if not options.prior.is_dir():
+        parser.error(f"there is no prior that draws words in {options.prior}: make it with python run.py train words")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    found, mistaken = check_of_the_judge()
+    print(f"of drawn words {found:.2f} are found, of drawn objects {mistaken:.2f} are taken for words\n")
+    print("| text_guard | good | 95 % | words | 95 % | ranked: good | ranked: words | max background Δ |\n" + "|---" * 8 + "|")
+    bench, chosen, results = Bench("prior", "reader", options.prior), cases(options.cases), []
+    options.out.mkdir(parents=True, exist_ok=True)
+    for guard in map(float, options.guards.split(",")):
+        result = run(bench, guard, chosen, options.candidates)
+        contact_sheet(result.pop("rows"), options.out / f"written_words_{guard:g}.png")
+        results.append(result)
+        count, total = len(chosen) * options.candidates, len(chosen)
+        intervals = ["{:.2f}–{:.2f}".format(*wilson(result[name], count)) for name in ("good", "words")]
+        print(f"| {guard:g} | {result['good'] / count:.2f} | {intervals[0]} | {result['words'] / count:.2f} | {intervals[1]} "
+              f"| {result['first_good'] / total:.2f} | {result['first_word'] / total:.2f} "
+              f"| {result['background_max_abs']} |", flush=True)
+        (options.out / "written_words.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
