@@ -21,9 +21,7 @@ lines of the same direction elsewhere in the picture, 1 when the border is like 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -49,6 +47,7 @@ from ..blending.window import Window, window_for
 from ..demo import files, judge, world
 from ..hosts.diffusers_host import DiffusersHost
 from .edits import METHOD, wilson
+from .options import Parser, add_json
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +282,7 @@ class Bench:
         for number in range(count):
             rng = np.random.default_rng((FIRST_SCENE_SEED, number))
             picture, rounds = application.case(rng)
-            edits, first, words = [], [], []
+            edits, first, words, found_all = [], [], [], True
             for place, next_edit in enumerate(rounds):
                 edit = next_edit(picture)
                 seeds = [number * 1000 + place * 100 + index for index in range(candidates)]
@@ -294,16 +293,15 @@ class Bench:
                     first = [edit.found(candidate) for candidate in made]
                 edits.append(edit)
                 words.append(edit.prompt.removeprefix("a "))
-                done = edit.found(made[0])
-                successes_here = done if place == 0 else successes_here and done
+                found_all = found_all and edit.found(made[0])
                 picture = made[0]
                 if application.seam:
                     seams.append(seam_ratio(picture, edit.mask))
-            successes += successes_here
+            successes += found_all
             hits += sum(first)
             several += sum(first) > 1
-            rows.append((", ".join(words), edits[-1].source, edits[-1].mask, picture, successes_here))
-            logger.info("case %d/%d: %s: %s", number + 1, count, ", ".join(words), "yes" if successes_here else "no")
+            rows.append((", ".join(words), edits[-1].source, edits[-1].mask, picture, found_all))
+            logger.info("case %d/%d: %s: %s", number + 1, count, ", ".join(words), "yes" if found_all else "no")
         figures = {
             "cases": count, "candidates": candidates, "best": successes / count, "interval": wilson(successes, count),
             "single": hits / (count * candidates), "before": before / count,
@@ -343,19 +341,12 @@ def contact_sheet(rows: list, path: Path, zoom: int = 1) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench applications", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("applications", __doc__)
     parser.add_argument("--cases", type=int, default=32)
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--only", default="all", help=f"of {', '.join(APPLICATIONS)}")
-    parser.add_argument("--out", type=Path, default=Path("bench_output"))
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args(arguments)
-    names = list(APPLICATIONS) if options.only == "all" else options.only.split(",")
-    if unknown := set(names) - set(APPLICATIONS):
-        parser.error(f"unknown application {', '.join(sorted(unknown))}; choose of {', '.join(APPLICATIONS)}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parser.read(arguments)
+    names = parser.names(options.only, APPLICATIONS, "application")
     bench = Bench()
     print("| application | best | 95 % | single | two or more | before | max background Δ | seam | seconds |\n"
           "|---|---|---|---|---|---|---|---|---|")
@@ -367,9 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"| {name} | {figures['best']:.2f} | {low:.2f}–{high:.2f} | {figures['single']:.2f} "
               f"| {figures['several']:.2f} | {figures['before']:.2f} | {figures['background_max_abs']} "
               f"| {seam} | {figures['seconds']:.0f} |", flush=True)
-        path = options.out / "applications.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps({**known, name: figures}, indent=2) + "\n", encoding="utf-8")
+        add_json(options.out / "applications.json", {name: figures})
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ what is there before: PyTorch's own count on a GPU, and on a CPU what its profil
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +37,7 @@ from ..hosts.diffusers_learner import DiffusersLearner
 from ..hosts.learning import Learned, Learner, LowRank
 from .concepts import METHODS, TOKEN
 from .cost import peak_memory
+from .options import Parser, processor, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -222,25 +221,15 @@ MEASURES = {"diffusers": diffusers, "comfyui": comfyui}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench concept_cost", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = Parser("concept_cost", __doc__, device=True)
     parser.add_argument("--only", default=",".join(MEASURES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="writes the figures as JSON too")
-    options = parser.parse_args(arguments)
-    names = options.only.split(",")
-    if unknown := set(names) - set(MEASURES):
-        parser.error(f"unknown measure {', '.join(sorted(unknown))}; choose of {', '.join(MEASURES)}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    options = parser.read(arguments)
+    names = parser.names(options.only, MEASURES, "measure")
+    where = processor(options.device)
     print(f"{where}; ours in units of what it is compared with\n", flush=True)
     results = {name: MEASURES[name](options) for name in names}
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"where": where, **results}, indent=1) + "\n", encoding="utf-8")
+    write_json(options.out / "concept_cost.json", {"where": where, **results})
 
 
 if __name__ == "__main__":

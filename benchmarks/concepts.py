@@ -57,9 +57,10 @@ from ..hosts.attention_diffusers import DiffusersTextHost
 from ..hosts.diffusers_learner import DiffusersLearner
 from ..hosts.learning import FullWeights, Learned, LowRank, TokenVectors
 from .edits import wilson
+from .options import Parser, write_json
 from .quiet import quiet
 from .swaps import (
-    BACKGROUND_KEPT, POSE_KEPT, background_psnr, cell, overlap, silhouette, to_8_bit, to_tensor, write_json
+    BACKGROUND_KEPT, POSE_KEPT, background_psnr, cell, overlap, silhouette, to_8_bit, to_tensor
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -434,8 +435,7 @@ def contact_sheet(made: Outcomes, path: Path, rows: int = 2, zoom: int = 2) -> N
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench concepts", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("concepts", __doc__, device=True)
     parser.add_argument("--subjects", default="8", help=f"how many, or names of {', '.join(SUBJECTS)}")
     parser.add_argument("--scenes", type=int, default=8, help="for each subject")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
@@ -446,17 +446,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--learn_steps", type=int, help="of each training; 800 where not said")
     parser.add_argument("--class_pictures", type=int, default=32, help="made for prior preservation")
     parser.add_argument("--class_samples", type=int, default=16, help="made to see what became of the class")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("bench_output"))
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     names = list(SUBJECTS)[:int(options.subjects)] if options.subjects.isdigit() else options.subjects.split(",")
     methods = options.methods.split(",")
     for asked, known in ((names, SUBJECTS), (methods, METHODS)):
         if unknown := set(asked) - set(known):
             parser.error(f"unknown {', '.join(sorted(unknown))}; choose of {', '.join(known)}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     folder = options.out / "concepts"
     folder.mkdir(parents=True, exist_ok=True)
     bench, made = Bench(options, folder), {}

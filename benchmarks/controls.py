@@ -11,9 +11,7 @@ that other work on the machine does not count, each in units of the first way; t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -33,6 +31,7 @@ from ..blending.schedule import GuideSchedule
 from ..demo import files, judge, world
 from ..hosts.diffusers_host import DiffusersHost
 from .edits import METHOD, Bench, Case, Variant, cases, wilson
+from .options import Parser, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -190,18 +189,13 @@ def plot(tallies: dict[str, Tally], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench controls", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("controls", __doc__)
     parser.add_argument("what", choices=("regions", "speed"))
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--model", choices=("prior", "text"), default="prior", help="for speed")
     parser.add_argument("--plot", type=Path, help="where to draw time against success")
-    parser.add_argument("--out", type=Path, default=Path("bench_output"))
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parser.read(arguments)
     if options.what == "regions":
         tallies = compare_regions(options.cases, options.candidates)
     else:
@@ -209,10 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
     unit = next(iter(tallies.values())).seconds
     lines = [tally.row(name, unit) for name, tally in tallies.items()]
     print("| way | time | success | 95 % | max background Δ |\n|---|---|---|---|---|\n" + "\n".join(lines))
-    options.out.mkdir(parents=True, exist_ok=True)
-    written = {name: dataclasses.asdict(tally) for name, tally in tallies.items()}
-    name = f"controls_{options.what}_{options.model}.json"
-    (options.out / name).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_json(options.out / f"controls_{options.what}_{options.model}.json",
+               {name: dataclasses.asdict(tally) for name, tally in tallies.items()})
     if options.plot:
         plot(tallies, options.plot)
 

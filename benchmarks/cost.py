@@ -11,7 +11,6 @@ a GPU, and on a CPU what its profiler counts of allocations.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import time
@@ -31,6 +30,7 @@ from ..blending.steps import Schedule
 from ..demo import files
 from ..hosts.adm import GuidedDiffusionUNet
 from ..hosts.diffusers_host import DiffusersHost
+from .options import Parser, processor
 
 
 def network(size: int, width: int) -> GuidedDiffusionUNet:
@@ -79,23 +79,21 @@ def timed(actions: dict[str, Callable[[], object]], rounds: int, device: str) ->
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench cost", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = Parser("cost", __doc__, device=True)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--clip", type=Path, default=files.CLIP)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--copies", default="1,4,16")
     parser.add_argument("--batches", default="1,4")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     device = options.device
     unet = network(options.size, options.width).to(device)
     host = DiffusersHost(unet, torch.cumprod(1 - unet.betas, 0), device=device)
     guide = load_clip_guide(options.clip, "auto", device, torch.float32)
     schedule = Schedule.respaced(host.train_sigmas, 100)
     index, plain = 50, BlendSettings()
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = processor(device)
     count = sum(p.numel() for p in unet.parameters()) / 1e6
     print(f"{where}; model {count:.1f} M parameters at {options.size} px, guide {guide.name} at {guide.image_size} px")
     print("time in units of a plain forward pass of the same batch; memory likewise\n")

@@ -10,9 +10,7 @@ first. Intervals are 95 % (Wilson). The background is compared after the paste, 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -36,6 +34,7 @@ from ..blending.sampler import blended_diffusion
 from ..blending.settings import PRESETS, BlendSettings, preset_settings
 from ..demo import files, judge, world
 from ..hosts.diffusers_host import DiffusersHost
+from .options import Parser, add_json
 
 logger = logging.getLogger(__name__)
 
@@ -209,22 +208,15 @@ def contact_sheet(rows: list, path: Path, zoom: int = 2) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench edits", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("edits", __doc__)
     table = variants()
     parser.add_argument("--cases", type=int, default=48)
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--variants", default="method", help=f"of {', '.join(table)}; all for all of them")
     parser.add_argument("--model", choices=("prior", "text"), default="prior")
     parser.add_argument("--guide", choices=("demo", "reader", "both"), default="demo", help="which of the demo CLIPs guides")
-    parser.add_argument("--out", type=Path, default=Path("bench_output"))
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args(arguments)
-    names = list(table) if options.variants == "all" else options.variants.split(",")
-    if unknown := set(names) - set(table):
-        parser.error(f"unknown variant {', '.join(sorted(unknown))}; choose of {', '.join(table)}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parser.read(arguments)
+    names = parser.names(options.variants, table, "variant")
     bench, chosen, results = Bench(options.model, options.guide), cases(options.cases), {}
     run = options.model if options.guide == "demo" else f"{options.model}_{options.guide}"
     print("| variant | ranked best | 95 % | single | 95 % | shape | colour | max background Δ |\n|---|---|---|---|---|---|---|---|")
@@ -236,9 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
         first, last = result["single_interval"]
         print(f"| {name} | {result['ranked']:.2f} | {low:.2f}–{high:.2f} | {result['single']:.2f} | {first:.2f}–{last:.2f} "
               f"| {result['shape']:.2f} | {result['colour']:.2f} | {result['background_max_abs']} |", flush=True)
-        path = options.out / f"edits_{run}.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps({**known, **results}, indent=2) + "\n", encoding="utf-8")
+        add_json(options.out / f"edits_{run}.json", results)
 
 
 if __name__ == "__main__":

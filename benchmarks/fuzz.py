@@ -4,15 +4,14 @@
 
 Every case is drawn from its number alone: size (33 to 1,024 pixels, ratios 1:4 to 4:1), batch, channels (grey, RGB,
 RGBA), number format of picture and model, mask (hard, soft, ramp, tiny, several parts, at the border, dots, full,
-empty, of another size), window, context, shrinking, guidance, sampler, candidates. The model is mostly a small pixel
-prior of random weights, else the demo's prior, or its latent model at a small working size. A case fails when a value
-outside the mask differs by a bit, when alpha does, when a result is not finite, or when an error is raised that is no
-message to the user.
+empty, of another size), window, context, shrinking, guidance, text guard, matching of the border, sampler,
+candidates. The model is mostly a small pixel prior of random weights, else the demo's prior, or its latent model at a
+small working size. A case fails when a value outside the mask differs by a bit, when alpha does, when a result is not
+finite, or when an error is raised that is no message to the user.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import logging
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 
 from ..demo import files
 from ..run import find_comfyui
+from .options import Parser
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ def draw(number: int) -> Case:
         "blend": bool(rng.uniform() < 0.85), "background_level": str(rng.choice(["next", "current"])),
         "guided_input": str(rng.choice(["x0", "mixed"])),
         "window": str(rng.choice(["off", "auto", "on"])), "context": float(rng.choice([0.0, 0.25, 0.5, 2.0])),
-        "shrink": str(rng.choice(["off", "auto", "on"])),
+        "shrink": str(rng.choice(["off", "auto", "on"])), "text_guard": float(rng.choice([0.0, 0.0, 0.5])),
+        "match_border": bool(rng.uniform() < 0.8),
         "resolution": LATENT_RESOLUTION if latent else int(rng.choice([0, 0, 24, 40])),
     }  # fmt: skip
     return Case(
@@ -244,15 +245,10 @@ def run_case(case: Case) -> tuple[str, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="bench fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("fuzz", __doc__)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parser.read(arguments)
     path = find_comfyui(clone=False)
     if path is None:
         parser.error("ComfyUI is needed: set COMFYUI_PATH, or use python run.py test once")

@@ -11,8 +11,6 @@ published loop's, less 0.1 dB.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from ..attention_swap.null_text import NullTextSettings
 from ..attention_swap.steps import StepReport
 from ..demo import files, world
 from ..hosts.attention_diffusers import DiffusersTextHost
+from .options import Parser, processor, write_json
 
 SEED = 4_300_000
 VARIANTS = {
@@ -44,15 +43,12 @@ def psnr(one: Tensor, two: Tensor) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench inversion", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("inversion", __doc__, device=True)
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg", default="1,3,7.5")
     parser.add_argument("--model", type=Path, default=files.TEXT)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="writes the figures as JSON too")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     scales = [float(value) for value in options.cfg.split(",")]
     rows: dict[tuple[float, str], list[dict[str, float]]] = {}
     bounds = []
@@ -69,16 +65,15 @@ def main(arguments: list[str] | None = None) -> None:
                     measured = measure(host, picture, latent, method, optimiser, options.steps)
                     rows.setdefault((cfg, name), []).append(measured)
         print(f"{len(bounds)} of {options.count} pictures", flush=True)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = processor(options.device)
     bound = statistics.mean(bounds)
     print(f"\n{where}; {options.count} pictures, {options.steps} steps; VAE's round trip {bound:.2f} dB\n")
     print("| cfg | method | PSNR | below the bound, mean (worst) | reached | forward | backward | runs | time |\n"
           "|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for (cfg, name), measured in rows.items():
         print(row(cfg, name, measured, rows.get((cfg, REFERENCE)), bounds))
-    if options.out:
-        figures = {f"{name}, cfg {cfg:g}": measured for (cfg, name), measured in rows.items()}
-        options.out.write_text(json.dumps({"bound": bounds, **figures}, indent=1), encoding="utf-8")
+    figures = {f"{name}, cfg {cfg:g}": measured for (cfg, name), measured in rows.items()}
+    write_json(options.out / "inversion.json", {"bound": bounds, **figures})
 
 
 def measure(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import statistics
 from pathlib import Path
@@ -31,10 +30,13 @@ from ..blending.shrink import dilate
 from ..demo import files, judge, world
 from ..hosts.diffusers_host import DiffusersHost
 from .edits import METHOD, Bench, cases
+from .options import Parser, write_json
 
 logger = logging.getLogger(__name__)
 
 NEAR = 4
+SHOWN = 10
+"""Cases on the sheet."""
 INVISIBLE = 2 / 255
 """A step that nobody sees, of a picture's range of 2: on a flat ground any step would be infinitely many times as large."""
 
@@ -75,8 +77,19 @@ def seam(picture: Tensor, mask: Tensor) -> float:
     return float((torch.cat(across).mean() + INVISIBLE) / (torch.cat(beside).mean() + INVISIBLE))
 
 
+def sheet(columns: list[dict[str, Tensor]], path: Path, zoom: int = 2) -> None:
+    """A column per case, a row per kind of picture."""
+    from PIL import Image
+
+    rows = [torch.cat([column[kind] for column in columns], dim=-1) for kind in columns[0]]
+    pixels = to_8_bit(((torch.cat(rows, dim=-2) + 1) / 2).permute(0, 2, 3, 1) + 1e-4)[0]
+    made = Image.fromarray(pixels)
+    made.resize((made.width * zoom, made.height * zoom), Image.NEAREST).save(path)
+
+
 def seams(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    bench, settings = Bench("text"), dataclasses.replace(METHOD, steps=options.steps, start=options.steps // 4)
+    bench, columns = Bench("text"), []
+    settings = dataclasses.replace(METHOD, steps=options.steps, start=options.steps // 4)
     kinds: dict[str, list[tuple[float, bool]]] = {"source": [], "pasted": [], "matched": []}
     for number, case in enumerate(cases(options.cases)):
         picture, mask = as_picture(case.scene)
@@ -91,11 +104,13 @@ def seams(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             "source": picture, "pasted": exact_paste(picture, made, mask),
             "matched": exact_paste(picture, match_border(picture, made, mask), mask),
         }  # fmt: skip
+        columns.append(outcomes)
         for kind, outcome in outcomes.items():
             shown = to_8_bit(((outcome + 1) / 2).permute(0, 2, 3, 1) + 1e-4)[0]
             finding = judge.judge(shown, mask[0, 0].bool().numpy())
             kinds[kind].append((seam(outcome, mask), finding.shape == case.shape and finding.palette == case.colour))
         logger.info("case %d/%d: %s", number + 1, options.cases, {kind: rows[-1] for kind, rows in kinds.items()})
+    sheet(columns[:SHOWN], options.out / "latent_seams.png")
     return {
         kind: {
             "seam": statistics.median(value for value, _ in rows),
@@ -106,17 +121,11 @@ def seams(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="bench latent_seams", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("latent_seams", __doc__)
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--cases", type=int, default=8)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--out", type=Path, default=Path("bench_output"))
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parser.read(arguments)
     result: dict[str, dict] = {"drift": drift(DiffusersHost.from_pipeline(files.TEXT), options.pictures)}
     found = result["drift"]
     print(f"drift outside the mask, of 255: mean {found['mean']:.2f}, largest {found['largest']:.1f}; after the paste "
@@ -126,8 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("| picture | seam | success |\n|---|---|---|")
         for kind, values in result["seams"].items():
             print(f"| {kind} | {values['seam']:.2f} | {values['success']:.2f} |", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "latent_seams.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(options.out / "latent_seams.json", result)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,30 @@
 """How good are the demo models? The figures of their model cards.
 
-    python run.py bench models [--only clip,judge,lpips,vae,prior,text] [--count 512]
+    python run.py bench models [--only clip,reader,judge,lpips,vae,prior,text] [--count 512]
 
 All on scenes that no training saw. Pictures that a model made are judged by the judge network and the palette.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..blending.guide import load_clip_guide
+from ..blending.guide import ClipGuide, load_clip_guide
 from ..demo import files, judge, world
+from .options import Parser, write_json
 
 SEED = 4_000_000
 
 
-def unseen(count: int) -> tuple[list[world.Scene], Tensor]:
-    """Scenes with one object, and their pictures [count, 3, H, W] in -1..1."""
-    scenes = [scene for scene, _ in zip(world.scenes(SEED, 1), range(count))]
+def unseen(count: int, written: float = 0.0) -> tuple[list[world.Scene], Tensor]:
+    """Scenes with one object, which is a word in the share `written` of them, and their pictures [count, 3, H, W] in
+    -1..1."""
+    scenes = list(itertools.islice(world.scenes(SEED, 1, written), count))
     pixels = np.stack([world.draw(scene) for scene in scenes])
     return scenes, torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -36,11 +37,34 @@ def uint8(pictures: Tensor) -> np.ndarray:
     return ((pictures.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().permute(0, 2, 3, 1).numpy()
 
 
-@torch.no_grad()
 def clip(count: int) -> dict:
+    return zero_shot(load_clip_guide(files.CLIP, "auto", "cpu", torch.float32), count)
+
+
+@torch.no_grad()
+def reader(count: int) -> dict:
+    """As `clip`, and of words written in place of objects: whether "a red star" fits the word, and whether "the word red
+    star" fits it better, and the star less well."""
+    guide = load_clip_guide(files.READER, "auto", "cpu", torch.float32)
+    scenes, pictures = unseen(count, written=0.5)
+    things = [scene.things[0] for scene in scenes]
+    images = torch.cat([guide.embed_image(part) for part in pictures.split(64)])
+    names = [(s, c) for s in world.SHAPES for c in world.COLOURS]
+    best = (images @ guide.embed_text([f"a {c} {s}" for s, c in names]).T).argmax(1).tolist()
+    plain, as_word = (
+        (images * guide.embed_text([form.format(f"{t.colour} {t.shape}") for t in things])).sum(1)
+        for form in ("a {}", "the word {}")
+    )
+    return zero_shot(guide, count) | {
+        "words": {"read": share(names[i] == (t.shape, t.colour) for i, t in zip(best, things) if t.written),
+                  "told from objects": share((lead > 0) == t.written for lead, t in zip(as_word - plain, things))},
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def zero_shot(guide: ClipGuide, count: int) -> dict:
     """Zero-shot accuracy among 256 sentences from "a red circle" to "a pink checked moon": whole picture, and the
     object alone on grey."""
-    guide = load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
     scenes, pictures = unseen(count)
     masks = torch.from_numpy(np.stack([world.edit_mask(scene) for scene in scenes]))[:, None].float()
     results = {}
@@ -153,19 +177,16 @@ def lpips(count: int) -> dict:
     return {name: share((distance(mild) < distance(strong)).tolist()) for name, (mild, strong) in pairs.items()}
 
 
-MEASURES = {"clip": clip, "judge": judges, "lpips": lpips, "vae": vae, "prior": prior, "text": text}
+MEASURES = {"clip": clip, "reader": reader, "judge": judges, "lpips": lpips, "vae": vae, "prior": prior, "text": text}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench models", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("models", __doc__)
     parser.add_argument("--only", default=",".join(MEASURES))
     parser.add_argument("--count", type=int, default=512)
-    parser.add_argument("--out", type=Path, default=Path("bench_output"))
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     results = {}
-    for name in options.only.split(","):
+    for name in parser.names(options.only, MEASURES, "model"):
         results[name] = MEASURES[name](options.count)
         print(name, json.dumps(results[name]), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "models.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(options.out / "models.json", results)

@@ -11,7 +11,6 @@ network, the colour by the palette. "nothing" is the share of choices in which t
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..blending.report import to_8_bit
 from ..demo import judge, world
 from .applications import GROUNDS, to_tensor
 from .edits import Bench, cases, variants, wilson
+from .options import Parser
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +92,11 @@ def candidates(count: int, each: int, path: Path) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench ranking", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("ranking", __doc__)
     parser.add_argument("--cases", type=int, default=48)
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--saved", type=Path, default=Path("bench_output/candidates.npz"))
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parser.read(arguments)
     pictures = candidates(options.cases, options.candidates, options.saved)
     from ..blending.guide import load_clip_guide
     from ..demo import files

@@ -10,11 +10,9 @@ world object, a subject's outline in other colours, and its colours in an outlin
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,9 +20,10 @@ from torch import Tensor
 
 from ..demo import files, judge, world
 from ..demo.subject_judge import identify
-from ..demo.subjects import SUBJECTS, Subject, coverage, draw_with, paint
+from ..demo.subjects import SUBJECTS, Subject, draw_with, paint
 from ..demo.training.subjects import other_tones, over, side_of
 from .models import share, uint8
+from .options import Parser, write_json
 
 SEED = 5_100_000
 
@@ -96,16 +95,13 @@ def measure(count: int) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench subjects", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("subjects", __doc__)
     parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("bench_output"))
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     results = measure(options.count)
     for name, figures in results.items():
         print(name, json.dumps(figures), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "subjects.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(options.out / "subjects.json", results)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +39,7 @@ from ..demo import files
 from ..hosts.attention import AttentionCall, FeatureCall
 from ..hosts.attention_diffusers import DiffusersTextHost
 from .cost import peak_memory
+from .options import Parser, processor, write_json
 from .quiet import quiet
 
 SOURCE, TARGET = "a red star on a mint background", "a blue dotted moon on a mint background"
@@ -276,9 +275,7 @@ MEASURES = {"runs": runs, "tokens": tokens}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench swap_cost", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = Parser("swap_cost", __doc__, device=True)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--only", default=",".join(MEASURES))
     parser.add_argument("--width", type=int, default=64, help="of the first level; SD 1.x has 320")
@@ -287,22 +284,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", default="16,32,64,128", help="of the latents, for growth with tokens")
     parser.add_argument("--most_materialised", type=int, default=1024, help="tokens to which maps are materialised")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="writes the figures as JSON too")
-    options = parser.parse_args(arguments)
-    names = options.only.split(",")
-    if unknown := set(names) - set(MEASURES):
-        parser.error(f"unknown measure {', '.join(sorted(unknown))}; choose of {', '.join(MEASURES)}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    options = parser.read(arguments)
+    names = parser.names(options.only, MEASURES, "measure")
+    where = processor(options.device)
     print(where, flush=True)
     with quiet(capture.__module__):  # a line about the tape for every run
         results = {name: MEASURES[name](options, options.device, DTYPES[options.dtype]) for name in names}
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"where": where, "dtype": options.dtype, **results}, indent=1) + "\n",
-                               encoding="utf-8")  # fmt: skip
+    write_json(options.out / "swap_cost.json", {"where": where, "dtype": options.dtype, **results})
 
 
 if __name__ == "__main__":

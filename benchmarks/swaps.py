@@ -21,9 +21,7 @@ source alone.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -44,6 +42,7 @@ from ..demo import files, judge, world
 from ..hosts.attention_diffusers import DiffusersTextHost
 from ..hosts.diffusers_host import load_pipeline
 from .edits import wilson
+from .options import Parser, write_json
 from .quiet import quiet
 
 logger = logging.getLogger(__name__)
@@ -392,8 +391,7 @@ def plot(lines: dict[str, dict[float, list[Judged]]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench swaps", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("swaps", __doc__, device=True)
     parser.add_argument("--cases", type=int, help="64, with --sweep 24")
     parser.add_argument("--steps", type=int, default=20, help="50 as published")
     parser.add_argument("--cfg", type=float, default=5.0)
@@ -401,16 +399,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", default=",".join(COMPARED), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--sweep", action="store_true", help="each λ by itself instead of methods")
     parser.add_argument("--uncorrected", action="store_true", help="with --sweep: no corrections of the target's steps")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("bench_output"))
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args(arguments)
-    names = options.methods.split(",")
-    if unknown := set(names) - set(METHODS):
-        parser.error(f"unknown method {', '.join(sorted(unknown))}; choose of {', '.join(METHODS)}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parser.read(arguments)
+    names = parser.names(options.methods, METHODS, "method")
     chosen = cases(options.cases or (24 if options.sweep else 64))
     bench = Bench(chosen, options.steps, options.cfg, options.device, options.inversion)
     settled = {"cases": len(chosen), "steps": options.steps, "cfg": options.cfg, "inversion": options.inversion}
@@ -456,10 +446,6 @@ def run_sweep(bench: Bench, chosen: Sequence[Case], corrected: bool, settled: di
     write_json(out / f"{stem}.json", {
         **settled, "corrected": corrected, "sweep": {name: summary(ones) for name, ones in named.items()},
     })
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

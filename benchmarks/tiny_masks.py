@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +31,7 @@ from ..blending.shrink import shrink_for
 from ..blending.window import window_for
 from ..demo import judge, world
 from .edits import FIRST_SCENE_SEED, METHOD, Bench, Case, contact_sheet, wilson
+from .options import Parser, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -99,22 +98,14 @@ def run(bench: Bench, variant: str, side: int, options: argparse.Namespace) -> d
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="bench tiny_masks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("tiny_masks", __doc__)
     parser.add_argument("--cases", type=int, default=16)
     parser.add_argument("--candidates", type=int, default=2)
     parser.add_argument("--sides", default="6,8,10", help="sides of the masks in pixels of a 64 pixel picture")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--out", type=Path, default=Path("bench_output"))
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args(arguments)
-    names = options.variants.split(",")
-    if unknown := set(names) - set(VARIANTS):
-        parser.error(f"unknown variant {', '.join(sorted(unknown))}; choose of {', '.join(VARIANTS)}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parser.read(arguments)
+    names = parser.names(options.variants, VARIANTS, "variant")
     bench, results = Bench("prior"), {}
     print("| mask | variant | colour | 95 % | colour and shape | max background Δ | s |\n|---|---|---|---|---|---|---|")
     for side in map(int, options.sides.split(",")):
@@ -123,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
             low, high = result["interval"]
             print(f"| {side} px | {name} | {result['colour']:.2f} | {low:.2f}–{high:.2f} | {result['shape']:.2f} | "
                   f"{result['background_max_abs']} | {result['seconds']:.0f} |", flush=True)  # fmt: skip
-    (options.out / "tiny_masks.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(options.out / "tiny_masks.json", results)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ prompt, and with the guard by its lead over the written words.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from ..blending.report import to_8_bit
 from ..demo import judge, world
 from ..demo.training.words import FOLDER
 from .edits import METHOD, Bench, Case, Variant, cases, contact_sheet, wilson
+from .options import Parser, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -82,25 +81,19 @@ def run(bench: Bench, guard: float, chosen: list[Case], candidates: int) -> dict
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench written_words", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("written_words", __doc__)
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--guards", default="0,0.25,0.5,1", help="weights of the text guard")
     parser.add_argument("--prior", type=Path, default=Path.home() / ".cache" / "blendswap" / "training" / FOLDER,
                         help="folder of the prior that draws words (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("bench_output"))
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     if not options.prior.is_dir():
         parser.error(f"there is no prior that draws words in {options.prior}: make it with python run.py train words")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     found, mistaken = check_of_the_judge()
     print(f"of drawn words {found:.2f} are found, of drawn objects {mistaken:.2f} are taken for words\n")
     print("| text_guard | good | 95 % | words | 95 % | ranked: good | ranked: words | max background Δ |\n" + "|---" * 8 + "|")
     bench, chosen, results = Bench("prior", "reader", options.prior), cases(options.cases), []
-    options.out.mkdir(parents=True, exist_ok=True)
     for guard in map(float, options.guards.split(",")):
         result = run(bench, guard, chosen, options.candidates)
         contact_sheet(result.pop("rows"), options.out / f"written_words_{guard:g}.png")
@@ -110,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"| {guard:g} | {result['good'] / count:.2f} | {intervals[0]} | {result['words'] / count:.2f} | {intervals[1]} "
               f"| {result['first_good'] / total:.2f} | {result['first_word'] / total:.2f} "
               f"| {result['background_max_abs']} |", flush=True)
-        (options.out / "written_words.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(options.out / "written_words.json", results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import judge, world
 from .judge import NONE

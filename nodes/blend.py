@@ -15,7 +15,7 @@ from .convert import paste_into, to_bchw
 from .inputs import LARGEST_SEED, dial, match_border_input, text_conditioning
 from .guides import RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
 from .report import NONE, load_perceptual, lpips_choices
-from .sockets import AugmentIO, BlendRegionsIO, ClipGuideIO, GuideScheduleIO
+from .sockets import AugmentIO, ClipGuideIO
 
 if TYPE_CHECKING:
     from ..blending.augment import ExtendingAugmentations

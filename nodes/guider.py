@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from .convert import mask_for, paste_into, to_bchw
 from .guides import RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
 from .inputs import dial, match_border_input, text_conditioning
-from .sockets import AugmentIO, BlendRegionsIO, ClipGuideIO, GuideScheduleIO
+from .sockets import AugmentIO, ClipGuideIO
 
 if TYPE_CHECKING:
     from ..blending.augment import ExtendingAugmentations

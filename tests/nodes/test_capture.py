@@ -14,7 +14,6 @@ pytestmark = pytest.mark.needs_comfy
 
 
 def test_a_made_up_source_is_the_picture_that_a_stock_sampler_makes(kit):
-    import comfy.samplers
     from nodes import common_ksampler
 
     positive, negative = kit.prompts()[0], kit.prompts("", "")[0]
