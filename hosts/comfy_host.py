@@ -165,8 +165,9 @@ def training_size(model: Any) -> int | None:
 
 
 def native_size(model: Any) -> int:
-    """The size in pixels that a MODEL makes pictures of: a prior's own, of a latent model its family's."""
-    own, network = training_size(model), model.model
+    """The size in pixels that a MODEL makes pictures of: its own where it says so, else its family's."""
+    network = model.model
+    own = training_size(model) or getattr(network, "native_size", None)
     if own is not None:
         return own
     if isinstance(network, (comfy.model_base.SDXL, comfy.model_base.SDXLRefiner)):

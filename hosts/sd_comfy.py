@@ -113,7 +113,8 @@ def load_demo_text_model(
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """Open a diffusers folder of a small Stable Diffusion (unet, text_encoder, tokenizer, vae, scheduler).
 
-    Returns ComfyUI's MODEL, CLIP and VAE, fit for gradients even if called under torch.inference_mode.
+    Returns ComfyUI's MODEL, CLIP and VAE, fit for gradients even if called under torch.inference_mode. The MODEL's
+    network has `native_size`, the side in pixels of the pictures it was trained on.
     Raises FileNotFoundError for a file that is missing and ValueError for a model that ComfyUI's networks
     cannot hold, naming the file and the setting.
     """
@@ -126,6 +127,7 @@ def load_demo_text_model(
         model = _load_unet(
             folder / "unet", _read_json(folder / "scheduler" / "scheduler_config.json"), latent_format
         )
+        model.model.native_size = model.model.model_config.unet_config["image_size"] * vae.spacial_compression_decode()
         clip = _load_clip(folder / "text_encoder", folder / "tokenizer")
     return model, clip, vae
 

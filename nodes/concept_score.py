@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 from torch.nn import functional as F
 
-from .concept_training import Reference, gathered, picture_size, reference_inputs
+from .concept_training import Reference, gathered, reference_inputs
 from .convert import to_bchw
 from .inputs import LARGEST_SEED, running_node
 from .invert import say
@@ -73,6 +73,7 @@ class ConceptScore(io.ComfyNode):
         references=None,
     ) -> io.NodeOutput:
         from ..concepts.score import score_concept
+        from ..hosts.comfy_host import native_size
 
         given = gathered(images, masks, references)
         for name, words in (("prompt", prompt), ("class_prompt", class_prompt)):
@@ -84,7 +85,7 @@ class ConceptScore(io.ComfyNode):
             "class before": (base_model, base_clip, class_prompt),
         }
         node_id = running_node(cls)
-        size = size or picture_size(model, vae)
+        size = size or native_size(model)
         made = _sampled(kinds, vae, samples, steps, cfg, size, seed, node_id)
         guide = scorer.load()
         with torch.no_grad():

@@ -248,10 +248,11 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
     from ..blending.plot import loss_plot
     from ..concepts.references import prepare
     from ..concepts.trainer import make_class_pictures
+    from ..hosts.comfy_host import native_size
     from ..hosts.comfy_learner import concept_state, open_learner
 
     settings, prior = training.settings, training.settings.prior_weight > 0
-    size = training.size or picture_size(model, vae)
+    size = training.size or native_size(model)
     precision = _precision(training.precision, model.load_device)
     checkpoint = _Checkpoint(training)
     progress = _Progress(training.class_images if prior else 0, settings.steps, node_id)
@@ -285,17 +286,6 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
         checkpoint.finish()
     report = facts.report(result, progress, [written, *checkpoint.said])
     return Trained(state, file, to_bhwc(previews), loss_plot(result.history(), f"{training.kind}: {file.stem}"), report)
-
-
-def picture_size(model: Any, vae: Any) -> int:
-    """The side in pixels of the pictures that a MODEL was trained on."""
-    from ..hosts.comfy_host import native_size
-    from ..hosts.sd_comfy import SmallDiffusionConfig
-
-    config = model.model.model_config
-    if isinstance(config, SmallDiffusionConfig):
-        return config.unet_config["image_size"] * vae.spacial_compression_decode()
-    return native_size(model)
 
 
 def _precision(choice: str, device: torch.device) -> str:

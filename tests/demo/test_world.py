@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -93,6 +94,26 @@ def test_a_seed_gives_the_same_scenes_again_and_another_seed_others():
     assert first == again
     assert not set(first) & set(other)
     assert all((world.draw(a) == world.draw(b)).all() for a, b in zip(first, again))
+
+
+def test_words_take_the_place_of_objects_and_nothing_else_differs():
+    drawn, mixed = (list(itertools.islice(world.scenes(3_000_000, written=share), 200)) for share in (0, 0.5))
+    pairs = [(a, b) for one, other in zip(drawn, mixed) for a, b in zip(one.things, other.things)]
+    assert all(dataclasses.replace(b, written=False) == a for a, b in pairs)
+    assert 0.4 < sum(b.written for _, b in pairs) / len(pairs) < 0.6
+    assert [one.ground for one in drawn] == [other.ground for other in mixed]
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_a_written_object_is_ink_of_its_colour_along_a_line_within_its_edit_mask(shape: str):
+    thing = dataclasses.replace(scene(shape, "blue", "striped").things[0], written=True)
+    one = world.Scene(world.Ground("plain", "white", 0), (thing,))
+    ink = world.coverage(thing) > 0.99
+    assert ink.any() and np.abs(world.draw(one)[ink].astype(int) - world.COLOURS["blue"]).max() <= 3
+    assert not ((world.coverage(thing) > 0.05) & ~world.edit_mask(one)).any()
+    across, along = np.sqrt(np.linalg.eigvalsh(np.cov(np.argwhere(world.coverage(thing) > 0.5).T)))
+    assert across < 0.45 * along
+    assert thing.caption() == f"blue word {shape}"
 
 
 def test_the_number_of_objects_is_the_one_asked_for():

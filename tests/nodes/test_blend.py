@@ -377,6 +377,15 @@ def test_a_picture_of_the_models_size_is_worked_on_as_a_whole_unless_a_window_is
     assert_kept_outside(image, images, small)
 
 
+def test_a_window_of_a_latent_model_is_worked_at_the_size_that_the_model_knows(sample, kit):
+    image, mask = random_image(100, 130), torch.zeros(1, 100, 130)
+    mask[:, 30:60, 40:70] = 1
+    empty = kit.prompts("", "")[0]
+    images, _, _, summary = sample(image, mask, model=kit.model, vae=kit.vae, positive=empty, negative=empty)
+    assert "window of 60×60 pixels at (25, 15) of 130×100, worked at 64×64, enlarged 1.07 times" in summary
+    assert_kept_outside(image, images, mask)
+
+
 def test_each_picture_of_a_batch_has_a_window_of_its_own_around_all_parts_of_its_mask(sample):
     image, masks = random_image(160, 160, batch=2), torch.zeros(2, 160, 160)
     masks[0, :20, :20] = 1
