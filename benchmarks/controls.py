@@ -1,7 +1,7 @@
 """What the controls of an edit cost and give: several regions in one pass, and what makes guidance cheaper.
 
     python run.py bench controls regions [--cases 24] [--candidates 4]
-    python run.py bench controls speed [--cases 24] [--candidates 4] [--model prior|text] [--plot FILE]
+    python run.py bench controls speed [--cases 24] [--candidates 4] [--model prior|text] [--only WAYS] [--plot FILE]
 
 "regions": scenes with two objects, both replaced, in one pass or by one run per mask, the second on the first one's
 result. "speed": the full method against `direct`, guidance at every n-th step, curves of its weight, and for the text
@@ -142,8 +142,8 @@ def compare_regions(count: int, candidates: int) -> dict[str, Tally]:
     return tallies
 
 
-def compare_speed(count: int, candidates: int, model: str) -> dict[str, Tally]:
-    bench, table = Bench(model), speed_variants(model)
+def compare_speed(count: int, candidates: int, model: str, names: list[str]) -> dict[str, Tally]:
+    bench, table = Bench(model), {name: way for name, way in speed_variants(model).items() if name in names}
     tallies = {name: Tally() for name in table}
     for number, case in enumerate(cases(count)):
         for name, variant in table.items():
@@ -194,12 +194,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--model", choices=("prior", "text"), default="prior", help="for speed")
+    parser.add_argument("--only", default="all", help="ways to compare for speed, the first of them the unit")
     parser.add_argument("--plot", type=Path, help="where to draw time against success")
     options = parser.read(arguments)
     if options.what == "regions":
         tallies = compare_regions(options.cases, options.candidates)
     else:
-        tallies = compare_speed(options.cases, options.candidates, options.model)
+        names = parser.names(options.only, speed_variants(options.model), "way")
+        tallies = compare_speed(options.cases, options.candidates, options.model, names)
     unit = next(iter(tallies.values())).seconds
     lines = [tally.row(name, unit) for name, tally in tallies.items()]
     print("| way | time | success | 95 % | max background Δ |\n|---|---|---|---|---|\n" + "\n".join(lines))

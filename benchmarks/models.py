@@ -43,8 +43,8 @@ def clip(count: int) -> dict:
 
 @torch.no_grad()
 def reader(count: int) -> dict:
-    """As `clip`, and of words written in place of objects: whether "a red star" fits the word, and whether "the word red
-    star" fits it better, and the star less well."""
+    """As `clip`, and of words written in place of objects: how often "a red star" fits the word best; and of all pairs of a
+    word and an object the share in which the lead of "the word red star" over "a red star" is larger for the word."""
     guide = load_clip_guide(files.READER, "auto", "cpu", torch.float32)
     scenes, pictures = unseen(count, written=0.5)
     things = [scene.things[0] for scene in scenes]
@@ -55,9 +55,11 @@ def reader(count: int) -> dict:
         (images * guide.embed_text([form.format(f"{t.colour} {t.shape}") for t in things])).sum(1)
         for form in ("a {}", "the word {}")
     )
+    written = np.array([thing.written for thing in things])
+    lead = (as_word - plain).numpy()
     return zero_shot(guide, count) | {
         "words": {"read": share(names[i] == (t.shape, t.colour) for i, t in zip(best, things) if t.written),
-                  "told from objects": share((lead > 0) == t.written for lead, t in zip(as_word - plain, things))},
+                  "told from objects": share((lead[written][:, None] > lead[~written]).flatten())},
     }  # fmt: skip
 
 

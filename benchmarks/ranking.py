@@ -1,12 +1,13 @@
 """Which order of the candidates puts a good one first? Published and own rankings, on the same saved candidates.
 
-    python run.py bench ranking [--cases 48] [--candidates 8] [--saved bench_output/candidates.npz]
+    python run.py bench ranking [--cases 48] [--candidates 8] [--saved FILE] [--scorer demo|reader|both]
 
 The candidates are those of `bench edits --variants method`. They are made once and saved after every case; a run that
 was stopped goes on where it was. Each ranking then chooses one of n candidates, for n of 2, 4 and all (the candidates
 are divided into groups of n), and the judge, which took no part, says whether it shows what was asked: the shape by its
-network, the colour by the palette. "nothing" is the share of choices in which the judge finds no object. "wins" and
-"losses" count the cases in which, of all candidates, only this ranking's or only the published one's choice is good.
+network, the colour by the palette. The published ranking asks the CLIP that guided, the others --scorer. "nothing" is
+the share of choices in which the judge finds no object. "wins" and "losses" count the cases in which, of all
+candidates, only this ranking's or only the published one's choice is good.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..blending.ranking import RankWeights, rank
 from ..blending.report import to_8_bit
 from ..demo import judge, world
 from .applications import GROUNDS, to_tensor
-from .edits import Bench, cases, variants, wilson
+from .edits import Bench, cases, demo_guide, variants, wilson
 from .options import Parser
 
 logger = logging.getLogger(__name__)
@@ -95,13 +96,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("ranking", __doc__)
     parser.add_argument("--cases", type=int, default=48)
     parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--scorer", choices=("demo", "reader", "both"), default="demo",
+                        help="which of the demo CLIPs ranks; demo has guided the candidates")
     parser.add_argument("--saved", type=Path, default=Path("bench_output/candidates.npz"))
     options = parser.read(arguments)
     pictures = candidates(options.cases, options.candidates, options.saved)
-    from ..blending.guide import load_clip_guide
-    from ..demo import files
-
-    guide = load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
+    guide = demo_guide("demo")
+    scorer = guide if options.scorer == "demo" else demo_guide(options.scorer)
     chosen = cases(options.cases)
     masks = [world.edit_mask(case.scene) for case in chosen]
     findings = [[judge.judge(picture, mask) for picture in each] for each, mask in zip(pictures, masks)]
@@ -121,7 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
             for number, (each, mask, case) in enumerate(zip(pictures, masks, chosen)):
                 mask = torch.from_numpy(mask)[None, None].float()
                 for start in range(0, options.candidates - n + 1, n):
-                    order = ranking(to_tensor(each[start : start + n]), mask, case.prompt, guide)
+                    asked = guide if ranking is published else scorer
+                    order = ranking(to_tensor(each[start : start + n]), mask, case.prompt, asked)
                     first.append((number, start + order[0]))
             rates.append(np.array([good[place] for place in first]))
         empty = np.mean([nothing[place] for place in first])

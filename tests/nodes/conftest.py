@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -95,6 +97,33 @@ def half_mask(size: int = 64) -> torch.Tensor:
     mask = torch.zeros(1, size, size)
     mask[..., : size // 2] = 1
     return mask
+
+
+@pytest.fixture
+def interrupted(comfy, monkeypatch) -> Callable[[], AbstractContextManager]:
+    """A context in which ComfyUI is told to interrupt at the second guided step, and has to."""
+
+    @contextmanager
+    def at_the_second_step():
+        import comfy.model_management as management
+
+        from blendswap.blending import sampler as core
+
+        calls, real = [], core._guided_prediction
+
+        def interrupting(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                management.interrupt_current_processing(True)
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(core, "_guided_prediction", interrupting)
+            with pytest.raises(management.InterruptProcessingException):
+                yield
+        assert len(calls) == 2
+
+    return at_the_second_step
 
 
 @pytest.fixture(scope="module")
