@@ -50,6 +50,24 @@ def test_the_template_browser_lists_every_workflow_with_a_thumbnail(any_server):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_node_lies_on_another_or_sticks_out_of_its_group(name):
+    title = 30
+    workflow = read(name)
+    boxes = {}
+    for node in workflow["nodes"]:
+        (x, y), (width, height) = node["pos"], node["size"]
+        boxes[f"{node['type']} {node['id']}"] = (x, y - title, width, title + (not node["flags"].get("collapsed")) * height)
+    for (one, (x, y, width, height)), (other, (left, top, wide, high)) in itertools.combinations(boxes.items(), 2):
+        apart = x + width <= left or left + wide <= x or y + height <= top or top + high <= y
+        assert apart, f"{one} lies on {other}"
+    for group in workflow["groups"]:
+        left, top, wide, high = group["bounding"]
+        for node, (x, y, width, height) in boxes.items():
+            if left <= x and x + width <= left + wide and top <= y < top + high:
+                assert y + height <= top + high, f"{node} sticks out of {group['title']}"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_link_joins_sockets_of_one_type_as_the_nodes_declare_them(any_server, name):
     info, workflow = any_server.object_info(), read(name)
     nodes = {node["id"]: node for node in workflow["nodes"]}
