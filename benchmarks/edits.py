@@ -62,6 +62,7 @@ class Variant:
     copies: int = 8
     prompted: bool = True
     text_guard: float = 0.0
+    negative: str = ""  # prompt, with {} where the case's stands
     same: bool = False  # asks for what is already there
 
 
@@ -145,7 +146,11 @@ class Bench:
         return exact_paste(picture, made, masks), source, mask
 
     def terms(self, case: Case, variant: Variant) -> tuple[Term, ...]:
-        return terms_for(self.guide, case.prompt, text_guard=variant.text_guard) if variant.prompted else ()
+        if not variant.prompted:
+            return ()
+        return terms_for(
+            self.guide, case.prompt, variant.negative.replace("{}", case.prompt), text_guard=variant.text_guard
+        )
 
     def run(self, variant: Variant, chosen: list[Case], candidates: int) -> dict:
         found = {"shape": 0, "colour": 0, "pattern_solid": 0, "both": 0, "ranked": 0, "ranked_shape": 0}

@@ -58,7 +58,8 @@ def reader(count: int) -> dict:
     written = np.array([thing.written for thing in things])
     lead = (as_word - plain).numpy()
     return zero_shot(guide, count) | {
-        "words": {"read": share(names[i] == (t.shape, t.colour) for i, t in zip(best, things) if t.written),
+        "words": {"similarity of a word, of an object": [round(float(plain[kind].mean()), 3) for kind in (written, ~written)],
+                  "read": share(names[i] == (t.shape, t.colour) for i, t in zip(best, things) if t.written),
                   "told from objects": share((lead[written][:, None] > lead[~written]).flatten())},
     }  # fmt: skip
 

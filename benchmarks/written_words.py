@@ -1,14 +1,15 @@
 """Does the text guard keep a guide from being satisfied with written words (the typographic attack)?
 
     python run.py train words
-    python run.py bench written_words [--cases 24] [--candidates 4] [--guards 0,0.25,0.5,1]
+    python run.py bench written_words [--cases 24] [--candidates 4] [--guards 0,0.5,1,negative]
 
 The guide is the demo reader, which takes the word STAR for a star as CLIPs that learned from the web do; the prior is
 one that draws words as readily as objects (the first command makes it). The cases are those of `bench edits`. A
 candidate succeeds when the judge network finds the asked shape and the palette the asked colour. It shows a word where
 the ink within the mask lies along a line, as letters do and none of the objects: the spread across is less than
 `FLAT` of the spread along. Neither judge took part. "ranked" is the candidate that the reader ranks first, by the plain
-prompt, and with the guard by its lead over the written words.
+prompt, and with the guard by its lead over the written words. "negative" has the written words as negative prompt instead
+of the guard.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from ..blending.ranking import rank
-from ..blending.regions import written
+from ..blending.regions import WRITTEN, written
 from ..blending.report import to_8_bit
 from ..demo import judge, world
 from ..demo.training.words import FOLDER
@@ -34,6 +35,7 @@ INK = 50
 """Least difference between the largest and the smallest channel of what is painted; the grounds are paler."""
 LEAST = 12
 """Pixels of ink below which there is nothing to tell."""
+NEGATIVE = "negative"
 CHECKED = 400
 CHECK_SEED = 3_900_000
 
@@ -58,9 +60,9 @@ def check_of_the_judge() -> tuple[float, float]:
     return float(np.mean(found[True])), float(np.mean(found[False]))
 
 
-def run(bench: Bench, guard: float, chosen: list[Case], candidates: int) -> dict:
+def run(bench: Bench, guard: str, chosen: list[Case], candidates: int) -> dict:
     good, words, first_good, first_word, worst, rows = 0, 0, 0, 0, 0, []
-    variant = Variant(METHOD, text_guard=guard)
+    variant = Variant(METHOD, negative="\n".join(WRITTEN)) if guard == NEGATIVE else Variant(METHOD, text_guard=float(guard))
     for number, case in enumerate(chosen):
         made, source, mask = bench.edit(case, variant, [number * 1000 + i for i in range(candidates)])
         pictures = to_8_bit(((made + 1) / 2).permute(0, 2, 3, 1) + 1e-4)
@@ -68,13 +70,13 @@ def run(bench: Bench, guard: float, chosen: list[Case], candidates: int) -> dict
         success = [f.shape == case.shape and f.palette == case.colour for f in findings]
         word = [is_word(picture, mask) for picture in pictures]
         scores = rank(made, torch.from_numpy(mask)[None, None].float(), case.prompt, bench.guide,
-                      contrasts=written(case.prompt) if guard else ())
+                      contrasts=() if guard == "0" else written(case.prompt))
         order = [score.index for score in scores]
         good, words = good + sum(success), words + sum(word)
         first_good, first_word = first_good + success[order[0]], first_word + word[order[0]]
         worst = max(worst, int(np.abs(pictures.astype(int) - source)[:, ~mask].max()))
         rows.append((case, source, pictures[order], [success[i] for i in order]))
-        logger.info("guard %g, case %d/%d: %s, %d good, %d words", guard, number + 1, len(chosen), case.prompt,
+        logger.info("guard %s, case %d/%d: %s, %d good, %d words", guard, number + 1, len(chosen), case.prompt,
                     sum(success), sum(word))
     return {"guard": guard, "cases": len(chosen), "candidates": candidates, "good": good, "words": words,
             "first_good": first_good, "first_word": first_word, "background_max_abs": worst, "rows": rows}
@@ -84,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("written_words", __doc__)
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--candidates", type=int, default=4)
-    parser.add_argument("--guards", default="0,0.25,0.5,1", help="weights of the text guard")
+    parser.add_argument("--guards", default=f"0,0.5,1,{NEGATIVE}", help=f"weights of the text guard, and {NEGATIVE}")
     parser.add_argument("--prior", type=Path, default=Path.home() / ".cache" / "blendswap" / "training" / FOLDER,
                         help="folder of the prior that draws words (default %(default)s)")
     options = parser.read(arguments)
@@ -94,13 +96,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"of drawn words {found:.2f} are found, of drawn objects {mistaken:.2f} are taken for words\n")
     print("| text_guard | good | 95 % | words | 95 % | ranked: good | ranked: words | max background Δ |\n" + "|---" * 8 + "|")
     bench, chosen, results = Bench("prior", "reader", options.prior), cases(options.cases), []
-    for guard in map(float, options.guards.split(",")):
+    for guard in options.guards.split(","):
         result = run(bench, guard, chosen, options.candidates)
-        contact_sheet(result.pop("rows"), options.out / f"written_words_{guard:g}.png")
+        contact_sheet(result.pop("rows"), options.out / f"written_words_{guard}.png")
         results.append(result)
         count, total = len(chosen) * options.candidates, len(chosen)
         intervals = ["{:.2f}–{:.2f}".format(*wilson(result[name], count)) for name in ("good", "words")]
-        print(f"| {guard:g} | {result['good'] / count:.2f} | {intervals[0]} | {result['words'] / count:.2f} | {intervals[1]} "
+        print(f"| {guard} | {result['good'] / count:.2f} | {intervals[0]} | {result['words'] / count:.2f} | {intervals[1]} "
               f"| {result['first_good'] / total:.2f} | {result['first_word'] / total:.2f} "
               f"| {result['background_max_abs']} |", flush=True)
         write_json(options.out / "written_words.json", results)
