@@ -1,6 +1,6 @@
 """Does it edit, and does it keep? Blended Diffusion on the demo world, judged by what took no part.
 
-    python run.py bench edits [--cases 48] [--candidates 8] [--variants method,no_guidance,...] [--guide demo|reader|both]
+    python run.py bench edits [--cases 48] [--candidates 8] [--variants method,no_guidance,...] [--guide both]
 
 Every case is a scene that no model has seen, a box over its object, and a sentence that asks for another shape in
 another colour. A candidate succeeds when the judge network finds the asked shape and the palette the asked colour in
@@ -219,7 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--variants", default="method", help=f"of {', '.join(table)}; all for all of them")
     parser.add_argument("--model", choices=("prior", "text"), default="prior")
-    parser.add_argument("--guide", choices=("demo", "reader", "both"), default="demo", help="which of the demo CLIPs guides")
+    parser.add_argument("--guide", choices=("demo", "reader", "both"), default="demo",
+                        help="which of the demo CLIPs guides")
     options = parser.read(arguments)
     names = parser.names(options.variants, table, "variant")
     bench, chosen, results = Bench(options.model, options.guide), cases(options.cases), {}

@@ -43,8 +43,9 @@ def clip(count: int) -> dict:
 
 @torch.no_grad()
 def reader(count: int) -> dict:
-    """As `clip`, and of words written in place of objects: how often "a red star" fits the word best; and of all pairs of a
-    word and an object the share in which the lead of "the word red star" over "a red star" is larger for the word."""
+    """As `clip`, and of words written in place of objects: how often "a red star" fits the word best; and of all pairs
+    of a word and an object the share in which the lead of "the word red star" over "a red star" is larger for the
+    word."""
     guide = load_clip_guide(files.READER, "auto", "cpu", torch.float32)
     scenes, pictures = unseen(count, written=0.5)
     things = [scene.things[0] for scene in scenes]
@@ -58,7 +59,8 @@ def reader(count: int) -> dict:
     written = np.array([thing.written for thing in things])
     lead = (as_word - plain).numpy()
     return zero_shot(guide, count) | {
-        "words": {"similarity of a word, of an object": [round(float(plain[kind].mean()), 3) for kind in (written, ~written)],
+        "words": {"similarity of a word": round(float(plain[written].mean()), 3),
+                  "of an object": round(float(plain[~written].mean()), 3),
                   "read": share(names[i] == (t.shape, t.colour) for i, t in zip(best, things) if t.written),
                   "told from objects": share((lead[written][:, None] > lead[~written]).flatten())},
     }  # fmt: skip

@@ -24,14 +24,17 @@ def match_border(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:
 
     Between the ring's pixels the difference is filled in by push and pull over an image pyramid (Gortler et al. 1996:
     The Lumigraph, section 3.4), which comes close to a membrane's: details inside stay, tone and colour meet the
-    surroundings. Outside the mask nothing changes, nor where the mask leaves nothing around it to compare with.
+    surroundings. Outside the mask nothing changes, nor where the mask leaves nothing around it to compare with. What is
+    not finite there does not count.
 
     source, result: [1 or B, 3, H, W] and [B, 3, H, W] in -1..1. mask: [1 or B, 1, H, W] in 0..1; the region is where it is
     above 0.
     """
     region = (mask > 0).to(result)
     difference = source.to(result) - result
-    ring = dilate(region, RING) - region
+    known = torch.isfinite(difference).all(dim=1, keepdim=True)
+    difference = torch.where(known, difference, 0)
+    ring = (dilate(region, RING) - region) * known
     unlike = (difference / 2).square().sum(dim=1, keepdim=True) / TOLERANCE**2
     weight = ring * torch.exp(-unlike)
     filled = _pull_and_push(difference * weight, weight.expand(len(result), -1, -1, -1))

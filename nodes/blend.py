@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 
 from .convert import paste_into, to_bchw
 from .inputs import LARGEST_SEED, dial, match_border_input, text_conditioning
-from .guides import RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
+from .guides import GUARDS_NOTHING, RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
 from .report import NONE, load_perceptual, lpips_choices
 from .sockets import AugmentIO, ClipGuideIO
 
@@ -267,6 +267,10 @@ class _Job:
         self.multiple = comfy_host.size_multiple(model, vae)
         # Without blending the background is not the source's, so what differs around the mask is no drift.
         self.match_border = match_border and settings.blend and comfy_host.is_latent(vae)
+        if self.match_border:
+            self.said.append("match_border: what the autoencoder changed around the mask is taken out inside")
+        if text_guard > 0 and not self.prompted:
+            self.said.append(GUARDS_NOTHING)
         self.resolution = resolution or comfy_host.training_size(model)
         self.native_size = resolution or comfy_host.native_size(model)
         self.window, self.context, self.shrink, self.text_guard = window, context, shrink, text_guard

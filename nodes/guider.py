@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from .convert import mask_for, paste_into, to_bchw
-from .guides import RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
+from .guides import GUARDS_NOTHING, RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
 from .inputs import dial, match_border_input, text_conditioning
 from .sockets import AugmentIO, ClipGuideIO
 
@@ -101,6 +101,8 @@ class CLIPBlendGuider(io.ComfyNode):
         )
         augment = augment or ExtendingAugmentations()
         requests = (RegionRequest(mask, prompt, negative_prompt, guide_image=guide_image), *regions)
+        if text_guard > 0 and not any(request.prompt.strip() for request in requests):
+            logger.warning("CLIPBlendGuider: %s.", GUARDS_NOTHING)
         # A GUIDER outlives this call's inference mode, and its tensors take part in gradients.
         with torch.inference_mode(False), torch.no_grad():
             source = to_bchw(image.clone())

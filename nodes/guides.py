@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST_GUIDES = 4
 CURVES = ("constant", "early", "falling")
+GUARDS_NOTHING = "text_guard does nothing: no region has a prompt that could be written"
 
 
 def negative_prompt_input(**settings) -> Any:

@@ -38,7 +38,8 @@ ANY = -1
 class Kind:
     """What is special about one of the CLIPs: the pictures it learns from and its size.
 
-    `name` is that of its folder, `architecture` what it calls itself in reports. `written` is the share of objects that are words, `said` how often a caption says which of the two it is.
+    `name` is that of its folder, `architecture` what it calls itself in reports. `written` is the share of objects that
+    are words, `said` how often a caption says which of the two it is.
     """
 
     name: str
@@ -68,9 +69,10 @@ class Kind:
         return compact_vocabulary(words)
 
 
-GUIDE = Kind("clip", "demo", image_size=world.SIZE, embed_dim=128, vision_width=20, text_width=128, text_layers=2, seed=11)
-READER = Kind("reader", "demo_reader", image_size=96, embed_dim=96, vision_width=10, text_width=64, text_layers=1, seed=13,
-              written=0.4, said=0.3)
+GUIDE = Kind("clip", "demo", image_size=world.SIZE, embed_dim=128, vision_width=20, text_width=128, text_layers=2,
+             seed=11)
+READER = Kind("reader", "demo_reader", image_size=96, embed_dim=96, vision_width=10, text_width=64, text_layers=1,
+              seed=13, written=0.4, said=0.3)
 
 
 def attributes(scene: world.Scene) -> np.ndarray:

@@ -58,6 +58,15 @@ def test_an_object_that_reaches_across_the_border_is_not_wiped_out():
     assert (matched - result)[inside].abs().max() < 0.02
 
 
+def test_what_is_not_finite_around_the_mask_does_no_harm():
+    picture, mask = source(), box()
+    result = picture + 0.1
+    result[..., 8:10, 14:20] = float("nan")
+    matched = match_border(picture, result, mask)
+    inside = (mask > 0).expand_as(picture)
+    torch.testing.assert_close(matched[inside], picture[inside], rtol=0, atol=1e-4)
+
+
 def test_without_anything_around_it_a_region_stays():
     result = source()
     whole = torch.ones(1, 1, HEIGHT, WIDTH)

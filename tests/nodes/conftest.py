@@ -139,6 +139,20 @@ def parts(comfy):
         return model, adm_comfy.pixel_space_vae(), guide
 
 
+@pytest.fixture
+def other(parts):
+    """A second CLIP, of the same vocabulary, another size of vectors and random weights."""
+    from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip
+    from blendswap.demo.training.clip import GUIDE
+    from blendswap.hosts.comfy_guide import ComfyGuide
+
+    tokenizer = CompactTokenizer(GUIDE.vocabulary(), context_length=16)
+    torch.manual_seed(3)
+    with torch.inference_mode():
+        model = build_demo_clip(GUIDE.model_config(tokenizer.vocab_size) | {"embed_dim": 24})
+        return ComfyGuide.wrap(ClipGuide(model, tokenizer, "other"))
+
+
 @pytest.fixture(scope="module")
 def kit(comfy) -> Kit:
     from blendswap.nodes.demo import DemoModelLoader

@@ -109,10 +109,12 @@ def test_an_edit_of_a_latent_model_leaves_no_seam_and_one_of_a_prior_has_none_to
     latent = dict(model=kit.model, vae=kit.vae, positive=empty, negative=empty, guidance=30.0)
     seams, made = {}, {}
     for match in (False, True):
-        made[match], *_ = sample(image, mask, match_border=match, **latent)
+        made[match], _, _, summary = sample(image, mask, match_border=match, **latent)
+        assert ("taken out inside" in summary) == match
         assert_kept_outside(image, made[match], mask)
         seams[match] = seam_visibility(to_bchw(made[match].clone()), mask[None]).item()
     assert not torch.equal(made[False], made[True]) and seams[True] < seams[False]
+    assert "taken out inside" not in sample(image, mask, blend=False, **latent)[3]
     of_the_prior = [sample(image, mask, match_border=match)[0] for match in (False, True)]
     assert torch.equal(*of_the_prior)
 
@@ -146,17 +148,9 @@ def test_a_seed_gives_the_same_candidate_in_every_batch_size(sample):
     assert (together[0] - together[1]).abs().max() > 10
 
 
-def test_candidates_come_best_first_by_the_scorer(sample, parts):
-    from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip
-    from blendswap.demo.training.clip import model_config, vocabulary
-    from blendswap.hosts.comfy_guide import ComfyGuide
-
-    tokenizer = CompactTokenizer(vocabulary(), context_length=16)
-    config = model_config(tokenizer.vocab_size) | {"embed_dim": 24}  # another embedding size than the guide's
-    torch.manual_seed(3)
-    scorer = ComfyGuide.wrap(ClipGuide(build_demo_clip(config), tokenizer, "other"))
+def test_candidates_come_best_first_by_the_scorer(sample, other):
     image, mask = scene_image()
-    _, scores, _, _ = sample(image, mask, candidates=4, scorer=scorer)
+    _, scores, _, _ = sample(image, mask, candidates=4, scorer=other)
     assert "ranked by other" in scores
     combined = [float(line.split()[-1]) for line in scores.splitlines()[1:5]]
     assert combined == sorted(combined, reverse=True) and len(set(combined)) > 1

@@ -16,20 +16,6 @@ def run(node, **inputs):
 
 
 @pytest.fixture
-def other(parts):
-    """A second CLIP, of the same vocabulary, another size of vectors and random weights."""
-    from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip
-    from blendswap.demo.training.clip import GUIDE
-    from blendswap.hosts.comfy_guide import ComfyGuide
-
-    tokenizer = CompactTokenizer(GUIDE.vocabulary(), context_length=16)
-    torch.manual_seed(3)
-    with torch.inference_mode():
-        model = build_demo_clip(GUIDE.model_config(tokenizer.vocab_size) | {"embed_dim": 24})
-        return ComfyGuide.wrap(ClipGuide(model, tokenizer, "other"))
-
-
-@pytest.fixture
 def sample(parts):
     from blendswap.blending.augment import ExtendingAugmentations
     from blendswap.nodes.blend import CLIPBlendSampler
@@ -141,6 +127,11 @@ def test_the_text_guard_pushes_away_from_the_written_prompt_and_the_candidates_h
         again = score(to_bchw(images.clone()), mask[None].clone(), "a red star", parts[2].load(), contrasts=contrasts)
     printed = [float(number) for line in scores.splitlines()[1:3] for number in line.split()[2:4]]
     assert printed == pytest.approx([term for one in again for term in (one.region, one.whole)], abs=2e-4)
+
+
+def test_a_text_guard_without_a_prompt_is_told_of(sample):
+    assert "text_guard does nothing" in sample(box(16, 48), negative_prompt="a blue ring", text_guard=0.5)[3]
+    assert "text_guard does nothing" not in sample(box(16, 48), "a red star", text_guard=0.5)[3]
 
 
 def test_a_guide_for_one_region_alone(sample, other):
