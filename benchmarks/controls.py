@@ -1,12 +1,13 @@
 """What the controls of an edit cost and give: several regions in one pass, and what makes guidance cheaper.
 
     python run.py bench controls regions [--cases 24] [--candidates 4]
-    python run.py bench controls speed [--cases 24] [--candidates 4] [--model prior|text] [--only WAYS] [--plot FILE]
+    python run.py bench controls speed [--cases 24] [--candidates 4] [--model prior|text] [--side 1] [--only WAYS]
 
 "regions": scenes with two objects, both replaced, in one pass or by one run per mask, the second on the first one's
-result. "speed": the full method against `direct`, guidance at every n-th step, curves of its weight, and for the text
-model the decoding of a window. The judge that counts successes took no part. Times are seconds of processor time, so
-that other work on the machine does not count, each in units of the first way; the ways take turns case by case.
+result. "speed": the full method against `direct`, guidance at every n-th step, curves of its weight, for the text model
+the decoding of a window, and in pictures of several scenes (--side) the crop around the mask. The judge that counts
+successes took no part. Times are seconds of processor time, so that other work on the machine does not count, each in
+units of the first way; the ways take turns case by case.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Tally:
         )
 
 
-def speed_variants(model: str) -> dict[str, Variant]:
-    """The full method first, then what is to be cheaper or better than it."""
+def speed_variants(model: str, side: int = 1) -> dict[str, Variant]:
+    """The full method first, then what is to be cheaper or better than it, in pictures of `side` × `side` scenes."""
     change = dataclasses.replace
     settings = {
         "full": METHOD,
@@ -68,8 +69,11 @@ def speed_variants(model: str) -> dict[str, Variant]:
         "first_half": change(METHOD, schedule=GuideSchedule(end=0.5)),
     }
     if model == "text":
-        settings["window"] = change(METHOD, guide_decode="window")
-    return {name: Variant(made) for name, made in settings.items()}
+        settings["decode_window"] = change(METHOD, guide_decode="window")
+    ways = {name: Variant(made, side=side) for name, made in settings.items()}
+    if side > 1:
+        ways["crop"] = Variant(METHOD, side=side, window="on")
+    return ways
 
 
 def two_object_cases(count: int) -> list[tuple[Case, Case]]:
@@ -142,8 +146,8 @@ def compare_regions(count: int, candidates: int) -> dict[str, Tally]:
     return tallies
 
 
-def compare_speed(count: int, candidates: int, model: str, names: list[str]) -> dict[str, Tally]:
-    bench, table = Bench(model), {name: way for name, way in speed_variants(model).items() if name in names}
+def compare_speed(count: int, candidates: int, model: str, table: dict[str, Variant]) -> dict[str, Tally]:
+    bench = Bench(model)
     tallies = {name: Tally() for name in table}
     for number, case in enumerate(cases(count)):
         for name, variant in table.items():
@@ -195,17 +199,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--model", choices=("prior", "text"), default="prior", help="for speed")
     parser.add_argument("--only", default="all", help="ways to compare for speed, the first of them the unit")
+    parser.add_argument("--side", type=int, default=1, help="of the pictures in scenes, one of which is edited, for speed")
     parser.add_argument("--plot", type=Path, help="where to draw time against success")
     options = parser.read(arguments)
     if options.what == "regions":
         tallies = compare_regions(options.cases, options.candidates)
     else:
-        names = parser.names(options.only, speed_variants(options.model), "way")
-        tallies = compare_speed(options.cases, options.candidates, options.model, names)
+        ways = speed_variants(options.model, options.side)
+        names = parser.names(options.only, ways, "way")
+        chosen = {name: way for name, way in ways.items() if name in names}
+        tallies = compare_speed(options.cases, options.candidates, options.model, chosen)
     unit = next(iter(tallies.values())).seconds
     lines = [tally.row(name, unit) for name, tally in tallies.items()]
     print("| way | time | success | 95 % | max background Δ |\n|---|---|---|---|---|\n" + "\n".join(lines))
-    write_json(options.out / f"controls_{options.what}_{options.model}.json",
+    write_json(options.out / f"controls_{options.what}_{options.model}_{options.side}.json",
                {name: dataclasses.asdict(tally) for name, tally in tallies.items()})
     if options.plot:
         plot(tallies, options.plot)

@@ -11,6 +11,7 @@ first. Intervals are 95 % (Wilson). The background is compared after the paste, 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..blending.augment import ExtendingAugmentations
 from ..blending.canvas import Canvas
@@ -32,6 +34,7 @@ from ..blending.regions import Region, Term, terms_for
 from ..blending.report import to_8_bit
 from ..blending.sampler import blended_diffusion
 from ..blending.settings import PRESETS, BlendSettings, preset_settings
+from ..blending.window import window_for
 from ..demo import files, judge, world
 from ..hosts.diffusers_host import DiffusersHost
 from .options import Parser, add_json
@@ -39,6 +42,7 @@ from .options import Parser, add_json
 logger = logging.getLogger(__name__)
 
 FIRST_SCENE_SEED = 3_000_000
+CONTEXT = 0.5
 METHOD = BlendSettings(guidance=120.0, distance="spherical")
 """What the demo workflows use: the paper's 100 steps from 25, with what suits the small models."""
 
@@ -64,6 +68,8 @@ class Variant:
     text_guard: float = 0.0
     negative: str = ""  # prompt, with {} where the case's stands
     same: bool = False  # asks for what is already there
+    side: int = 1  # in scenes, of a larger picture whose first scene is the case's
+    window: str = "off"  # edit the part around the mask at the model's size; see `window_for`
 
 
 def variants() -> dict[str, Variant]:
@@ -129,12 +135,21 @@ class Bench:
         self.host = DiffusersHost.from_prior(prior) if model == "prior" else None
 
     def edit(self, case: Case, variant: Variant, seeds: list[int]) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Candidates [N, 3, H, W] in -1..1 after the paste, the source uint8, and the mask."""
+        """Candidates [N, 3, H, W] in -1..1 after the paste, the source uint8, and the mask; of a larger picture the case's
+        own scene."""
         source = world.draw(case.scene)
         mask = world.edit_mask(case.scene)
         picture = torch.from_numpy(source).permute(2, 0, 1)[None].float() / 127.5 - 1
         masks = torch.from_numpy(mask)[None, None].float()
-        canvas = Canvas.make(picture, masks, 8, None)
+        if variant.side > 1:
+            others = [world.draw(scene) for scene in itertools.islice(world.scenes(FIRST_SCENE_SEED), variant.side**2 - 1)]
+            tiles = np.stack([source, *others]).reshape(variant.side, variant.side, *source.shape)
+            whole = torch.from_numpy(np.concatenate(np.concatenate(tiles, axis=1), axis=1)).float() / 127.5 - 1
+            picture = whole.permute(2, 0, 1)[None]
+            room = world.SIZE * (variant.side - 1)
+            masks = F.pad(masks, (0, room, 0, room))
+        window = window_for(masks, variant.window, CONTEXT, world.SIZE)
+        canvas = Canvas.make(picture, masks, 8, None if window.whole else world.SIZE, window)
         augment = ExtendingAugmentations(copies=variant.copies)
         guidance = Guidance(
             variant.settings,
@@ -143,7 +158,7 @@ class Bench:
         )
         host = self.host or DiffusersHost.from_pipeline(files.TEXT, case.prompt, "", 4.0)
         made = canvas.restore(blended_diffusion(host, guidance, seeds, variant.settings))
-        return exact_paste(picture, made, masks), source, mask
+        return exact_paste(picture, made, masks)[..., :world.SIZE, :world.SIZE], source, mask
 
     def terms(self, case: Case, variant: Variant) -> tuple[Term, ...]:
         if not variant.prompted:
