@@ -74,10 +74,12 @@ def draw(number: int) -> Case:
         "blend": bool(rng.uniform() < 0.85), "background_level": str(rng.choice(["next", "current"])),
         "guided_input": str(rng.choice(["x0", "mixed"])),
         "window": str(rng.choice(["off", "auto", "on"])), "context": float(rng.choice([0.0, 0.25, 0.5, 2.0])),
-        "shrink": str(rng.choice(["off", "auto", "on"])), "text_guard": float(rng.choice([0.0, 0.0, 0.5])),
-        "match_border": bool(rng.uniform() < 0.8),
+        "shrink": str(rng.choice(["off", "auto", "on"])),
         "resolution": LATENT_RESOLUTION if latent else int(rng.choice([0, 0, 24, 40])),
     }  # fmt: skip
+    # From a stream of their own, so that what a number meant before they came stays.
+    later = np.random.default_rng((18, number))
+    inputs |= {"text_guard": float(later.choice([0.0, 0.0, 0.5])), "match_border": bool(later.uniform() < 0.8)}
     return Case(
         number, height, width, int(rng.choice([1, 1, 2])), int(rng.choice([1, 3, 3, 4])),
         str(rng.choice(["fp32", "fp32", "fp16", "bf16"])),
