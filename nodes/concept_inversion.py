@@ -56,6 +56,7 @@ class LearnConceptTextualInversion(io.ComfyNode):
         lr: float = 5e-4, size: int = 0, precision: str = "auto", gradient_checkpointing: bool = True,
         resume: bool = True, images=None, masks=None, references=None, **schedule,
     ) -> io.NodeOutput:
+        from ..blending.regions import lines
         from ..concepts.settings import TEMPLATES, TEXTUAL_INVERSION, prompts_for
         from ..hosts.comfy_learner import check_learnable, learned_model
         from ..hosts.concept_files import concept_name
@@ -67,11 +68,10 @@ class LearnConceptTextualInversion(io.ComfyNode):
         token = checked_token(clip, token)
         if not initial_word.strip():
             raise ValueError("initial_word is empty: give a word for what the subject is, such as 'dog'")
-        lines = [line.strip() for line in templates.splitlines() if line.strip()]
         learned = TokenVectors(token, initial_word.strip(), vectors)
         training = Training(
             "Textual Inversion", "embeddings", name, token, learned, pictures,
-            prompts_for(token, lines or TEMPLATES), settings_of(lr or TEXTUAL_INVERSION.lr, 0.0, schedule), size,
+            prompts_for(token, lines(templates) or TEMPLATES), settings_of(lr or TEXTUAL_INVERSION.lr, 0.0, schedule), size,
             precision, gradient_checkpointing, resume,
         )  # fmt: skip
         made = train(model, clip, vae, training, running_node(cls))
