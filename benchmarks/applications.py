@@ -36,17 +36,15 @@ from ..blending.augment import ExtendingAugmentations
 from ..blending.canvas import Canvas
 from ..blending.extend import extend_canvas
 from ..blending.guidance import Guidance
-from ..blending.guide import load_clip_guide
 from ..blending.paste import exact_paste
 from ..blending.ranking import rank
 from ..blending.regions import Region, terms_for
-from ..blending.report import to_8_bit
 from ..blending.sampler import blended_diffusion
 from ..blending.settings import BlendSettings
 from ..blending.window import Window, window_for
 from ..demo import files, judge, world
 from ..hosts.diffusers_host import DiffusersHost
-from .edits import METHOD, wilson
+from .edits import METHOD, as_pixels, demo_guide, wilson
 from .options import Parser, add_json
 
 logger = logging.getLogger(__name__)
@@ -259,7 +257,7 @@ def seam_ratio(picture: np.ndarray, mask: np.ndarray) -> float:
 
 class Bench:
     def __init__(self) -> None:
-        self.guide = load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
+        self.guide = demo_guide("demo")
         self.host = DiffusersHost.from_prior(files.PRIOR)
 
     def candidates(self, edit: Edit, settings: BlendSettings, seeds: list[int]) -> np.ndarray:
@@ -273,7 +271,7 @@ class Bench:
         made = canvas.restore(blended_diffusion(self.host, guidance, seeds, settings))
         pasted = exact_paste(picture, made, mask)
         order = [score.index for score in rank(pasted, mask, edit.prompt, self.guide, contrasts=edit.contrasts)]
-        return to_8_bit(((pasted[order] + 1) / 2).permute(0, 2, 3, 1) + 1e-4)
+        return as_pixels(pasted[order])
 
     def run(self, application: Application, count: int, candidates: int) -> tuple[dict, list]:
         """The figures, and a row (words, source, mask, result, success) per case for the sheet."""

@@ -447,11 +447,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--class_pictures", type=int, default=32, help="made for prior preservation")
     parser.add_argument("--class_samples", type=int, default=16, help="made to see what became of the class")
     options = parser.read(arguments)
-    names = list(SUBJECTS)[:int(options.subjects)] if options.subjects.isdigit() else options.subjects.split(",")
-    methods = options.methods.split(",")
-    for asked, known in ((names, SUBJECTS), (methods, METHODS)):
-        if unknown := set(asked) - set(known):
-            parser.error(f"unknown {', '.join(sorted(unknown))}; choose of {', '.join(known)}")
+    if options.subjects.isdigit():
+        names = list(SUBJECTS)[:int(options.subjects)]
+    else:
+        names = parser.names(options.subjects, SUBJECTS, "subject")
+    methods = parser.names(options.methods, METHODS, "method")
     folder = options.out / "concepts"
     folder.mkdir(parents=True, exist_ok=True)
     bench, made = Bench(options, folder), {}

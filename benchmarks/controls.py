@@ -26,12 +26,11 @@ from ..blending.augment import ExtendingAugmentations
 from ..blending.guidance import Guidance
 from ..blending.paste import exact_paste
 from ..blending.regions import Region, editable, terms_for
-from ..blending.report import to_8_bit
 from ..blending.sampler import blended_diffusion
 from ..blending.schedule import GuideSchedule
 from ..demo import files, judge, world
 from ..hosts.diffusers_host import DiffusersHost
-from .edits import METHOD, Bench, Case, Variant, cases, wilson
+from .edits import METHOD, Bench, Case, Variant, as_pixels, cases, wilson
 from .options import Parser, write_json
 
 logger = logging.getLogger(__name__)
@@ -96,10 +95,6 @@ def two_object_cases(count: int) -> list[tuple[Case, Case]]:
 
 def as_picture(source: Pictures) -> Tensor:
     return torch.from_numpy(source).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def as_pixels(made: Tensor) -> Pictures:
-    return to_8_bit(((made + 1) / 2).permute(0, 2, 3, 1) + 1e-4)
 
 
 class Regions:

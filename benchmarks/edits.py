@@ -15,6 +15,7 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,51 @@ def demo_guide(name: str) -> ClipGuide | CombinedGuide:
     return guides[0] if len(guides) == 1 else CombinedGuide([(guide, 1.0) for guide in guides])
 
 
+def as_pixels(made: Tensor) -> np.ndarray:
+    """Pictures [N, 3, H, W] in -1..1 as a PNG has them, uint8 [N, H, W, 3]."""
+    return to_8_bit(((made + 1) / 2).permute(0, 2, 3, 1) + 1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Judged candidates of a case, in the order they were made.
+
+    Attributes:
+        source: uint8 [H, W, 3].
+        pictures: uint8 [N, H, W, 3], after the paste.
+        order: candidates as ranked, best first.
+        background: largest difference outside the mask, in 8 bits.
+        seconds: of making them.
+    """
+
+    case: Case
+    source: np.ndarray
+    pictures: np.ndarray
+    findings: list[judge.Finding]
+    order: list[int]
+    background: int
+    seconds: float
+
+    @property
+    def shape(self) -> list[bool]:
+        """Whether the asked shape is there."""
+        return [finding.shape == self.case.shape for finding in self.findings]
+
+    @property
+    def colour(self) -> list[bool]:
+        """Whether the asked colour is there."""
+        return [finding.palette == self.case.colour for finding in self.findings]
+
+    @property
+    def success(self) -> list[bool]:
+        return [shape and colour for shape, colour in zip(self.shape, self.colour)]
+
+    @property
+    def row(self) -> tuple:
+        """For the contact sheet."""
+        return self.case, self.source, self.pictures[self.order], [self.success[index] for index in self.order]
+
+
 class Bench:
     """Edits with one model and one guide. `prior` is the folder of the pixel prior."""
 
@@ -167,6 +213,19 @@ class Bench:
             self.guide, case.prompt, variant.negative.replace("{}", case.prompt), text_guard=variant.text_guard
         )
 
+    def outcome(self, case: Case, variant: Variant, seeds: list[int], contrasts: Sequence[str] = ()) -> Outcome:
+        """The candidates of one case, judged, and ranked by the guide against `contrasts`."""
+        start = time.monotonic()
+        made, source, mask = self.edit(case, variant, seeds)
+        seconds = time.monotonic() - start
+        pictures = as_pixels(made)
+        where = torch.from_numpy(mask)[None, None].float()
+        scores = rank(made, where, case.prompt, self.guide, contrasts=contrasts)
+        return Outcome(
+            case, source, pictures, [judge.judge(picture, mask) for picture in pictures],
+            [score.index for score in scores], int(np.abs(pictures.astype(int) - source)[:, ~mask].max()), seconds,
+        )  # fmt: skip
+
     def run(self, variant: Variant, chosen: list[Case], candidates: int) -> dict:
         found = {"shape": 0, "colour": 0, "pattern_solid": 0, "both": 0, "ranked": 0, "ranked_shape": 0}
         worst, rows, seconds = 0, [], 0.0
@@ -174,26 +233,19 @@ class Bench:
             if variant.same:
                 thing = case.scene.things[0]
                 case = dataclasses.replace(case, shape=thing.shape, colour=thing.colour)
-            start = time.monotonic()
-            made, source, mask = self.edit(case, variant, [number * 1000 + i for i in range(candidates)])
-            seconds += time.monotonic() - start
-            pictures = to_8_bit(((made + 1) / 2).permute(0, 2, 3, 1) + 1e-4)
-            findings = [judge.judge(picture, mask) for picture in pictures]
-            shape = [f.shape == case.shape for f in findings]
-            colour = [f.palette == case.colour for f in findings]
-            both = [s and c for s, c in zip(shape, colour)]
-            order = [score.index for score in rank(made, torch.from_numpy(mask)[None, None].float(), case.prompt,
-                                                   self.guide)]
+            outcome = self.outcome(case, variant, [number * 1000 + i for i in range(candidates)])
+            shape, both, first = outcome.shape, outcome.success, outcome.order[0]
+            seconds += outcome.seconds
             found["shape"] += sum(shape)
-            found["colour"] += sum(colour)
-            found["pattern_solid"] += sum(f.pattern == "solid" for f in findings)
+            found["colour"] += sum(outcome.colour)
+            found["pattern_solid"] += sum(finding.pattern == "solid" for finding in outcome.findings)
             found["both"] += sum(both)
-            found["ranked"] += both[order[0]]
-            found["ranked_shape"] += shape[order[0]]
-            worst = max(worst, int(np.abs(pictures.astype(int) - source)[:, ~mask].max()))
-            rows.append((case, source, pictures[order], [both[i] for i in order]))
+            found["ranked"] += both[first]
+            found["ranked_shape"] += shape[first]
+            worst = max(worst, outcome.background)
+            rows.append(outcome.row)
             logger.info("case %d/%d: %s, %d of %d, ranked %s", number + 1, len(chosen), case.prompt, sum(both),
-                        candidates, "yes" if both[order[0]] else "no")
+                        candidates, "yes" if both[first] else "no")
         count = len(chosen) * candidates
         return {
             "cases": len(chosen), "candidates": candidates, "single": found["both"] / count,

@@ -23,13 +23,12 @@ from ..blending.augment import ExtendingAugmentations
 from ..blending.guidance import Guidance
 from ..blending.paste import exact_paste
 from ..blending.regions import Region, terms_for
-from ..blending.report import to_8_bit
 from ..blending.sampler import blended_diffusion
 from ..blending.seams import match_border
 from ..blending.shrink import dilate
 from ..demo import files, judge, world
 from ..hosts.diffusers_host import DiffusersHost
-from .edits import METHOD, Bench, cases
+from .edits import METHOD, Bench, as_pixels, cases
 from .options import Parser, write_json
 
 logger = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ def sheet(columns: list[dict[str, Tensor]], path: Path, zoom: int = 2) -> None:
     from PIL import Image
 
     rows = [torch.cat([column[kind] for column in columns], dim=-1) for kind in columns[0]]
-    pixels = to_8_bit(((torch.cat(rows, dim=-2) + 1) / 2).permute(0, 2, 3, 1) + 1e-4)[0]
+    pixels = as_pixels(torch.cat(rows, dim=-2))[0]
     made = Image.fromarray(pixels)
     made.resize((made.width * zoom, made.height * zoom), Image.NEAREST).save(path)
 
@@ -106,7 +105,7 @@ def seams(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         }  # fmt: skip
         columns.append(outcomes)
         for kind, outcome in outcomes.items():
-            shown = to_8_bit(((outcome + 1) / 2).permute(0, 2, 3, 1) + 1e-4)[0]
+            shown = as_pixels(outcome)[0]
             finding = judge.judge(shown, mask[0, 0].bool().numpy())
             kinds[kind].append((seam(outcome, mask), finding.shape == case.shape and finding.palette == case.colour))
         logger.info("case %d/%d: %s", number + 1, options.cases, {kind: rows[-1] for kind, rows in kinds.items()})

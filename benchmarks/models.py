@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..blending.guide import ClipGuide, load_clip_guide
+from ..blending.guide import ClipGuide
 from ..demo import files, judge, world
+from .edits import demo_guide
 from .options import Parser, write_json
 
 SEED = 4_000_000
@@ -38,7 +39,7 @@ def uint8(pictures: Tensor) -> np.ndarray:
 
 
 def clip(count: int) -> dict:
-    return zero_shot(load_clip_guide(files.CLIP, "auto", "cpu", torch.float32), count)
+    return zero_shot(demo_guide("demo"), count)
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def reader(count: int) -> dict:
     """As `clip`, and of words written in place of objects: how often "a red star" fits the word best; and of all pairs
     of a word and an object the share in which the lead of "the word red star" over "a red star" is larger for the
     word."""
-    guide = load_clip_guide(files.READER, "auto", "cpu", torch.float32)
+    guide = demo_guide("reader")
     scenes, pictures = unseen(count, written=0.5)
     things = [scene.things[0] for scene in scenes]
     images = torch.cat([guide.embed_image(part) for part in pictures.split(64)])

@@ -24,10 +24,9 @@ from ..blending.augment import ExtendingAugmentations
 from ..blending.fit import fit_to_square
 from ..blending.guide import ClipGuide
 from ..blending.ranking import RankWeights, rank
-from ..blending.report import to_8_bit
 from ..demo import judge, world
 from .applications import GROUNDS, to_tensor
-from .edits import Bench, cases, demo_guide, variants, wilson
+from .edits import Bench, as_pixels, cases, demo_guide, variants, wilson
 from .options import Parser
 
 logger = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ def candidates(count: int, each: int, path: Path) -> np.ndarray:
         path.parent.mkdir(parents=True, exist_ok=True)
         for number, case in list(enumerate(cases(count)))[len(made):]:
             results, *_ = bench.edit(case, variant, [number * 1000 + index for index in range(each)])
-            made.append(to_8_bit(((results + 1) / 2).permute(0, 2, 3, 1) + 1e-4))
+            made.append(as_pixels(results))
             np.savez(path, pictures=np.stack(made))
             logger.info("case %d/%d: %s", number + 1, count, case.prompt)
     return np.stack(made[:count])

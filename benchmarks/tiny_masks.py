@@ -25,19 +25,17 @@ from ..blending.canvas import Canvas
 from ..blending.guidance import Guidance
 from ..blending.paste import exact_paste
 from ..blending.regions import Region, terms_for
-from ..blending.report import to_8_bit
 from ..blending.sampler import blended_diffusion
 from ..blending.shrink import shrink_for
 from ..blending.window import window_for
 from ..demo import judge, world
-from .edits import FIRST_SCENE_SEED, METHOD, Bench, Case, contact_sheet, wilson
+from .edits import CONTEXT, FIRST_SCENE_SEED, METHOD, Bench, Case, as_pixels, contact_sheet, wilson
 from .options import Parser, write_json
 
 logger = logging.getLogger(__name__)
 
 VARIANTS = {"plain": ("off", "off"), "shrink": ("off", "on"), "window": ("on", "off"), "both": ("on", "on")}
 """By name: the modes of window and shrink."""
-CONTEXT = 0.5
 MULTIPLE = 8
 
 
@@ -80,7 +78,7 @@ def run(bench: Bench, variant: str, side: int, options: argparse.Namespace) -> d
     for number, (case, mask) in enumerate(cases(options.cases, side)):
         seeds = [number * 1000 + index for index in range(options.candidates)]
         made = edit(bench, case, mask, variant, seeds, options.steps)
-        pictures = to_8_bit(((made + 1) / 2).permute(0, 2, 3, 1) + 1e-4)
+        pictures = as_pixels(made)
         findings = [judge.judge(picture, mask) for picture in pictures]
         hits = [finding.palette == case.colour for finding in findings]
         colour += sum(hits)

@@ -18,12 +18,9 @@ import logging
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ..blending.ranking import rank
 from ..blending.regions import WRITTEN, written
-from ..blending.report import to_8_bit
-from ..demo import judge, world
+from ..demo import world
 from ..demo.training.words import FOLDER
 from .edits import METHOD, Bench, Case, Variant, cases, contact_sheet, wilson
 from .options import Parser, write_json
@@ -64,18 +61,14 @@ def run(bench: Bench, guard: str, chosen: list[Case], candidates: int) -> dict:
     good, words, first_good, first_word, worst, rows = 0, 0, 0, 0, 0, []
     variant = Variant(METHOD, negative="\n".join(WRITTEN)) if guard == NEGATIVE else Variant(METHOD, text_guard=float(guard))
     for number, case in enumerate(chosen):
-        made, source, mask = bench.edit(case, variant, [number * 1000 + i for i in range(candidates)])
-        pictures = to_8_bit(((made + 1) / 2).permute(0, 2, 3, 1) + 1e-4)
-        findings = [judge.judge(picture, mask) for picture in pictures]
-        success = [f.shape == case.shape and f.palette == case.colour for f in findings]
-        word = [is_word(picture, mask) for picture in pictures]
-        scores = rank(made, torch.from_numpy(mask)[None, None].float(), case.prompt, bench.guide,
-                      contrasts=() if guard == "0" else written(case.prompt))
-        order = [score.index for score in scores]
+        contrasts = () if guard == "0" else written(case.prompt)
+        outcome = bench.outcome(case, variant, [number * 1000 + i for i in range(candidates)], contrasts)
+        success, first = outcome.success, outcome.order[0]
+        word = [is_word(picture, world.edit_mask(case.scene)) for picture in outcome.pictures]
         good, words = good + sum(success), words + sum(word)
-        first_good, first_word = first_good + success[order[0]], first_word + word[order[0]]
-        worst = max(worst, int(np.abs(pictures.astype(int) - source)[:, ~mask].max()))
-        rows.append((case, source, pictures[order], [success[i] for i in order]))
+        first_good, first_word = first_good + success[first], first_word + word[first]
+        worst = max(worst, outcome.background)
+        rows.append(outcome.row)
         logger.info("guard %s, case %d/%d: %s, %d good, %d words", guard, number + 1, len(chosen), case.prompt,
                     sum(success), sum(word))
     return {"guard": guard, "cases": len(chosen), "candidates": candidates, "good": good, "words": words,
