@@ -36,13 +36,13 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 
-PREFERRED = "0.8.0"
-FLOOR = "0.3.64"
-REPOSITORY = "https://github.com/comfyanonymous/ComfyUI.git"
+PREFERRED = "0.33.0"
+FLOOR = "0.8.0"
+REPOSITORY = "https://github.com/Comfy-Org/ComfyUI.git"
 
 # These three are built for one another, and their own requirements do not say so: torch 2.15 with
 # torchaudio 2.11, the last one, fails on import. Raise the limits together, after trying.
-TORCH = ("torch>=2.6,<2.15", "torchvision>=0.21,<0.30", "torchaudio>=2.6,<2.12")
+TORCH = ("torch>=2.7,<2.15", "torchvision>=0.22,<0.30", "torchaudio>=2.7,<2.12")
 # peft is for concept learning outside of ComfyUI alone, which tests and benchmarks do.
 TOOLS = ("pytest>=8,<10", "setuptools>=77", "peft>=0.14,<1")
 

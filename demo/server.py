@@ -119,7 +119,7 @@ class ComfyServer:
         return self.get_json("/object_info" + (f"/{urllib.parse.quote(node_type)}" if node_type else ""))
 
     def version(self) -> str:
-        """ComfyUI's version, as in ``0.8.0``."""
+        """ComfyUI's version, as in ``0.33.0``."""
         return self.get_json("/system_stats")["system"]["comfyui_version"]
 
     # -- prompts

@@ -12,7 +12,7 @@ LARGEST_SEED = 2**64 - 1
 
 
 def dial(made: Any) -> Any:
-    """Marks an input as one for those who look under "advanced"; 0.3.64 has no argument for it."""
+    """Marks an input as one for those who look under "advanced"; 0.8.0 has no argument for it."""
     made.extra_dict["advanced"] = True
     return made
 
