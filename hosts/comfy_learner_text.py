@@ -114,12 +114,14 @@ class _Taught:
             text = _pattern(word).sub(lambda _, word=word: f" {IDENTIFIER}{word} ", text)
         return super().tokenize_with_weights(text, *args, **kwargs)
 
-    def _try_get_embedding(self, embedding_name: str) -> tuple[Tensor | None, str]:
+    def _try_get_embedding(self, embedding_name: str) -> tuple[Any, ...]:
+        """The embedding first, the text behind its name last. What is between is ComfyUI's, and grows with its versions."""
+        _, *between, _ = found = super()._try_get_embedding(embedding_name)
         name, *others = embedding_name.split()
         for word, vectors in self.concepts.items():
             if name.lower() == word.lower():
-                return vectors, " ".join(others)
-        return super()._try_get_embedding(embedding_name)
+                return vectors, *between, " ".join(others)
+        return found
 
 
 def taught(tokenizer: Any, token: str, vectors: Mapping[str, Tensor]) -> Any:

@@ -324,7 +324,9 @@ class _Progress:
             pixels = (to_bhwc(report.preview)[0] * 255).round().to(torch.uint8).numpy()
             shown = ("JPEG", Image.fromarray(pixels), PREVIEW_SIDE)
         say(self.node_id, f"step {report.step} of {report.total}, loss {self._mean:.3g}")
-        self.bar.update_absolute(self.class_images + report.step, preview=shown)  # raises where interrupted
+        self.bar.update_absolute(self.class_images + report.step, preview=shown)
+        # The bar looks for an interrupt only when it sends something, which is not at every step.
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
     def pictures(self, learner: ComfyLearner, prompt: str, references: PreparedReferences, seed: int) -> Tensor:
         """The previews [N, 3, H, W] in -1..1, the last of the finished concept."""

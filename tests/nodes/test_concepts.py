@@ -161,15 +161,18 @@ def test_references_of_several_sizes_and_masks_are_taken_together(kit, dreamboot
 
 
 def interrupting(monkeypatch, at: int) -> None:
-    """The progress bar's hook raises at step `at`, as the one of ComfyUI's server does."""
+    """The user presses interrupt while step `at` is made."""
     import comfy.model_management
     import comfy.utils
 
-    def hook(value, total, preview, **_):
-        if value == at:
-            raise comfy.model_management.InterruptProcessingException
+    real = comfy.utils.ProgressBar.update_absolute
 
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    def update(self, value, *arguments, **named):
+        if value == at:
+            comfy.model_management.interrupt_current_processing(True)
+        real(self, value, *arguments, **named)
+
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", update)
 
 
 @pytest.mark.parametrize("node", ["dreambooth", "inversion"])
