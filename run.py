@@ -3,6 +3,7 @@
 
     python run.py demo      edit pictures in a real ComfyUI and judge the result
     python run.py comfyui   start ComfyUI with this pack and its workflows
+    python run.py check     try everything for a few minutes on your own device and ComfyUI; writes a report
     python run.py test      run the tests
     python run.py bench     measure time and memory
     python run.py train     train the demo models again
@@ -21,6 +22,7 @@ if sys.version_info < (3, 10):
 import argparse
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -422,6 +424,38 @@ def comfyui(options: argparse.Namespace, extra: list[str]) -> int:
         return server.process.wait()
 
 
+def check(options: argparse.Namespace, extra: list[str]) -> int:
+    comfy = _need_comfyui(options.comfyui)
+    if not _runs_comfyui():
+        python = ensure_venv(comfy)
+        arguments = [python, ROOT / "run.py", "check", "--out", Path(options.out).absolute(), *extra]
+        return _child(arguments, {"COMFYUI_PATH": str(comfy), **pages_environment(python, comfy)})
+    say(f"Python {sys.version.split()[0]} in {sys.prefix}")
+    module = _imported("blendswap.demo.check")
+    try:
+        return module.run_checks(comfy, Path(sys.executable), {}, Path(options.out).absolute(), extra)
+    except (module.ServerDied, RuntimeError, TimeoutError) as error:
+        raise SetupError(str(error)) from error
+
+
+def _runs_comfyui() -> bool:
+    """Whether this Python has ComfyUI's packages: it is the one that a user's ComfyUI runs on, or the one set up here.
+
+    The check is of that one; packages of an environment of its own would say nothing about it.
+    """
+    return all(importlib.util.find_spec(name) for name in ("torch", "aiohttp", "comfyui_frontend_package"))
+
+
+def _imported(name: str) -> ModuleType:
+    """A module of this checkout, whatever its folder is called and whether it is installed or not."""
+    if "blendswap" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            "blendswap", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        sys.modules["blendswap"] = package = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+    return importlib.import_module(name)
+
+
 def test(options: argparse.Namespace, extra: list[str]) -> int:
     comfy = find_comfyui(options.comfyui)
     python = ensure_venv(comfy)
@@ -451,21 +485,24 @@ def _module(name: str, options: argparse.Namespace, extra: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,comfyui,test,bench,train}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,comfyui,check,test,bench,train}")
     for command, help_text in (
             (demo, "edit pictures in a real ComfyUI and judge the result"),
             (comfyui, "start ComfyUI with this pack; arguments after -- go to ComfyUI"),
+            (check, "a self-test on your device; further arguments are names of workflows, to run no others"),
             (test, "run the tests; further arguments go to pytest"),
             (bench, "measure time and memory; further arguments go to benchmarks/run.py"),
             (train, "train the demo models; further arguments go to demo/train.py")):
         sub = commands.add_parser(command.__name__, help=help_text, description=help_text, allow_abbrev=False,
-                                  add_help=command in (demo, comfyui))
+                                  add_help=command in (demo, comfyui, check))
         sub.set_defaults(function=command)
         sub.add_argument("--comfyui", metavar="VERSION", default=os.environ.get("BLENDSWAP_COMFYUI"),
                          help=f"ComfyUI to use, {FLOOR} or newer (else what is there, or {PREFERRED})")
         if command is demo:
             sub.add_argument("--out", metavar="DIR", default="demo_output",
                              help="where pictures and report.json go")
+        if command is check:
+            sub.add_argument("--out", metavar="FILE", default="blendswap_check.txt", help="where the report goes")
         if command is comfyui:
             sub.add_argument("--port", type=int, default=8188)
     return parser

@@ -78,7 +78,9 @@ def test_a_replay_that_skips_the_source_has_no_latent_and_blocks_who_asks(kit):
     attention, latent, _ = kit.capture(storage="replay", sample_source=False)
     assert not attention.capture.sampled and "switch sample_source on" in latent.message
     whole = kit.capture(storage="replay")[0]
-    assert torch.equal(kit.swap(attention)[0]["samples"], kit.swap(whole)[0]["samples"])
+    # On some processors a row's last bits depend on how many rows share its pass.
+    one, two = (kit.swap(made)[0]["samples"] for made in (attention, whole))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
 
 
 def nan_latent(kit) -> dict:
