@@ -46,7 +46,9 @@ REPOSITORY = "https://github.com/Comfy-Org/ComfyUI.git"
 # torchaudio 2.11, the last one, fails on import. Raise the limits together, after trying.
 TORCH = ("torch>=2.7,<2.15", "torchvision>=0.22,<0.30", "torchaudio>=2.7,<2.12")
 # peft is for concept learning outside of ComfyUI alone, which tests and benchmarks do.
-TOOLS = ("pytest>=8,<10", "setuptools>=77", "peft>=0.14,<1")
+TOOLS = ("pytest>=8,<10", "pytest-xdist>=3.5,<4", "setuptools>=77", "peft>=0.14,<1")
+
+MOST_TEST_PROCESSES = 4  # about 3 GB each, and one of them has two servers beside it
 
 # What pip or git say, and what to do about it.
 _HINTS = (
@@ -465,7 +467,11 @@ def test(options: argparse.Namespace, extra: list[str]) -> int:
         say(f"ComfyUI {comfy_version(comfy)} in {comfy}")
         if floor := find_comfyui(FLOOR):
             environment["BLENDSWAP_COMFYUI_FLOOR"] = str(floor)
-    return _child([python, "-m", "pytest", *extra], environment)
+    # Each process computes on one core. What a debugger or a first failure stops must be alone.
+    cores = min(os.cpu_count() or 1, MOST_TEST_PROCESSES)
+    alone = cores < 2 or any(re.match(r"-n|--pdb|-x$|--numprocesses", option) for option in extra)
+    parallel = [] if alone else ["-n", str(cores), "--dist", "loadgroup"]
+    return _child([python, "-m", "pytest", *parallel, *extra], environment)
 
 
 def bench(options: argparse.Namespace, extra: list[str]) -> int:

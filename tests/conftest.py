@@ -89,7 +89,16 @@ def _serve(path: Path, base: Path):
         environment = run.pages_environment(Path(sys.executable), path)
     except run.SetupError as error:
         pytest.skip(f"{_NEEDS}'s web pages of version {run.comfy_version(path)}: {error}")
-    return start_server(path, base, sys.executable, env=environment)
+    return start_server(path, base, sys.executable, env={**environment, "OMP_NUM_THREADS": "1"})
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, one has the servers and what needs them, and no module is torn apart."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        served = {"server", "floor_server", "any_server"} & set(item.fixturenames)
+        item.add_marker(pytest.mark.xdist_group("servers" if served else item.path.as_posix()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -126,7 +126,7 @@ def interrupted(comfy, monkeypatch) -> Callable[[], AbstractContextManager]:
     return at_the_second_step
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def parts(comfy):
     """The pixel prior, its VAE and the demo CLIP, loaded in inference mode as ComfyUI does."""
     from blendswap.blending.guide import load_clip_guide
@@ -153,7 +153,7 @@ def other(parts):
         return ComfyGuide.wrap(ClipGuide(model, tokenizer, "other"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def kit(comfy) -> Kit:
     from blendswap.nodes.demo import DemoModelLoader
 
