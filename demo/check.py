@@ -335,9 +335,13 @@ def report(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     return without_names("\n".join(lines)) + "\n"
 
 
+# A folder's name may hold spaces, but begins with none; a file's ends at one.
+_PART, _END = r"""[^\s\\/'",;:)][^\\/'",;:)\n]*""", r"""[^\s\\/'",;:)]*"""
+
+
 def without_names(text: str) -> str:
     """`text` with paths and the user's name replaced."""
-    text = re.sub(r"(?:[A-Za-z]:\\|\\\\)[^\s'\",;)]+|(?<![\w.])~?/(?:[^\s/'\",;)]+/)+[^\s'\",;)]*", "<path>", text)
+    text = re.sub(rf"(?:[A-Za-z]:\\|\\\\)(?:{_PART}\\)*{_END}|(?<![\w.])~?/(?:{_PART}/)+{_END}", "<path>", text)
     with contextlib.suppress(OSError, KeyError):  # no name to be had
         name = getpass.getuser()
         if len(name) > 2:
