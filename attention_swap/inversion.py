@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from ..hosts.attention import TextHost
-from ..hosts.files import write_whole
+from ..hosts.files import read_safetensors, write_whole
 from .ddim import ddim_step, from_level, invert_step, to_level
 from .null_text import NullTextSettings, optimise_null_text
 from .proximal import Proximal
@@ -116,13 +116,12 @@ class Inversion:
         if not path.is_file():
             raise FileNotFoundError(f"there is no inversion at {path}; save one with SaveInversion first")
         try:
-            with safe_open(str(path), framework="pt") as file:
-                about = (file.metadata() or {}).get(KEY)
-                tensors = {name: file.get_tensor(name) for name in file.keys()} if about else {}
+            tensors, metadata = read_safetensors(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path} is damaged, or no safetensors file ({error}); invert the picture again and save it"
             ) from error
+        about = metadata.get(KEY)
         if about is None:
             raise ValueError(f"{path} holds no inversion: it lacks the entry {KEY}. Choose a file of SaveInversion")
         try:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..concepts.class_pictures import ClassPictures
 from ..concepts.loss import noised, target
 from ..concepts.references import prepare
 from ..concepts.settings import TrainSettings
@@ -55,7 +56,7 @@ def pictures() -> Tensor:
 
 def trainer(learner: Learner, settings: TrainSettings, phrase: str) -> Run:
     """Ours."""
-    prepared, of_class = prepare(learner, list(pictures()), None, world.SIZE), pictures()
+    prepared, of_class = prepare(learner, list(pictures()), None, world.SIZE), ClassPictures.of(pictures())
     given = {"class_pictures": of_class, "class_prompt": f"a {SUBJECT.kind}"} if settings.prior_weight else {}
 
     def run(steps: int, tick: Callable[[], None]) -> None:

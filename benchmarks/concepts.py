@@ -48,9 +48,10 @@ from ..attention_swap.sampler import attention_swap
 from ..attention_swap.sampler import Subject as Replaced
 from ..attention_swap.settings import PRESETS
 from ..attention_swap.tokens import TokenisedPrompt, align, from_transformers
+from ..concepts.class_pictures import ClassPictures, make_class_pictures
 from ..concepts.references import prepare
 from ..concepts.settings import DREAMBOOTH_FULL, DREAMBOOTH_LORA, TEXTUAL_INVERSION, TrainSettings
-from ..concepts.trainer import learn, make_class_pictures
+from ..concepts.trainer import learn
 from ..demo import files, judge, subject_judge, world
 from ..demo.subjects import SUBJECTS, Subject, draw_with, object_mask, references
 from ..hosts.attention_diffusers import DiffusersTextHost
@@ -273,7 +274,8 @@ class Bench:
         images = [to_tensor(picture)[0] for picture in reference_pictures(subject)]
         given = {}
         if settings.prior_weight:
-            given = {"class_pictures": self.class_pictures(subject.kind), "class_prompt": f"a {subject.kind}"}
+            of_class = ClassPictures.of(self.class_pictures(subject.kind))
+            given = {"class_pictures": of_class, "class_prompt": f"a {subject.kind}"}
         result = learn(learner, prepare(learner, images, None, world.SIZE), [f"a {method.phrase(subject)}"], settings,
                        checkpoint=checkpoint, **given)  # fmt: skip
         if result.stopped:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from ..hosts.files import read_safetensors
 from .torchscript import is_torchscript, read_torchscript_weights
 
 # What torch.load and zipfile raise for a file that is cut off or of another kind.
@@ -36,8 +37,7 @@ def read_weights(path: Path, cure: str) -> tuple[Any, dict[str, str]]:
     """
     if path.suffix == ".safetensors":
         try:
-            with safe_open(str(path), framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            return read_safetensors(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is truncated or not a safetensors file ({error}). {cure}") from error
     try:

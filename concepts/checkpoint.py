@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ..hosts.files import read_safetensors
 
 FORMAT = "blendswap concept training 1"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -87,11 +89,9 @@ def read(path: Path) -> Checkpoint:
     """
     cure = "Delete it, or choose another name, to begin anew."
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a checkpoint of a concept's training. {cure}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors, metadata = read_safetensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a checkpoint of a concept's training. {cure}")
         parts: dict[str, dict[str, Tensor]] = {"parameter": {}, **{moment: {} for moment in MOMENTS}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -127,10 +127,15 @@ def check_same(path: Path, found: Checkpoint, identity: Mapping[str, Any], shape
         raise ValueError(f"The checkpoint {path} was made with other settings: {'; '.join(differing)}. {cure}")
     if {name: tensor.shape for name, tensor in found.parameters.items()} != dict(shapes):
         raise ValueError(f"The checkpoint {path} is of a model of another kind: its parameters differ. {cure}")
-    if found.probe.shape != probe.shape or (found.probe - probe).norm() > SAME_MODEL * probe.norm():
+    if not same_answer(found.probe, probe):
         raise ValueError(
             f"The checkpoint {path} belongs to another base model or precision: it answered differently. {cure}"
         )
+
+
+def same_answer(one: Tensor, other: Tensor) -> bool:
+    """Whether two answers to a fixed question are one model's."""
+    return one.shape == other.shape and bool((one - other).norm() <= SAME_MODEL * other.norm())
 
 
 def _disk_full(error: Exception) -> bool:

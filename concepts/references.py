@@ -72,7 +72,7 @@ def prepare(
                 f"Reference {number} is {image.shape[-1]} × {image.shape[-2]}: {lost:.0%} of it is cut off at its "
                 "ends. Crop it yourself if the subject is not in the middle."
             )
-        digest.update(_bytes(image))
+        digest.update(bytes_of(image))
         fitted = fit(image, shape).clamp(-1, 1)
         for flipped, rows in ((fitted, latents), (fitted.flip(-1), mirrored)):
             x0 = learner.encode(flipped[None].to(learner.device))[0].detach().float().cpu()
@@ -83,7 +83,7 @@ def prepare(
                 )
             rows.append(x0)
         kept.append(None if mask is None else _mask(mask, image, shape, learner.downscale, number))
-        digest.update(b"-" if mask is None else _bytes(mask.detach().float().cpu()))
+        digest.update(b"-" if mask is None else bytes_of(mask.detach().float().cpu()))
     sizes = tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
     return PreparedReferences(tuple(latents), tuple(mirrored), tuple(kept), sizes, tuple(notes), digest.hexdigest())
 
@@ -180,5 +180,6 @@ def _count_notes(count: int) -> list[str]:
     return []
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def bytes_of(tensor: Tensor) -> bytes:
+    """Shape and values, for a digest."""
     return str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..hosts.learning import Learner, Text, TokenVectors
 from .checkpoint import MOMENTS, Checkpoint, CheckpointError, check_same, read, write
+from .class_pictures import ClassPictures
 from .loss import masked_error, min_snr_weight, noised, target
-from .references import PreparedReferences
+from .references import PreparedReferences, buckets, fit, nearest_bucket
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 """Of AdamW."""
 
 PREVIEW_STEPS, PREVIEW_CFG = 20, 7.0
-CLASS_BATCH = 4
 
 HARMLESS = ("steps", "checkpoint_every", "preview_every")
 """Settings that no step depends on: a training may be resumed with others, to go on for longer for example."""
@@ -73,28 +73,6 @@ class LearnResult:
         return [{name: line[step] for name, line in lines.items()} for step in range(self.steps)]
 
 
-def make_class_pictures(
-    learner: Learner, class_prompt: str, count: int, size: int, *, steps: int = 50, cfg: float = 7.5, seed: int = 0,
-    on_picture: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Pictures [count, 3, size, size] in -1..1 of the class by the model as it stands, to be made before the training
-    (Ruiz et al. 2023, §3.2). on_picture: told how many there are.
-
-    Raises ValueError for no prompt or no picture.
-    """
-    if not class_prompt.strip():
-        raise ValueError("class_prompt is empty: say what kind of thing the subject is, such as 'a photo of a dog'")
-    if count < 1:
-        raise ValueError(f"the number of class pictures is {count}; it must be at least 1")
-    made: list[Tensor] = []
-    for start in range(0, count, CLASS_BATCH):
-        prompts = [class_prompt] * min(CLASS_BATCH, count - start)
-        made += learner.sample(prompts, (size, size), steps=steps, cfg=cfg, seed=seed + start).cpu()
-        if on_picture is not None:
-            on_picture(len(made))
-    return torch.stack(made)
-
-
 @torch.inference_mode(False)
 def learn(
     learner: Learner,
@@ -102,17 +80,20 @@ def learn(
     prompts: Sequence[str],
     settings: TrainSettings,
     *,
-    class_pictures: Tensor | None = None,
+    class_pictures: ClassPictures | None = None,
     class_prompt: str | None = None,
     checkpoint: Path | None = None,
+    resume: bool | Path = True,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> LearnResult:
     """Trains `learner`, fresh from its model, on the references: DreamBooth (Ruiz et al. 2023, eq. 2) or Textual
     Inversion (Gal et al. 2022, eq. 2), by what the learner learns.
 
     prompts: those that name the concept; each step takes one of them by chance.
-    class_pictures: [N, 3, H, W] in -1..1, of `class_prompt`; both are needed where `prior_weight` is not 0.
-    checkpoint: a file that the training is kept in. Where it exists, the training goes on from it.
+    class_pictures: of `class_prompt`; both are needed where `prior_weight` is not 0.
+    checkpoint: a file that the training is kept in.
+    resume: whether the training goes on from the checkpoint, where that exists; a path is another file to go on from.
+        With False the one that exists stays until this training has made a step and writes its own.
     on_step: told of each step; what it raises ends the training.
 
     A loss or gradient that is NaN or infinite ends the training early: the parameters are put back to the last with
@@ -123,12 +104,17 @@ def learn(
     """
     _check(learner, references, prompts, settings, class_pictures, class_prompt)
     prior = settings.prior_weight > 0
-    pictures = _encoded(learner, class_pictures) if prior else []
-    draw = _Draw(settings, references, tuple(prompts), pictures, class_prompt or "", len(learner.alphas_cumprod))
+    draw = _Draw(settings, references, tuple(prompts), (), class_prompt or "", len(learner.alphas_cumprod))
     identity = _identity(learner, references, prompts, settings, class_pictures if prior else None, class_prompt)
     training = _Training(learner, settings, draw, checkpoint, identity)
-    if checkpoint is not None and checkpoint.exists():
-        training.resume()
+    source = checkpoint if resume is True else resume or None
+    begun = training.read(source) if source is not None and source.exists() else None
+    if prior and (begun.step if begun else 0) < settings.steps:
+        # By the model as it is before anything that was learned is put into it.
+        training.draw = dataclasses.replace(draw, pictures=_encoded(learner, class_pictures))
+    if begun is not None:
+        training.go_on(begun, source)
+        del begun  # as large as what is trained, three times over
     preview_size = tuple(side * learner.downscale for side in references.latents[0].shape[-2:])
     try:
         while training.step < settings.steps:
@@ -242,23 +228,29 @@ class _Training:
         """As `save`; a failure is logged, as something else is on its way to the user."""
         if self.updating:
             return  # Ctrl+C in the middle of an update: the checkpoint before it is exact, these parameters are not.
+        if not self.step:
+            return  # Nothing was learned, and there may be a checkpoint of a training that is to be begun anew.
         try:
             self.save()
         except CheckpointError as error:
             logger.error("%s", error)
 
-    def resume(self) -> None:
-        """Goes on from the checkpoint.
+    def read(self, path: Path) -> Checkpoint:
+        """A checkpoint to go on from.
 
         Raises ValueError where it is damaged, or another training's.
         """
-        found = read(self.path)
-        check_same(self.path, found, self.identity, {name: p.shape for name, p in self.parameters.items()}, self.probe)
+        found = read(path)
+        check_same(path, found, self.identity, {name: p.shape for name, p in self.parameters.items()}, self.probe)
         if found.step > self.settings.steps:
             raise ValueError(
-                f"The checkpoint {self.path} has {found.step} steps behind it, more than the {self.settings.steps} "
+                f"The checkpoint {path} has {found.step} steps behind it, more than the {self.settings.steps} "
                 "asked for: raise steps, or delete the checkpoint or choose another name to begin anew."
             )
+        return found
+
+    def go_on(self, found: Checkpoint, path: Path) -> None:
+        """Goes on from what `read` found at `path`."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(found.parameters[name])
@@ -271,7 +263,7 @@ class _Training:
             group["lr"] = self.settings.rate(max(found.step - 1, 0))
         self.losses = [tuple(row) for row in found.losses.tolist()]
         self.saved = found.step
-        logger.info("Going on from step %d of %d (%s)", found.step, self.settings.steps, self.path)
+        logger.info("Going on from step %d of %d (%s)", found.step, self.settings.steps, path)
 
     def _loss_table(self) -> Tensor:
         return torch.tensor(self.losses, dtype=torch.float64).reshape(-1, 3)
@@ -389,7 +381,7 @@ def _whole(row: _Row) -> Tensor:
 
 
 def _check(learner: Learner, references: PreparedReferences, prompts: Sequence[str], settings: TrainSettings,
-           pictures: Tensor | None, class_prompt: str | None) -> None:  # fmt: skip
+           pictures: ClassPictures | None, class_prompt: str | None) -> None:  # fmt: skip
     if not len(references):
         raise ValueError("there is no reference: give 3 to 5 pictures of the subject")
     for number, x0 in enumerate(references.latents, 1):
@@ -410,20 +402,26 @@ def _check(learner: Learner, references: PreparedReferences, prompts: Sequence[s
             "class_prompt is empty, but prior preservation is on: say what kind of thing the subject is, such as "
             "'a photo of a dog', or set prior_weight to 0"
         )
-    if pictures is None or not len(pictures):
+    if pictures is None:
         raise ValueError("there are no class pictures, but prior preservation is on: make some of class_prompt first, "
                          "or set prior_weight to 0")
 
 
 @torch.no_grad()
-def _encoded(learner: Learner, pictures: Tensor) -> list[tuple[Tensor, tuple[int, int]]]:
-    """x0 and size of each class picture."""
-    size = (int(pictures.shape[-2]), int(pictures.shape[-1]))
-    latents = [learner.encode(picture[None].to(learner.device))[0].float().cpu() for picture in pictures]
-    if not all(torch.isfinite(x0).all() for x0 in latents):
-        raise ValueError("the latents of the class pictures are NaN or infinite: load the VAE in fp32, or take the one "
-                         "that belongs to the model")
-    return [(x0, size) for x0 in latents]
+def _encoded(learner: Learner, given: ClassPictures) -> list[tuple[Tensor, tuple[int, int]]]:
+    """x0 and size, as given, of each class picture."""
+    shapes = None if given.size is None else buckets(given.size, learner.downscale)
+    encoded = []
+    for picture in given.get():
+        size = (int(picture.shape[-2]), int(picture.shape[-1]))
+        if shapes is not None:
+            picture = fit(picture, nearest_bucket(size, shapes)).clamp(-1, 1)
+        x0 = learner.encode(picture[None].to(learner.device))[0].float().cpu()
+        if not torch.isfinite(x0).all():
+            raise ValueError("the latents of the class pictures are NaN or infinite: load the VAE in fp32, or take the "
+                             "one that belongs to the model")
+        encoded.append((x0, size))
+    return encoded
 
 
 @torch.no_grad()
@@ -437,7 +435,7 @@ def _probe(learner: Learner, draw: _Draw) -> Tensor:
 
 
 def _identity(learner: Learner, references: PreparedReferences, prompts: Sequence[str], settings: TrainSettings,
-              pictures: Tensor | None, class_prompt: str | None) -> dict[str, Any]:  # fmt: skip
+              pictures: ClassPictures | None, class_prompt: str | None) -> dict[str, Any]:  # fmt: skip
     """What the steps depend on, as plain JSON."""
     chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in HARMLESS}
     identity = {
@@ -446,7 +444,7 @@ def _identity(learner: Learner, references: PreparedReferences, prompts: Sequenc
         "prediction": learner.prediction,
         "prompts": list(prompts),
         "class_prompt": class_prompt if settings.prior_weight else None,
-        "class_pictures": None if pictures is None else list(pictures.shape),
+        "class_pictures": None if pictures is None else pictures.identity,
         "references": references.digest,
     }
     return json.loads(json.dumps(identity))

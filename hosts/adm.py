@@ -23,6 +23,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .files import read_safetensors
 from .protocol import PREDICTIONS
 
 StateDict = dict[str, Tensor]
@@ -217,8 +218,7 @@ def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
     """
     try:
         if path.suffix.lower() == ".safetensors":
-            with safetensors.safe_open(str(path), framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            return read_safetensors(path)
         if path.suffix.lower() in PICKLE_SUFFIXES:
             weights = torch.load(str(path), map_location="cpu", weights_only=True)
         else:

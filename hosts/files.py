@@ -1,10 +1,13 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and that stay nobody's once they are read."""
 
 from __future__ import annotations
 
 import os
 import uuid
 from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -22,3 +25,13 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU in memory of their own, and its metadata.
+
+    safetensors' own readers give tensors that lie in the file itself: as long as one of them lives, Windows lets nobody
+    replace or delete it. Raises SafetensorError and OSError as they do.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}

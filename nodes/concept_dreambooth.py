@@ -7,8 +7,8 @@ import re
 from comfy_api.latest import io, ui
 
 from .concept_training import (
-    Training, checked_token, gathered, model_inputs, name_input, reference_inputs, settings_of, train, training_inputs,
-    training_outputs,
+    Training, checked_token, class_input, gathered, given_class, model_inputs, name_input, reference_inputs,
+    settings_of, train, training_inputs, training_outputs,
 )  # fmt: skip
 from .inputs import dial, running_node
 
@@ -49,7 +49,8 @@ class LearnConceptDreamBooth(io.ComfyNode):
                                tooltip="How much the class is held to what it was; 0 for not at all, which saves half "
                                "of the time."),
                 io.Int.Input("class_images", default=100, min=1, max=10000,
-                             tooltip="Pictures of the class that the MODEL makes first, to hold it to."),
+                             tooltip="Pictures of the class that the MODEL makes first, to hold it to. They are made "
+                             "once, and kept in output/class_pictures."),
                 *shared,
                 dial(io.Float.Input("alpha", default=0.0, min=0.0, max=1024.0, step=1.0,
                                     tooltip="lora: its strength is alpha / rank; 0 for the rank, which makes it 1.")),
@@ -57,6 +58,7 @@ class LearnConceptDreamBooth(io.ComfyNode):
                                       tooltip="lora: every layer, convolutions too, instead of attention alone. "
                                       "Learns more, and a larger file.")),
                 *reference_inputs(),
+                class_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="Knows the subject."),
@@ -73,14 +75,15 @@ class LearnConceptDreamBooth(io.ComfyNode):
         cls, model, clip, vae, instance_prompt: str, token: str, class_prompt: str, name: str, what: str = LORA,
         rank: int = 16, text_encoder: bool = True, prior_weight: float = 1.0, class_images: int = 100, lr: float = 0.0,
         size: int = 0, precision: str = "auto", gradient_checkpointing: bool = True, resume: bool = True,
-        alpha: float = 0.0, all_layers: bool = False, images=None, masks=None, references=None, **schedule,
+        alpha: float = 0.0, all_layers: bool = False, images=None, masks=None, references=None, class_pictures=None,
+        **schedule,
     ) -> io.NodeOutput:
         from ..concepts.settings import DREAMBOOTH_FULL, DREAMBOOTH_LORA
         from ..hosts.comfy_learner import check_learnable, learned_model
         from ..hosts.concept_files import concept_name
         from ..hosts.learning import FullWeights, LowRank
 
-        pictures = gathered(images, masks, references)
+        pictures, own_class = gathered(images, masks, references), given_class(class_pictures)
         name = concept_name(name)
         check_learnable(model, clip, vae)
         token = checked_token(clip, token)
@@ -100,7 +103,7 @@ class LearnConceptDreamBooth(io.ComfyNode):
         training = Training(
             "DreamBooth", "loras", name, token, learned, pictures, (instance_prompt.strip(),),
             settings_of(lr or preset.lr, prior_weight, schedule), size, precision, gradient_checkpointing, resume,
-            class_prompt.strip(), class_images,
+            class_prompt.strip(), class_images, own_class,
         )  # fmt: skip
         made = train(model, clip, vae, training, running_node(cls))
         knowing = learned_model(model, clip, learned, made.state)

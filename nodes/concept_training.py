@@ -24,6 +24,7 @@ from .invert import say
 from .sockets import ConceptReferencesIO
 
 if TYPE_CHECKING:
+    from ..concepts.class_pictures import ClassPictures, Kept
     from ..concepts.references import PreparedReferences
     from ..concepts.settings import TrainSettings
     from ..concepts.trainer import LearnResult, StepReport
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "concepts"
+FOLDER, CLASS_FOLDER = "concepts", "class_pictures"
 PREVIEW_SIDE = 512
 INTERRUPTED = "_interrupted"
 
@@ -85,6 +86,14 @@ def reference_inputs() -> list[Any]:
     ]  # fmt: skip
 
 
+def class_input() -> Any:
+    return io.MultiType.Input(
+        "class_pictures", types=[io.Image, ConceptReferencesIO], optional=True,
+        tooltip="Pictures of your own of the class, an image batch or Concept References: then none are made, and "
+        "class_images does not count.",
+    )  # fmt: skip
+
+
 def gathered(
     images: Tensor | None, masks: Tensor | None, references: tuple[Reference, ...] | None
 ) -> tuple[Reference, ...]:
@@ -117,6 +126,28 @@ def gathered(
         if masks is not None:
             own = list(masks.detach().clone().float().cpu().expand(len(pictures), -1, -1))
         return (*(references or ()), *zip(pictures, own))
+
+
+def given_class(pictures: Tensor | tuple[Reference, ...] | None) -> tuple[Tensor, ...]:
+    """Pictures of the class from either kind of socket, [3, H, W] in -1..1 each; private copies. None gives none.
+
+    Raises ValueError for pictures with alpha and for masks, which have no meaning here.
+    """
+    if pictures is None:
+        return ()
+    if not isinstance(pictures, Tensor):
+        if any(mask is not None for _, mask in pictures):
+            raise ValueError(
+                "class_pictures has masks, which mean nothing here: the whole of each picture is held. Take the masks "
+                "off its Concept References"
+            )
+        return tuple(picture for picture, _ in pictures)
+    if split_alpha(pictures, "class_pictures")[1] is not None:
+        raise ValueError(
+            "class_pictures has 4 channels, the last of them alpha: take it off with Split Image with Alpha"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        return tuple(to_bchw(pictures.clone(), "class_pictures").cpu())
 
 
 # Inputs and outputs ------------------------------------------------------------------------------------------------
@@ -197,7 +228,8 @@ class Training:
     """A concept's training as a node asks for it.
 
     kind: its name in reports and checkpoints. folder: ComfyUI's for the result, "loras" or "embeddings".
-    size 0: the MODEL's own. class_images: how many the prior is preserved with.
+    size 0: the MODEL's own. class_images: how many pictures of the class are made. own_class: pictures of it that the
+    user gives instead, [3, H, W] in -1..1 each.
     """
 
     kind: str
@@ -214,6 +246,7 @@ class Training:
     resume: bool
     class_prompt: str = ""
     class_images: int = 0
+    own_class: tuple[Tensor, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -247,7 +280,6 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
     """
     from ..blending.plot import loss_plot
     from ..concepts.references import prepare
-    from ..concepts.trainer import make_class_pictures
     from ..hosts.comfy_host import native_size
     from ..hosts.comfy_learner import concept_state, open_learner
 
@@ -255,7 +287,7 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
     size = training.size or native_size(model)
     precision = _precision(training.precision, model.load_device)
     checkpoint = _Checkpoint(training)
-    progress = _Progress(training.class_images if prior else 0, settings.steps, node_id)
+    progress = _Progress(training.class_images if prior and not training.own_class else 0, settings.steps, node_id)
     with open_learner(
         model, clip, vae, training.learned, precision=precision, checkpointing=training.checkpointing,
         batch=settings.batch * (2 if prior else 1), size=size, seed=settings.seed,
@@ -264,15 +296,11 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
         say(node_id, need)
         images, masks = zip(*training.references)
         references = prepare(learner, images, masks, size)
-        class_pictures = None
-        if prior:
-            class_pictures = make_class_pictures(
-                learner, training.class_prompt, training.class_images, size, seed=settings.seed,
-                on_picture=progress.class_picture,
-            )  # fmt: skip
-        facts = _Facts(training, model, learner, size, precision, references, need)
+        of_class = _OfClass(training, learner, size, progress) if prior else None
+        facts = _Facts(training, model, learner, size, precision, references, need, of_class)
         try:
-            result = checkpoint.learn(learner, references, class_pictures, progress)
+            given = of_class.given() if of_class else None
+            result = checkpoint.learn(learner, references, given, progress)
         except comfy.model_management.InterruptProcessingException:
             if progress.done:
                 _keep_interrupted(training, concept_state(learner), facts.metadata(progress.done))
@@ -296,6 +324,44 @@ def _precision(choice: str, device: torch.device) -> str:
     if comfy.model_management.should_use_bf16(device):
         return "bf16"
     return "fp16" if comfy.model_management.should_use_fp16(device) else "fp32"
+
+
+class _OfClass:
+    """The pictures of the class that a training holds to: the user's, or those that are made once and kept."""
+
+    def __init__(self, training: Training, learner: ComfyLearner, size: int, progress: _Progress) -> None:
+        self.training, self.learner, self.size, self.progress = training, learner, size, progress
+        self.kept: Kept | None = None
+
+    def given(self) -> ClassPictures:
+        from ..concepts.class_pictures import ClassPictures
+
+        if self.training.own_class:
+            return ClassPictures.of(self.training.own_class, self.size)
+        # Of the seed, prompt and model, which a checkpoint knows, there is one such set.
+        return ClassPictures([self.training.class_images, 3, self.size, self.size], self._kept)
+
+    def _kept(self) -> list[Tensor]:
+        from ..concepts.class_pictures import kept_class_pictures
+
+        training, root = self.training, Path(folder_paths.get_folder_paths(CLASS_FOLDER)[0])
+        self.kept = kept_class_pictures(
+            self.learner, training.class_prompt, training.class_images, self.size, root, seed=training.settings.seed,
+            on_picture=self.progress.class_picture,
+        )  # fmt: skip
+        say(self.progress.node_id, self.words())
+        return self.kept.pictures
+
+    @property
+    def count(self) -> int:
+        return len(self.training.own_class) or self.training.class_images
+
+    def words(self) -> str:
+        if self.training.own_class:
+            return f"class pictures: the {self.count} that are connected"
+        if self.kept is None:
+            return "class pictures: none were needed, as no step was left"
+        return f"class pictures: {self.kept.words()}"
 
 
 class _Progress:
@@ -353,39 +419,37 @@ class _Checkpoint:
         self.said: list[str] = []
 
     def learn(
-        self, learner: ComfyLearner, references: PreparedReferences, class_pictures: Tensor | None, progress: _Progress
+        self, learner: ComfyLearner, references: PreparedReferences, class_pictures: ClassPictures | None,
+        progress: _Progress,
     ) -> LearnResult:
-        """Trains, from the checkpoint where one is to be resumed."""
+        """Trains, from the checkpoint where one is to be resumed; those that are there stay until a new one is."""
         from ..concepts.trainer import learn
 
-        def run() -> LearnResult:
+        def run(source: Path | None) -> LearnResult:
             return learn(
                 learner, references, self.training.prompts, self.training.settings, class_pictures=class_pictures,
-                class_prompt=self.training.class_prompt or None, checkpoint=self.running, on_step=progress.step,
+                class_prompt=self.training.class_prompt or None, checkpoint=self.running, resume=source or False,
+                on_step=progress.step,
             )  # fmt: skip
 
-        if not self.training.resume:
-            self.running.unlink(missing_ok=True)
-            self.finished.unlink(missing_ok=True)
-        longer = self.finished.exists() and not self.running.exists()
-        if longer:
-            os.replace(self.finished, self.running)
-        resumed = self.running.exists()
+        found = [path for path in (self.running, self.finished) if path.exists()] if self.training.resume else []
+        if not found:
+            return run(None)
         try:
-            return run()
+            return run(found[0])
         except ValueError as error:
-            if not resumed or str(self.running) not in str(error):
+            if str(found[0]) not in str(error):
                 raise
-            if not longer:
+            if found[0] == self.running:
                 raise ValueError(f"{error} Or switch resume off, which begins anew.") from error
-            self.running.unlink()
-            self.said.append("begun anew: the finished training of this name had other settings, references or base model")
-        return run()
+        self.said.append("begun anew: the finished training of this name had other settings, references or base model")
+        return run(None)
 
     def finish(self) -> None:
         place = self.finished
         try:
-            os.replace(self.running, self.finished)
+            if self.running.exists():  # else the finished one had all the steps
+                os.replace(self.running, self.finished)
         except OSError as error:  # what was learned is there all the same
             logger.warning("The checkpoint keeps its name: %s", error)
             place = self.running
@@ -412,23 +476,29 @@ def write(folder: str, name: str, state: dict[str, Tensor], metadata: dict[str, 
 
 
 def _holds(path: Path, state: dict[str, Tensor]) -> bool:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+
+    from ..hosts.files import read_safetensors
 
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return set(file.keys()) == set(state) and all(
-                torch.equal(file.get_tensor(name), tensor) for name, tensor in state.items()
-            )
+        found = read_safetensors(path)[0]
     except (SafetensorError, OSError):
         return False
+    return found.keys() == state.keys() and all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
 def _keep_interrupted(training: Training, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     from ..hosts.concept_files import write_concept
 
-    path = Path(folder_paths.get_folder_paths(training.folder)[0]) / f"{training.name}{INTERRUPTED}.safetensors"
+    name = f"{training.name}{INTERRUPTED}"
+    path = Path(folder_paths.get_folder_paths(training.folder)[0]) / f"{name}.safetensors"
     try:
-        write_concept(path, state, metadata)
+        try:
+            write_concept(path, state, metadata)
+        except RuntimeError as error:
+            if not (path.exists() and isinstance(error.__cause__, PermissionError)):
+                raise
+            path, _ = write(training.folder, name, state, metadata)  # Windows: Load LoRA has the older one open
     except RuntimeError as error:  # the interrupt is on its way to the user
         logger.error("%s", error)
     else:
@@ -447,6 +517,7 @@ class _Facts:
     precision: str
     references: PreparedReferences
     need: str
+    of_class: _OfClass | None
 
     def metadata(self, steps: int) -> dict[str, str]:
         """Of the file: this pack's own entry whole, and what other programs look for."""
@@ -454,7 +525,7 @@ class _Facts:
         own = {
             "kind": training.kind, "token": training.token, "prompts": list(training.prompts),
             "class_prompt": training.class_prompt,
-            "class_images": training.class_images if settings.prior_weight else 0,
+            "class_images": self.of_class.count if self.of_class else 0,
             "learned": {"kind": type(training.learned).__name__, **dataclasses.asdict(training.learned)},
             "settings": dataclasses.asdict(settings), "steps": steps, "size": self.size, "precision": self.precision,
             "references": len(self.references), "references_digest": self.references.digest,
@@ -484,9 +555,11 @@ class _Facts:
             f"{len(self.references)} references, {masks} with a mask, at {self.size} pixels",
             f"prompt: {training.prompts[0]}" + (f" (and {more} more)" if more else ""),
         ]
-        if settings.prior_weight:
-            pictures = f"{training.class_images} pictures of '{training.class_prompt}'"
-            lines.append(f"prior: {pictures}, weight {settings.prior_weight:g}")
+        if self.of_class is not None:
+            pictures = f"{self.of_class.count} pictures of '{training.class_prompt}'"
+            lines += [f"prior: {pictures}, weight {settings.prior_weight:g}", self.of_class.words()]
+        elif training.own_class:
+            lines.append("class_pictures are not used: prior_weight is 0")
         lines += [
             f"{result.steps} steps{_since(progress)}, lr {settings.lr:g}, batch {settings.rows}, seed {settings.seed}",
             _losses(result),

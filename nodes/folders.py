@@ -55,6 +55,13 @@ FOLDERS = {
         output=True,
         empty="the learning nodes write into output/",
     ),
+    "class_pictures": ModelFolder(
+        extensions=frozenset({".png"}),
+        marker=None,
+        wanted="a picture of a class that LearnConceptDreamBooth makes",
+        output=True,
+        empty="LearnConceptDreamBooth writes into output/",
+    ),
 }
 
 

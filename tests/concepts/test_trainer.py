@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from blendswap.blending.plot import loss_plot
 from blendswap.concepts.checkpoint import read
+from blendswap.concepts.class_pictures import ClassPictures
 from blendswap.concepts.references import PreparedReferences
 from blendswap.concepts.settings import TrainSettings
-from blendswap.concepts.trainer import LearnResult, StepReport, learn, make_class_pictures, undo_adamw
+from blendswap.concepts.trainer import LearnResult, StepReport, learn, undo_adamw
 from blendswap.hosts.diffusers_learner import DiffusersLearner
 from blendswap.hosts.learning import FullWeights, LowRank, TokenVectors
 
@@ -112,7 +113,7 @@ def test_one_seed_gives_one_training(new_learner: NewLearner, references: Prepar
 
 def test_accumulation_is_a_larger_batch(new_learner: NewLearner, references: PreparedReferences) -> None:
     """Up to the order of sums: a hundredth of a percent of what was learned. With masks, two shapes and a prior."""
-    pictures, ends = torch.stack(scene_pictures(2, 3_000_005)), []
+    pictures, ends = ClassPictures.of(scene_pictures(2, 3_000_005)), []
     for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
         learner = new_learner()
         start = state(learner)
@@ -129,7 +130,7 @@ def test_accumulation_is_a_larger_batch(new_learner: NewLearner, references: Pre
 
 def test_the_prior_is_a_second_loss(new_learner: NewLearner, references: PreparedReferences) -> None:
     """Ruiz et al. 2023, eq. 2: the sum of both, the class pictures' weighted."""
-    pictures, both = torch.stack(scene_pictures(2, 3_000_005)), []
+    pictures, both = ClassPictures.of(scene_pictures(2, 3_000_005)), []
     for weight in (0.0, 1.0, 0.25):
         result = learn(
             new_learner(), references, PROMPTS, dataclasses.replace(QUICK, steps=1, prior_weight=weight),
@@ -144,12 +145,13 @@ def test_the_prior_is_a_second_loss(new_learner: NewLearner, references: Prepare
 
 def test_the_prior_keeps_the_class(new_learner: NewLearner, references: PreparedReferences) -> None:
     """With class pictures in the loss, the model goes on to denoise them; without, it forgets them sooner."""
-    pictures, errors = torch.stack(scene_pictures(2, 3_000_005)), []
+    pictures, errors = ClassPictures.of(scene_pictures(2, 3_000_005)), []
     for weight in (0.0, 1.0):
         learner = new_learner()
         settings = dataclasses.replace(QUICK, steps=8, lr=5e-3, batch=2, prior_weight=weight)
         learn(learner, references, PROMPTS, settings, class_pictures=pictures, class_prompt="a star")
-        errors.append(denoising_error(learner, [learner.encode(picture[None])[0] for picture in pictures], "a star"))
+        encoded = [learner.encode(picture[None])[0] for picture in pictures.get()]
+        errors.append(denoising_error(learner, encoded, "a star"))
     assert errors[1] < 0.98 * errors[0]
 
 
@@ -255,34 +257,17 @@ def test_the_losses_make_a_plot() -> None:
     assert plot.shape[-1] == 3 and 0 <= plot.min() and plot.max() <= 1 and (plot < 0.9).any()
 
 
-def test_class_pictures_are_of_the_class_and_all_different(new_learner: NewLearner) -> None:
-    made: list[int] = []
-    learner = new_learner()
-    pictures = make_class_pictures(learner, "a red circle", 5, 64, steps=4, cfg=2.0, seed=3, on_picture=made.append)
-    assert pictures.shape == (5, 3, 64, 64) and made[-1] == 5
-    assert all((pictures[i] - pictures[j]).abs().max() > 0.1 for i in range(5) for j in range(i))
-    again = make_class_pictures(learner, "a red circle", 5, 64, steps=4, cfg=2.0, seed=3)
-    assert torch.equal(pictures, again)
-
-
 # What is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pictures, prompt, said", [
-    (torch.zeros(1, 3, 64, 64), None, "class_prompt is empty"),
-    (torch.zeros(1, 3, 64, 64), " ", "class_prompt is empty"),
+    (ClassPictures.of(torch.zeros(1, 3, 64, 64)), None, "class_prompt is empty"),
+    (ClassPictures.of(torch.zeros(1, 3, 64, 64)), " ", "class_prompt is empty"),
     (None, "a star", "no class pictures"),
 ])  # fmt: skip
 def test_a_prior_needs_a_class(new_learner, references, pictures, prompt, said) -> None:
     with pytest.raises(ValueError, match=said):
         learn(new_learner(), references, PROMPTS, TrainSettings(), class_pictures=pictures, class_prompt=prompt)
-
-
-def test_class_pictures_need_a_prompt_and_a_number(new_learner: NewLearner) -> None:
-    with pytest.raises(ValueError, match="class_prompt is empty"):
-        make_class_pictures(new_learner(), "", 4, 64)
-    with pytest.raises(ValueError, match="number of class pictures is 0"):
-        make_class_pictures(new_learner(), "a star", 0, 64)
 
 
 def test_prompts_must_name_the_concept(new_learner: NewLearner, references: PreparedReferences) -> None:
@@ -384,7 +369,7 @@ def first_two(references: PreparedReferences) -> PreparedReferences:
                          ids=lambda learned: type(learned).__name__)  # fmt: skip
 def test_a_training_in_parts_is_a_training_in_one(new_learner, references, tmp_path: Path, learned) -> None:
     path = tmp_path / "below" / "training.safetensors"
-    pictures = torch.stack(scene_pictures(2, 3_000_005))
+    pictures = ClassPictures.of(scene_pictures(2, 3_000_005))
     settings = dataclasses.replace(
         QUICK, steps=6, batch=2, warmup=5, flip=True, prior_weight=1.0, checkpoint_every=2, min_snr=5.0
     )
@@ -396,6 +381,105 @@ def test_a_training_in_parts_is_a_training_in_one(new_learner, references, tmp_p
         result = learn(part, references, PROMPTS, dataclasses.replace(settings, steps=steps), checkpoint=path, **given)
         assert read(path).step == steps
     assert same(state(whole), state(part)) and torch.equal(result.losses, expected.losses)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int):
+    def stopping(report: StepReport) -> None:
+        if report.step == step:
+            raise Stop
+
+    return stopping
+
+
+def test_beginning_anew_keeps_the_old_checkpoint_until_a_step_is_made(new_learner, references, tmp_path: Path) -> None:
+    path = tmp_path / "training.safetensors"
+    learn(new_learner(), references, PROMPTS, QUICK, checkpoint=path)
+    before = path.read_bytes()
+
+    def failing() -> list:
+        raise Stop
+
+    prior = dataclasses.replace(QUICK, prior_weight=1.0)
+    with pytest.raises(Stop):  # while class pictures are made
+        learn(new_learner(), references, PROMPTS, prior, class_pictures=ClassPictures("failing", failing),
+              class_prompt="a star", checkpoint=path, resume=False)
+    broken = new_learner(kind=Unreadable)
+    with pytest.raises(Stop):  # in the first step
+        learn(broken, references, PROMPTS, QUICK, checkpoint=path, resume=False)
+    assert path.read_bytes() == before
+    with pytest.raises(Stop):
+        learn(new_learner(), references, PROMPTS, QUICK, checkpoint=path, resume=False, on_step=stop_at(1))
+    assert read(path).step == 1
+
+
+class Unreadable(DiffusersLearner):
+    """Fails in a training's first step, which comes after the probe."""
+
+    def denoise(self, x, t, text, sizes=None):
+        if torch.is_grad_enabled():
+            raise Stop
+        return super().denoise(x, t, text, sizes)
+
+
+def test_a_training_goes_on_from_another_file_which_stays(new_learner, references, tmp_path: Path) -> None:
+    finished, running = tmp_path / "finished.safetensors", tmp_path / "running.safetensors"
+    learn(new_learner(), references, PROMPTS, dataclasses.replace(QUICK, steps=2), checkpoint=finished)
+    before, parts, whole = finished.read_bytes(), new_learner(), new_learner()
+    learn(parts, references, PROMPTS, QUICK, checkpoint=running, resume=finished)
+    learn(whole, references, PROMPTS, QUICK)
+    assert same(state(parts), state(whole)) and finished.read_bytes() == before and read(running).step == QUICK.steps
+
+
+def test_class_pictures_are_asked_for_once_by_a_model_that_has_learned_nothing(new_learner, references, tmp_path):
+    path, settings = tmp_path / "training.safetensors", dataclasses.replace(QUICK, steps=2, prior_weight=1.0)
+    asked: list[bool] = []
+
+    def train(steps: int) -> None:
+        learner = new_learner()
+        fresh = state(learner)
+
+        def get() -> list[torch.Tensor]:
+            asked.append(same(state(learner), fresh))
+            return scene_pictures(2, 3_000_005)
+
+        learn(learner, references, PROMPTS, dataclasses.replace(settings, steps=steps), checkpoint=path,
+              class_pictures=ClassPictures("two", get), class_prompt="a star")
+
+    train(2)
+    assert asked == [True]
+    train(2)  # no step is left
+    assert asked == [True]
+    train(3)
+    assert asked == [True, True]
+
+
+def test_going_on_with_other_class_pictures_is_refused(new_learner, references, tmp_path: Path) -> None:
+    path, settings = tmp_path / "training.safetensors", dataclasses.replace(QUICK, steps=1, prior_weight=1.0)
+    for seed in (3_000_005, 3_000_005, 3_000_006):
+        given = dict(class_pictures=ClassPictures.of(scene_pictures(2, seed)), class_prompt="a star", checkpoint=path)
+        if seed == 3_000_005:
+            learn(new_learner(), references, PROMPTS, settings, **given)
+        else:
+            with pytest.raises(ValueError, match="class_pictures was '2 given, digest .*', now '2 given, digest"):
+                learn(new_learner(), references, PROMPTS, settings, **given)
+
+
+def test_class_pictures_of_any_size_are_fitted_to_the_training(new_learner, references) -> None:
+    sizes: list[tuple[int, ...]] = []
+
+    class Looking(DiffusersLearner):
+        def encode(self, image):
+            sizes.append(tuple(image.shape))
+            return super().encode(image)
+
+    wide, large = scene_pictures(1)[0][:, 16:48], torch.zeros(3, 200, 200)
+    learn(new_learner(kind=Looking), references, PROMPTS, dataclasses.replace(QUICK, steps=1, prior_weight=1.0),
+          class_pictures=ClassPictures.of([wide, large], 64), class_prompt="a star")
+    assert sizes == [(1, 3, 48, 80), (1, 3, 64, 64)]
 
 
 def test_a_killed_process_loses_nothing_that_was_saved(new_learner, tmp_path: Path) -> None:

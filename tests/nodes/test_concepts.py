@@ -146,6 +146,55 @@ def test_the_prior_is_held_by_pictures_of_the_class(dreambooth):
     assert "prior: 2 pictures of 'a star', weight 0.5" in report and "of the class pictures" in report
 
 
+def class_files() -> set[Path]:
+    return {path for path in folder("class_pictures").rglob("*.png")}
+
+
+def test_class_pictures_are_made_once_kept_and_added_to(dreambooth):
+    prior = dict(prior_weight=1.0, class_prompt="a kept star", seed=11)
+    before = class_files()
+    reports = [dreambooth(f"kept_{count}_{what}", class_images=count, what=what, **prior)[5]
+               for count, what in ((2, "lora"), (2, "full"), (3, "lora"))]
+    made = class_files() - before
+    assert len(made) == 3 and len({path.parent for path in made}) == 1
+    place = next(iter(made)).parent
+    assert f"class pictures: 2 made, in {place}" in reports[0]
+    assert f"class pictures: 2 kept from before, in {place}" in reports[1]
+    assert f"class pictures: 2 kept from before, 1 made, in {place}" in reports[2]
+
+
+def test_no_class_picture_is_made_where_no_step_is_left_or_no_prior_is_held(dreambooth, monkeypatch):
+    from blendswap.concepts import class_pictures
+
+    dreambooth("enough", prior_weight=1.0, seed=12)
+    for path in class_files():
+        path.unlink()
+    monkeypatch.setattr(class_pictures, "kept_class_pictures", None)  # not to be called
+    assert "none were needed, as no step was left" in dreambooth("enough", prior_weight=1.0, seed=12)[5]
+    assert "class pictures" not in dreambooth("no_prior", prior_weight=0.0, seed=12)[5]
+
+
+def test_own_class_pictures_are_taken_and_none_are_made(kit, dreambooth, pictures):
+    from blendswap.nodes.concept_training import ConceptReferences
+
+    before, own = class_files(), pictures.flip(1)
+    prior = dict(prior_weight=1.0, class_images=9, seed=13)
+    by_batch = dreambooth("own_batch", class_pictures=own, **prior)
+    several = kit.run(ConceptReferences, images=own[:1, :, :32])[0]
+    by_references = dreambooth("own_references", class_pictures=several, **prior)[5]
+    assert "prior: 3 pictures of 'a star'" in by_batch[5]
+    assert "class pictures: the 3 that are connected" in by_batch[5] and "the 1 that are connected" in by_references
+    assert class_files() == before
+    with safe_open(str(folder("loras") / by_batch[2]), "pt") as file:
+        assert json.loads(file.metadata()["blendswap_concept"])["class_images"] == 3
+    # What they are is part of the training.
+    assert "begun anew" in dreambooth("own_batch", class_pictures=own.roll(1, 0), **prior)[5]
+    assert "begun anew" in dreambooth("own_batch", class_pictures=pictures, **prior)[5]
+    assert "all of them done before" in dreambooth("own_batch", class_pictures=pictures, **prior)[5]
+    unused = dreambooth("own_unused", class_pictures=own, prior_weight=0.0)[5]
+    assert "class_pictures are not used: prior_weight is 0" in unused
+
+
 def test_references_of_several_sizes_and_masks_are_taken_together(kit, dreambooth, pictures):
     from blendswap.nodes.concept_training import ConceptReferences
 
@@ -192,6 +241,26 @@ def test_an_interrupt_keeps_what_was_learned_and_the_next_run_goes_on(request, m
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_an_interrupt_keeps_what_was_learned_beside_a_file_that_a_loader_has_open(dreambooth, monkeypatch):
+    import comfy.model_management
+
+    plain, held = os.replace, folder("loras") / "held_interrupted.safetensors"
+
+    def replace(source, target):
+        if Path(target) == held and held.exists():
+            raise PermissionError(errno.EACCES, "Access is denied")  # as Windows does
+        plain(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for step in (1, 2):
+        with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+            interrupting(patched, step)
+            dreambooth("held")
+    assert sorted(path.name for path in folder("loras").glob("held*")) == [
+        "held_interrupted.safetensors", "held_interrupted_00002.safetensors"
+    ]
+
+
 def test_a_finished_training_goes_on_when_asked_for_more_steps_and_begins_anew_with_other_settings(dreambooth):
     dreambooth("longer", steps=2)
     assert "(went on after step 2)" in dreambooth("longer", steps=3)[5]
@@ -209,6 +278,33 @@ def test_an_unfinished_training_with_other_settings_says_which_and_how_to_begin_
     with pytest.raises(ValueError, match=r"lr was 0.001, now 0.01.*switch resume off"):
         dreambooth("unfinished", lr=1e-2)
     assert "went on" not in dreambooth("unfinished", lr=1e-2, resume=False)[5]
+
+
+@pytest.mark.parametrize("state", ["running", "finished"])
+def test_resume_off_loses_nothing_where_the_new_training_ends_at_once(dreambooth, monkeypatch, state):
+    import comfy.model_management
+    from blendswap.concepts import trainer
+
+    name = f"anew_{state}"
+    if state == "finished":
+        dreambooth(name, steps=2)
+    else:
+        with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+            interrupting(patched, 2)
+            dreambooth(name)
+    before = {path.name: path.read_bytes() for path in folder("concepts").glob(f"{name}_*")}
+
+    def stopped(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    for changes in ({"resume": False}, *([{"lr": 1e-2}] if state == "finished" else [])):
+        with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+            patched.setattr(trainer, "masked_error", stopped)
+            dreambooth(name, **changes)
+        assert {path.name: path.read_bytes() for path in folder("concepts").glob(f"{name}_*")} == before
+    assert "(went on after step 2)" in dreambooth(name)[5]
+    assert "went on" not in dreambooth(name, resume=False)[5]
+    assert [path.name for path in folder("concepts").glob(f"{name}_*")] == [f"{name}_dreambooth_finished.safetensors"]
 
 
 def test_a_loss_that_is_nan_stops_the_training_and_keeps_the_steps_before(dreambooth, monkeypatch):
@@ -259,6 +355,9 @@ def with_alpha(pictures: torch.Tensor) -> torch.Tensor:
     (lambda pictures: {"images": with_alpha(pictures)}, "4 channels.*Split Image with Alpha"),
     (lambda pictures: {"masks": torch.ones(2, 64, 64)}, r"masks is \[2, 64, 64\]: give one for all of the 3"),
     (lambda pictures: {"masks": torch.zeros(1, 64, 64)}, "mask of reference 1 is empty"),
+    (lambda pictures: {"class_pictures": with_alpha(pictures)}, "class_pictures has 4 channels.*Split Image"),
+    (lambda pictures: {"class_pictures": ((pictures[0].movedim(-1, 0), torch.ones(64, 64)),)},
+     "class_pictures has masks, which mean nothing here"),
     (lambda _: {"token": "star", "instance_prompt": "a star"}, "token 'star' is a common word"),
     (lambda _: {"token": "two words"}, "more than one word"),
     (lambda _: {"instance_prompt": "a star"}, "without the token 'sks'"),
