@@ -167,7 +167,9 @@ class WordMaps(io.ComfyNode):
         max_size: int = 0, start: float = 0.0, end: float = 1.0,
     ) -> io.NodeOutput:
         from ..attention_swap.pictures import heat_picture, word_masks
+        from ..attention_swap.prompts import listed
         from ..attention_swap.word_maps import WordMaps as Maps, chosen_words, word_layers
+        from ..blending.lettering import legend
 
         if start >= end:
             raise ValueError(f"start is {start:g} and end {end:g}: no step is left. start must be below end")
@@ -175,7 +177,7 @@ class WordMaps(io.ComfyNode):
             raise ValueError(f"min_size is {min_size}, above max_size {max_size}: no layer is left")
         source = _Source(model, positive, negative, inversion, latent, vae, seed, steps, cfg, scheduler)
         known = _prompt(prompt, clip, tokens, positive, source.said)
-        chosen = chosen_words(known, [word.strip() for word in words.replace("\n", ",").split(",") if word.strip()])
+        chosen = chosen_words(known, listed(words))
         used: list[str] = []
 
         def watcher(layout: Layout, steps: int) -> Maps:
@@ -192,6 +194,7 @@ class WordMaps(io.ComfyNode):
         source.said.append(f"layers: {', '.join(used)}; steps {maps.steps.start + 1} to {maps.steps.stop}")
         shares = found.flatten(0, 1).amax((1, 2)).tolist()
         source.said += [f"{name}: at most {share:.1%} of a place's attention" for name, share in zip(names, shares)]
+        source.said += filter(None, [legend(names)])
         pictures = torch.stack([
             heat_picture(None if source.picture is None else source.picture[index // len(chosen)], mask, name)
             for index, (mask, name) in enumerate(zip(masks, names))

@@ -168,6 +168,7 @@ class CLIPBlendSampler(io.ComfyNode):
         match_border: bool = True,
     ) -> io.NodeOutput:
         from ..blending.augment import ExtendingAugmentations
+        from ..blending.lettering import legend
         from ..blending.plot import loss_plot
         from ..blending.ranking import table
         from ..blending.schedule import GuideSchedule
@@ -220,6 +221,7 @@ class CLIPBlendSampler(io.ComfyNode):
         scores = "\n\n".join(tables) + (f"\nranked by {ranked_by}" if job.prompted else "")
         title = " | ".join(request.prompt.strip() for request in requests if request.prompt.strip())
         plot = torch.cat([loss_plot(losses, title) for losses in history])
+        said += filter(None, [legend([title])])
         summary = "\n".join(said)
         return io.NodeOutput(
             torch.cat(images), scores, plot, summary, ui=ui.PreviewText(f"{scores}\n\n{summary}")
