@@ -124,7 +124,7 @@ class WordMaps(io.ComfyNode):
             ),
             inputs=_inputs(
                 [
-                    io.String.Input("prompt", multiline=True, default="",
+                    io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
                                     tooltip="With clip: the prompt that positive was made from. Not used with tokens."),
                     io.String.Input("words", default="",
                                     tooltip="Which words, separated by commas: star, blue sky. Several in a row count "
@@ -211,7 +211,8 @@ def _prompt(prompt: str, clip, tokens: PromptPair | None, positive, said: list[s
             "neither tokens nor clip is connected, so the words' positions are not known: connect SwapPrompts' tokens, "
             "or the CLIP that positive was made with, and write the prompt"
         )
-    made, known = encoded(clip, prompt)
+    made, known, notes = encoded(clip, prompt)
+    said += notes
     if not any(torch.equal(one[0].cpu(), made[0][0].cpu()) for one in positive if one[0].shape == made[0][0].shape):
         said.append(
             "note: positive is not what this clip makes of this prompt; if its words are others, the names are wrong"

@@ -51,7 +51,7 @@ class CLIPBlendSampler(io.ComfyNode):
                 io.Mask.Input("mask", tooltip="White is changed, black stays exactly as it is. One, or one per picture."),
                 ClipGuideIO.Input("clip_guide", tooltip="The CLIP that steers (CLIPGuideLoader)."),
                 io.String.Input(
-                    "prompt", multiline=True, default="",
+                    "prompt", multiline=True, default="", dynamic_prompts=True,
                     tooltip="What the masked region is to show. Empty: nothing steers, the region is made up anew.",
                 ),
                 io.Int.Input(
@@ -199,6 +199,9 @@ class CLIPBlendSampler(io.ComfyNode):
                 else "no region asks for anything, so CLIP does not steer: they are made up anew"
             )
             logger.warning("CLIPBlendSampler: %s.", said[-1])
+        said += dict.fromkeys(
+            note for request in requests for guide in (clip_guide, scorer or clip_guide) for note in request.notes(guide)
+        )
         job = _Job(
             model, vae, positive, negative, cfg, clip_guide, scorer, requests, settings, augment,
             load_perceptual(lpips) if settings.background_weight > 0 else None, resolution, batch_size,

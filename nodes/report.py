@@ -75,6 +75,7 @@ class EditReport(io.ComfyNode):
                     "prompt",
                     default="",
                     multiline=True,
+                    dynamic_prompts=True,
                     optional=True,
                     tooltip="What the edit asked for. Used when a CLIP_GUIDE is connected.",
                 ),
@@ -139,6 +140,7 @@ class EditReport(io.ComfyNode):
             f"result {number} of {count}\n{report.to_text()}" if count > 1 else report.to_text()
             for number, report in enumerate(reports, start=1)
         )
+        text = "\n".join([text, *(guide.notes([prompt]) if guide is not None else [])])
         sheet = picture(source, result, masks)
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(

@@ -76,7 +76,7 @@ class AttentionSwapSweep(io.ComfyNode):
                                tooltip="The source picture to score against; without it the source as it was sampled."),
                 ClipGuideIO.Input("clip_guide", optional=True,
                                   tooltip="A CLIP that says how well the subject fits prompt (CLIPGuideLoader)."),
-                io.String.Input("prompt", optional=True, default="",
+                io.String.Input("prompt", optional=True, default="", dynamic_prompts=True,
                                 tooltip="For clip_guide: what the subject is to be."),
                 io.Image.Input("reference", optional=True,
                                tooltip="A picture of the new subject, cut to it, for LPIPS."),
@@ -132,6 +132,8 @@ class AttentionSwapSweep(io.ComfyNode):
         else:
             source = frame.view(image)
         scores = scorers.score(source, pictures)
+        if clip_guide is not None:
+            scorers.said += clip_guide.guide.notes([scorers.prompt])
         table = "\n".join([sweep.table(labels, scores), *scorers.said])
         columns = next((len(given) for given in reversed(lambdas.values()) if len(given) > 1), 1)
         marked = sweep.best(scores)[0] if scores else None

@@ -170,6 +170,69 @@ def test_an_unknown_word_is_named_as_it_was_typed(kit, caplog):
     assert "never shown the words: café." in caplog.text
 
 
+@pytest.fixture
+def embeddings(comfy):
+    """Embeddings in ComfyUI's folder: one that fits the demo's CLIP, one of another model."""
+    from safetensors.torch import save_file
+
+    folder = comfy / "models" / "embeddings"
+    folder.mkdir(exist_ok=True)
+    save_file({"emb_params": torch.ones(2, 96)}, folder / "good.safetensors")
+    save_file({"emb_params": torch.ones(3, 768)}, folder / "wide.safetensors")
+
+
+@pytest.mark.parametrize("prompt", [
+    "a embedding:missing embedding:good on a star", "a embedding:good on a (embedding:missing:1.2) star",
+    "a embedding:wide embedding:good on a star", "a embedding:good, embedding:missing on a star",
+])  # fmt: skip
+def test_an_embedding_that_is_left_out_does_not_rename_the_others_and_is_named(kit, embeddings, prompt):
+    from nodes import CLIPTextEncode
+
+    source, _, pair, words = kit.prompts(prompt, "a heart on a star", source_subject="good", target_subject="heart")
+    good = next(word for word in pair.source.words if word.text == "embedding:good")
+    assert [pair.source.ids[position] for position in good.positions] == ["embedding:good.0", "embedding:good.1"]
+    assert [word.text for word in pair.source.words if word.text != ","] == ["a", "embedding:good", "on", "a", "star"]
+    lost = "embedding:wide was made for another kind" if "wide" in prompt else "embedding:missing is not in ComfyUI's"
+    assert lost in words and words.count("left out") == 1
+    with torch.inference_mode():
+        stock = CLIPTextEncode().encode(kit.clip, prompt)[0][0][0]
+        alone = CLIPTextEncode().encode(kit.clip, prompt.replace("embedding:wide ", ""))[0][0][0]
+    assert torch.equal(source[0][0], stock)
+    if "wide" in prompt:  # the words stand where the encoder has them
+        assert torch.allclose(stock[:, :8], alone[:, :8])
+
+
+def test_no_word_of_a_long_prompt_is_lost(kit):
+    """ComfyUI encodes it in pieces of 75 tokens."""
+    long = "a red star on a blue sky background, " * 12 + "a green heart"
+    source, _, pair, words = kit.prompts(long, long)
+    assert source[0][0].shape[1] == len(pair.source.ids) == 154 and pair.source.words[-1].text == "heart"
+    assert pair.align().source_positions("heart")[0] > 77 and "same words" in words
+
+
+def test_prompts_are_read_by_the_page_as_clip_text_encode_is(comfy):
+    """The page replaces {a|b} and takes comments out where an input says dynamicPrompts."""
+    import asyncio
+
+    from blendswap.nodes import BlendSwapExtension
+    from nodes import CLIPTextEncode
+
+    assert CLIPTextEncode.INPUT_TYPES()["required"]["text"][1]["dynamicPrompts"]
+    dynamic = set()
+    for node in asyncio.run(BlendSwapExtension().get_node_list()):
+        for group in node.INPUT_TYPES().values():
+            dynamic |= {(node.define_schema().node_id, name) for name, (_, *options) in
+                        ((name, spec) for name, spec in group.items() if isinstance(spec, tuple) and len(spec) > 1)
+                        if options[0].get("dynamicPrompts")}
+    assert dynamic == {
+        ("CLIPBlendSampler", "prompt"), ("CLIPBlendSampler", "negative_prompt"), ("CLIPBlendGuider", "prompt"),
+        ("CLIPBlendGuider", "negative_prompt"), ("BlendRegion", "prompt"), ("BlendRegion", "negative_prompt"),
+        ("RankCandidates", "prompt"), ("RankCandidates", "contrasts"), ("EditReport", "prompt"),
+        ("SwapPrompts", "source_prompt"), ("SwapPrompts", "target_prompt"), ("WordMaps", "prompt"),
+        ("AttentionSwapSweep", "prompt"), ("ConceptScore", "prompt"), ("ConceptScore", "class_prompt"),
+    }
+
+
 # Settings -------------------------------------------------------------------------------------------------------------
 
 
