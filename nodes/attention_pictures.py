@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .capture import check_null, made_up, negative_for, of_inversion
-from .inputs import LARGEST_SEED, dial, source_kind
+from .inputs import LARGEST_SEED, PIXELS_PER_CELL, dial, source_kind
 from .prompts import encoded
 from .sockets import SwapTokensIO
 from .swap_run import Progress, as_latent
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from ..hosts.attention import TextHost
 
 logger = logging.getLogger(__name__)
-
-PIXELS_PER_CELL = 8
-"""Of Stable Diffusion's autoencoders; for pictures without a VAE."""
 
 
 def _inputs(own: list[Any], more: list[Any]) -> list[Any]:

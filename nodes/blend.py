@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from comfy_api.latest import io, ui
 
+from . import folders
 from .convert import paste_into, to_bchw
 from .inputs import LARGEST_SEED, dial, match_border_input, text_conditioning
 from .guides import GUARDS_NOTHING, RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
-from .report import NONE, load_perceptual, lpips_choices
+from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import AugmentIO, ClipGuideIO
 
 if TYPE_CHECKING:
@@ -153,6 +154,10 @@ class CLIPBlendSampler(io.ComfyNode):
                 io.String.Output(display_name="summary", tooltip="What was run: settings, preset, sizes, models."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, lpips: str = NONE, **_) -> str:
+        return folders.fingerprint(lpips_path, lpips)
 
     @classmethod
     def execute(

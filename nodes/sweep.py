@@ -10,9 +10,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..blending.paste import prepare_mask
+from . import folders
 from .convert import split_alpha
 from .inputs import dial
-from .report import NONE, load_perceptual, lpips_choices
+from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import AttentionIO, ClipGuideIO, SwapSettingsIO, SwapSubjectsIO, SwapTokensIO
 from .swap_run import Attention, Frame, Progress, Target, as_latent
 from .swap_settings import amount, unit_input
@@ -88,6 +89,10 @@ class AttentionSwapSweep(io.ComfyNode):
             ],
             is_output_node=True,
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, lpips: str = NONE, **_) -> str:
+        return folders.fingerprint(lpips_path, lpips)
 
     @classmethod
     def execute(
