@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -107,8 +108,9 @@ def resolve(name: str, choice: str) -> Path:
         raise FileNotFoundError(
             f"{_place(name)} is empty: put {folder.wanted} into {roots[0]}, then reload the page."
         )
-    for root in map(os.path.abspath, roots):
-        path = os.path.abspath(os.path.join(root, choice.replace("\\", "/")))
+    spellings = dict.fromkeys([choice, choice.replace("\\", "/")])
+    for root, spelling in itertools.product(map(os.path.abspath, roots), spellings):
+        path = os.path.abspath(os.path.join(root, spelling))
         # Judged by name, not by where links lead: models are often linked in from another disk.
         if path == root or os.path.commonpath([root, path]) != root:
             raise ValueError(f"{choice!r} is not inside {_place(name)}: choose a name from the list.")
@@ -166,7 +168,7 @@ _DATE_PARTS = {"y": "year", "d": "day", "M": "month", "h": "hour", "m": "minute"
 def file_prefix(text: str, prompt: Mapping[str, Any] | None = None) -> str:
     """A file's prefix with its patterns filled in as ComfyUI's page does for its own saving nodes, which it knows by
     name: %date:yyyy-MM-dd% (and hh, mm, ss), and %node.input% by a node's type or title in `prompt`. What
-    `folder_paths.get_save_image_path` knows (%year%, %width%, …) is left to it.
+    `folder_paths.get_save_image_path` knows (%year%, %width%, …) is left to it. Folders are parted by "/" or "\\".
     """
     now = datetime.now()
 
@@ -181,7 +183,7 @@ def file_prefix(text: str, prompt: Mapping[str, Any] | None = None) -> str:
         value = _input_of(name, key, prompt or {})
         return found[0] if value is None else re.sub(r'[/?<>\\:*|"\x00-\x1f\x7f]', "_", str(value))
 
-    return re.sub(r"%([^%]+)%", filled, text)
+    return re.sub(r"%([^%]+)%", filled, text).replace("\\", "/")
 
 
 def _input_of(name: str, key: str, prompt: Mapping[str, Any]) -> Any:

@@ -120,5 +120,6 @@ def test_patterns_in_a_prefix_are_filled_in_as_the_page_does_for_save_image(comf
     assert file_prefix("people/%date:yyyy-MM-dd%/face") == f"people/{today}/face"
     assert re.fullmatch(r"\d\d_\d{1,2}_\d{1,2} \d\d\.\d\d\.\d\d", file_prefix("%date:yy_M_d hh.mm.ss%"))
     assert file_prefix("%KSampler.seed%_%Mine.seed%_%Other.name%", prompt) == "7_7_a_b_c"
+    assert file_prefix("people\\face") == "people/face"
     for kept in ("100%", "%width%", "%KSampler.model%", "%Nobody.seed%", "%year%"):
         assert file_prefix(kept, prompt) == kept
