@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..blending import lettering
 from .local_blend import region
 from .self_maps import Components
 
@@ -54,13 +55,12 @@ def _stretched(vectors: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _strip(text: str, width: int) -> Tensor:
     """A line of text, [strip, width, 3], in letters as small as the width asks for."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-    most = max(11, width // 16)
-    font = ImageFont.load_default(size=most)
-    while (long := font.getlength(text)) > width - 4 and font.size > 8:
-        font = ImageFont.load_default(size=max(8, min(font.size - 1, int(font.size * (width - 4) / long))))
+    size = most = max(11, width // 16)
+    while (long := lettering.width(text, size)) > width - 4 and size > 8:
+        size = max(8, min(size - 1, int(size * (width - 4) / long)))
     strip = Image.new("RGB", (width, most + most // 2), "black")
-    middle = (max(width / 2, long / 2 + 2), strip.height / 2)
-    ImageDraw.Draw(strip).text(middle, text, fill="white", font=font, anchor="mm")
+    corner = (max((width - long) / 2, 2), (strip.height - lettering.height(size)) / 2)
+    lettering.draw(ImageDraw.Draw(strip), corner, text, size, "white")
     return torch.from_numpy(np.asarray(strip).copy()).float() / 255

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from .tokens import Alignment, TokenisedPrompt, align
+from .words import joined, key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,25 +51,30 @@ def replaced_words(alignment: Alignment) -> tuple[tuple[str, str], ...]:
                 index for index, one in enumerate(source)
                 if columns[list(one.positions)].any() and alignment.alphas[positions].any()
             }
-            if {source[index].text.lower() for index in taken} != {word.text.lower()}:
+            if {key(source[index].text) for index in taken} != {key(word.text)}:
                 stretch.append(word.text)
                 origins |= taken
                 continue
         if origins:
             named = source[min(origins):max(origins) + 1]
-            found.append((" ".join(one.text for one in named), " ".join(stretch)))
+            found.append((joined([one.text for one in named]), joined(stretch)))
         origins, stretch = set(), []
     return tuple(found)
 
 
+def listed(text: str) -> list[str]:
+    """Entries of a list as people write it, with commas, semicolons or line breaks between, of any script."""
+    return [entry for entry in map(str.strip, re.split(r"[,;，；、،\n]", text)) if entry]
+
+
 def word_weights(text: str, name: str = "word_weights") -> dict[str, float]:
-    """Factors on words as people write them: "star:1.5, blue sky:0.5", with commas or line breaks between.
+    """Factors on words as people write them: "star:1.5, blue sky:0.5".
 
     Raises ValueError where an entry is nothing of the kind, and where a word comes twice.
     """
     weights: dict[str, float] = {}
-    for entry in filter(None, map(str.strip, re.split(r"[,;\n]", text))):
-        word, _, number = (part.strip() for part in entry.rpartition(":"))
+    for entry in listed(text):
+        word, _, number = (part.strip() for part in entry.replace("：", ":").rpartition(":"))
         try:
             factor = float(number)
         except ValueError:
@@ -78,7 +84,7 @@ def word_weights(text: str, name: str = "word_weights") -> dict[str, float]:
                 f"{name}: {entry!r} is no word with a weight. Write the word as in target_prompt, a colon and a "
                 "number, with commas between: star:1.5, blue sky:0.5"
             )
-        if word in weights:
+        if key(word) in map(key, weights):
             raise ValueError(f"{name}: {word!r} has two weights; keep one")
         weights[word] = factor
     return weights

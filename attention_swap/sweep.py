@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..blending import lettering
 from .settings import Steps, SwapSettings
 
 BLUR = 1 / 64
@@ -172,9 +173,10 @@ def contact_sheet(
     height, width = source.shape[:2]
     enlarge = max(1, math.ceil(_PANEL / width))
     height, width = height * enlarge, width * enlarge
-    font = ImageFont.load_default(size=max(13, width // 22))
-    lines = [_wrapped(label, font, width) for label in labels]
-    strip = max(map(len, lines)) * (int(font.size) + 3) + 2 * _GAP
+    size = max(12, width // 24)
+    lines = [_wrapped(label, size, width) for label in labels]
+    line = lettering.height(size)
+    strip = max(map(len, lines)) * line + 2 * _GAP
     rows = 1 + -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * (height + strip + _GAP) + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
@@ -185,7 +187,8 @@ def contact_sheet(
     for number, (row, column, picture, label) in enumerate(panels):
         left, top = _GAP + column * (width + _GAP), _GAP + row * (height + strip + _GAP)
         pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        draw.multiline_text((left, top), "\n".join(label), fill="black", font=font, spacing=3)
+        for index, text in enumerate(label):
+            lettering.draw(draw, (left, top + index * line), text, size)
         sheet.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top + strip))
         if marked is not None and number == marked + 1:
             box = (left - _GAP, top + strip - _GAP, left + width + _GAP - 1, top + strip + height + _GAP - 1)
@@ -193,12 +196,12 @@ def contact_sheet(
     return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]
 
 
-def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
-    """`text` in lines of at most `width` pixels, broken at ", "."""
+def _wrapped(text: str, size: int, width: int) -> list[str]:
+    """`text` in letters of `size`, in lines of at most `width` pixels, broken at ", "."""
     lines: list[str] = []
     for part in text.split(", "):
         longer = f"{lines[-1]}, {part}" if lines else part
-        if lines and font.getlength(longer) <= width:
+        if lines and lettering.width(longer, size) <= width:
             lines[-1] = longer
         else:
             lines.append(part)

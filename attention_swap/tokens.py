@@ -15,18 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .words import Word, WordReader, is_word, joined, key, without_spaces
+
 ALIGNMENTS = ("words", "tokens")
 
-_WORD_END = "</w>"
 _EMBEDDING = "embedding:"
-
-
-@dataclasses.dataclass(frozen=True)
-class Word:
-    """A word of a prompt and the positions of its tokens in the text embedding."""
-
-    text: str
-    positions: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +94,8 @@ class Alignment:
             else:
                 replaced.append((sources, [word.text]))
         changed = [
-            f"{' '.join(source.text for source in sources)} → {' '.join(words)}" for sources, words in replaced
-            if [_key(source.text) for source in sources] != [_key(word) for word in words]
+            f"{joined([source.text for source in sources])} → {joined(words)}" for sources, words in replaced
+            if [key(source.text) for source in sources] != [key(word) for word in words]
         ]
         removed = [word.text for word in self.source_words if word not in taken]
         named = {"replaced": changed, "only in the target": inserted, "only in the source": removed}
@@ -135,7 +128,7 @@ def align(
     ]
     if by == "tokens":
         mapper, alphas = _align_tokens(source, target)
-        shared = bool({_key(word.text) for word in source.words} & {_key(word.text) for word in target.words})
+        shared = bool({key(word.text) for word in source.words} & {key(word.text) for word in target.words})
     else:
         mapper, alphas, shared = _align_words(source, target, pairs)
     if not shared and not pairs and (source.words or target.words):
@@ -150,29 +143,35 @@ def align(
 # Words ------------------------------------------------------------------------------------------------------------
 
 
-def _key(text: str) -> str:
-    """Text to compare words by."""
-    return re.sub(r"\s+", "", text).lower()
-
-
 def _occurrences(words: Sequence[Word], phrase: str) -> list[tuple[int, ...]]:
-    wanted = _key(phrase)
-    stripped = wanted.strip(",.;:!?\"'()")
-    for key in (wanted, stripped, _EMBEDDING + stripped) if stripped else ():
+    wanted = key(phrase)
+    stripped = wanted.strip(",.;:!?\"'()“”‘’«»「」『』、。…")
+    keys = [key(word.text) for word in words]
+    for one in (wanted, stripped, _EMBEDDING + stripped) if stripped else ():
         found, start = [], 0
         while start < len(words):
             text, end = "", start
-            while end < len(words) and len(text) < len(key):
-                text += _key(words[end].text)
+            while end < len(words) and len(text) < len(one):
+                text += keys[end]
                 end += 1
-            if text == key:
+            if text == one:
                 found.append(tuple(range(start, end)))
                 start = end
             else:
                 start += 1
         if found:
             return found
-    return []
+    return _covering(keys, stripped) if without_spaces(stripped) else []
+
+
+def _covering(keys: Sequence[str], wanted: str) -> list[tuple[int, ...]]:
+    """Indices of the words that hold `wanted` at each place: in a script without spaces, tokens may keep characters
+    together that are words of their own."""
+    owners = [index for index, one in enumerate(keys) for _ in one]
+    whole, found, at = "".join(keys), [], -1
+    while (at := whole.find(wanted, at + 1)) >= 0:
+        found.append(tuple(dict.fromkeys(owners[at:at + len(wanted)])))
+    return found
 
 
 def _listed(words: Sequence[Word]) -> str:
@@ -213,7 +212,7 @@ def _align_words(
 ) -> tuple[Tensor, Tensor, bool]:
     mapper, alphas = torch.zeros(len(source.ids), len(target.ids)), torch.zeros(len(target.ids))
     first, second = _units(source.words, [pair[0] for pair in pairs]), _units(target.words, [pair[1] for pair in pairs])
-    matches = _global_alignment([key for key, _ in first], [key for key, _ in second], _word_score, gap=-1)
+    matches = _global_alignment([one for one, _ in first], [one for one, _ in second], _word_score, gap=-1)
     shared = False
     named_source, named_target = (
         {index for pair in pairs for found in pair[side] for index in found} for side in (0, 1)
@@ -240,7 +239,7 @@ def _units(words: Sequence[Word], named: list[list[tuple[int, ...]]]) -> list[tu
     starts = {found[0]: (f"\0{number}", found) for number, places in enumerate(named) for found in places}
     inside = {index for places in named for found in places for index in found[1:]}
     return [
-        starts.get(index, (_key(word.text), (index,))) for index, word in enumerate(words) if index not in inside
+        starts.get(index, (key(word.text), (index,))) for index, word in enumerate(words) if index not in inside
     ]
 
 
@@ -248,7 +247,7 @@ def _word_score(first: str, second: str) -> int:
     if first == second:
         return 2
     # A word may take the place of a word, but never that of a comma: two gaps are cheaper.
-    alike = any(map(str.isalnum, first)) == any(map(str.isalnum, second))
+    alike = is_word(first) == is_word(second)
     return -1 if alike and "\0" not in first + second else -3
 
 
@@ -357,32 +356,39 @@ def from_transformers(tokenizer: Any, prompt: str) -> TokenisedPrompt:
     count = len(tokenizer(prompt, max_length=length, truncation=True).input_ids)
     added = tokenizer.get_added_vocab()
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    words: list[Word] = []
-    collector = _Collector(words)
+    reader = WordReader(prompt)
     for position in range(1, count - 1):
         piece = tokenizer.convert_ids_to_tokens(ids[position])
         if piece in added and ids[position] not in special:
-            collector.close()
-            numbered = re.fullmatch(r"(.+)_\d+", piece)
-            if numbered and words and words[-1].text == numbered[1] and words[-1].positions[-1] == position - 1:
-                words[-1] = Word(words[-1].text, (*words[-1].positions, position))
+            reader.close()
+            numbered, last = re.fullmatch(r"(.+)_\d+", piece), reader.words[-1:]
+            if numbered and last and last[0].text == numbered[1] and last[0].positions[-1] == position - 1:
+                reader.extend_word(position)
             else:
-                words.append(Word(piece, (position,)))
+                reader.add_word(piece, position)
         else:
-            collector.add(piece, position)
-    collector.close()
-    return TokenisedPrompt(tuple(ids), tuple(words), length)
+            reader.add(piece, position)
+    reader.close()
+    return TokenisedPrompt(tuple(ids), tuple(reader.words), length)
+
+
+def embeddings_in(prompt: str) -> list[str]:
+    """Names of the embeddings that a prompt asks ComfyUI for ("embedding:name"), in order."""
+    return re.findall(rf"(?:^|[\s(]){_EMBEDDING}([^\s,():<\[]+)", prompt)
 
 
 def from_comfy(
     tokens: Mapping[str, Sequence[Sequence[tuple]]], pieces: Callable[[int], str], prompt: str = "",
+    embeddings: Sequence[str] | None = None,
 ) -> TokenisedPrompt:
     """What ComfyUI's `clip.tokenize(prompt, return_word_ids=True)` gave, of any number of chunks.
 
     tokens: by the encoder's name, chunks of (token or vector, weight, word id); of several encoders (SDXL) the first,
         whose words stand where those of the others do.
     pieces: the vocabulary's text of a token ("dog</w>"), as the tokenizer's `inv_vocab` has it.
-    prompt: the text itself, to name the embeddings in it.
+    prompt: the text itself, for words as they were typed.
+    embeddings: names of those whose vectors are among the tokens, in order; ComfyUI leaves out what it does not find.
+        None: all that the prompt names.
 
     ComfyUI gives one word id to a whole run of text, so words are told apart by their pieces; an embedding has an id
     of its own and is one word ("embedding:cat"), however many vectors it has.
@@ -398,54 +404,30 @@ def from_comfy(
         )
     entries = [entry for chunk in chunks for entry in chunk]
     vectors = list(dict.fromkeys(entry[2] for entry in entries if not _is_token(entry[0])))
-    names = re.findall(rf"(?:^|[\s(]){_EMBEDDING}([^\s,():]+)", prompt)
-    # An embedding that was not found is left out by ComfyUI, and nothing says which: number them then.
-    if len(names) != len(vectors):
+    names = list(embeddings_in(prompt) if embeddings is None else embeddings)
+    if len(names) != len(vectors):  # written in a way that is not known here: numbered, then
         names = [str(number + 1) for number in range(len(vectors))]
     named = {identity: _EMBEDDING + name for identity, name in zip(vectors, names)}
 
     ids: list[int | str] = []
-    words: list[Word] = []
-    started: set[int] = set()
-    collector = _Collector(words)
+    counts: dict[int, int] = {}
+    reader = WordReader(prompt)
     for position, (token, _, identity) in enumerate(entries):
         if identity == 0:
             ids.append(int(token))
         elif _is_token(token):
             ids.append(int(token))
-            collector.add(pieces(int(token)), position)
+            reader.add(pieces(int(token)), position)
         else:
-            collector.close()
-            if identity in started:
-                words[-1] = Word(words[-1].text, (*words[-1].positions, position))
+            count = counts[identity] = counts.get(identity, -1) + 1
+            if count:
+                reader.extend_word(position)
             else:
-                words.append(Word(named[identity], (position,)))
-                started.add(identity)
-            ids.append(f"{named[identity]}.{len(words[-1].positions) - 1}")
-    collector.close()
-    return TokenisedPrompt(tuple(ids), tuple(words), length)
+                reader.add_word(named[identity], position)
+            ids.append(f"{named[identity]}.{count}")
+    reader.close()
+    return TokenisedPrompt(tuple(ids), tuple(reader.words), length)
 
 
 def _is_token(token: Any) -> bool:
     return isinstance(token, int) or (hasattr(token, "__index__") and not isinstance(token, Tensor))
-
-
-class _Collector:
-    """Puts the pieces of byte-pair encoding together to words."""
-
-    def __init__(self, words: list[Word]) -> None:
-        self.words, self.text, self.positions = words, "", []
-
-    def add(self, piece: str, position: int) -> None:
-        special = re.fullmatch(r"<\|.*\|>", piece) is not None
-        if special:
-            self.close()
-        self.text += "?" if special else piece.removesuffix(_WORD_END)
-        self.positions.append(position)
-        if special or piece.endswith(_WORD_END):
-            self.close()
-
-    def close(self) -> None:
-        if self.positions:
-            self.words.append(Word(self.text, tuple(self.positions)))
-        self.text, self.positions = "", []

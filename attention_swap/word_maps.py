@@ -14,6 +14,7 @@ from .layout import LayerInfo, Layout
 from .local_blend import blend_layers, word_map
 from .tokens import TokenisedPrompt, Word
 from .watch import Watcher
+from .words import is_word
 
 
 def chosen_words(prompt: TokenisedPrompt, phrases: Sequence[str] = ()) -> list[Word]:
@@ -24,7 +25,7 @@ def chosen_words(prompt: TokenisedPrompt, phrases: Sequence[str] = ()) -> list[W
     if not prompt.words:
         raise ValueError("the prompt is empty: give the one that positive was made from")
     if not phrases:
-        spoken = [word.text for word in prompt.words if any(map(str.isalnum, word.text))]
+        spoken = [word.text for word in prompt.words if is_word(word.text)]
         phrases = list(dict.fromkeys(spoken)) or [word.text for word in prompt.words]
     found = []
     for phrase in phrases:

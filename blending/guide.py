@@ -28,7 +28,7 @@ from .architectures import (
     preprocessing,
 )
 from .fit import fit_to_square
-from .tokens import CompactTokenizer, compact_vocabulary
+from .tokens import CompactTokenizer, compact_vocabulary, plain_words
 from .weight_files import read_weights
 
 __all__ = [
@@ -116,17 +116,18 @@ class ClipGuide:
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors [P, D] (float32, without gradient) of `prompts`. An empty prompt is allowed.
 
-        A prompt longer than the model's context is cut off as CLIP does, with a warning in the log; words
-        that a compact vocabulary does not know are named there.
+        A prompt longer than the model's context is cut off as CLIP does, and of "(blue:1.4)" the word alone is
+        read; what is lost so is named in the log, see `notes`.
 
         Raises:
             ValueError: a prompt none of whose words the guide knows.
         """
-        for prompt in prompts:
-            self._check(prompt)
+        for note in self.notes(prompts):
+            logger.warning("%s", note)
+        prompts = [self._checked(prompt) for prompt in prompts]
         # Texts are embedded once and used as constants in gradients, which inference tensors could not be.
         with torch.inference_mode(False), torch.no_grad():
-            tokens = self.tokenizer(list(prompts)).to(self.device)
+            tokens = self.tokenizer(prompts).to(self.device)
             return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
     def embed_image(self, images: Tensor) -> Tensor:
@@ -150,28 +151,41 @@ class ClipGuide:
         """Cosine similarity [B], -1..1, of `images` [B, 3, H, W] in -1..1 to `prompt`; without gradient."""
         return self.embed_image(images) @ self.embed_text([prompt])[0]
 
-    def _check(self, prompt: str) -> None:
-        if isinstance(self.tokenizer, CompactTokenizer) and prompt.strip():
-            unknown = self.tokenizer.unknown_words(prompt)
-            if unknown and set(self.tokenizer.encode(prompt)) == {self.tokenizer.unknown_row}:
-                raise ValueError(
-                    f"The guide '{self.name}' knows no word of the prompt '{prompt}'. It was trained on a "
-                    "small vocabulary: use its words, or load a full CLIP."
+    def notes(self, prompts: Sequence[str]) -> list[str]:
+        """What of `prompts` this guide does not read, and what it does not know; a line each, for a report."""
+        found = []
+        for prompt in prompts:
+            plain = plain_words(prompt)
+            if plain != prompt.replace("\\(", "(").replace("\\)", ")"):
+                found.append(
+                    f"The guide '{self.name}' reads no weights and no embeddings: of '{prompt}' it reads '{plain}'."
                 )
-            if unknown:
-                logger.warning(
-                    "The guide '%s' does not know: %s.", self.name, ", ".join(dict.fromkeys(unknown))
+            unknown = self._unknown(plain)
+            if unknown and not self._knows_nothing_of(plain):
+                found.append(f"The guide '{self.name}' does not know: {', '.join(dict.fromkeys(unknown))}.")
+            dropped = _token_count(self.tokenizer, plain) - self.tokenizer.context_length
+            if dropped > 0:
+                found.append(
+                    f"The prompt '{prompt}' is too long for '{self.name}': its last {dropped} tokens are dropped "
+                    f"(limit {self.tokenizer.context_length}, ends included)."
                 )
-        dropped = _token_count(self.tokenizer, prompt) - self.tokenizer.context_length
-        if dropped > 0:
-            logger.warning(
-                "The prompt '%s' is too long for '%s': its last %d tokens are dropped (limit %d, ends "
-                "included).",
-                prompt,
-                self.name,
-                dropped,
-                self.tokenizer.context_length,
+        return list(dict.fromkeys(found))
+
+    def _checked(self, prompt: str) -> str:
+        """`prompt` as this guide reads it."""
+        plain = plain_words(prompt)
+        if self._knows_nothing_of(plain):
+            raise ValueError(
+                f"The guide '{self.name}' knows no word of the prompt '{prompt}'. It was trained on a "
+                "small vocabulary: use its words, or load a full CLIP."
             )
+        return plain
+
+    def _unknown(self, text: str) -> list[str]:
+        return self.tokenizer.unknown_words(text) if isinstance(self.tokenizer, CompactTokenizer) else []
+
+    def _knows_nothing_of(self, text: str) -> bool:
+        return bool(self._unknown(text)) and set(self.tokenizer.encode(text)) == {self.tokenizer.unknown_row}
 
 
 def _scaled_gradient(pixels: Tensor, features: Tensor) -> Tensor:

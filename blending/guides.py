@@ -52,5 +52,9 @@ class CombinedGuide:
         """Weighted mean cosine similarity [B], -1..1, of `images` [B, 3, H, W] in -1..1 to `prompt`."""
         return sum(guide.score(images, prompt) * weight for guide, weight in self.members)
 
+    def notes(self, prompts: Sequence[str]) -> list[str]:
+        """What of `prompts` its members do not read, and what they do not know."""
+        return list(dict.fromkeys(note for guide, _ in self.members for note in guide.notes(prompts)))
+
     def _joined(self, embed) -> Tensor:
         return torch.cat([embed(guide) * weight**0.5 for guide, weight in self.members], dim=-1)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .lettering import for_matplotlib
+
 
 def loss_plot(history: Sequence[dict[str, Tensor]], title: str = "") -> Tensor:
     """Losses by step: [1, H, W, 3] in 0..1, one panel per loss, one line per candidate.
@@ -27,7 +29,8 @@ def loss_plot(history: Sequence[dict[str, Tensor]], title: str = "") -> Tensor:
         values = torch.stack([losses[name].detach().float().cpu() for losses in history if name in losses])
         # A line through one point alone shows nothing.
         panel.plot(steps, values.numpy(), linewidth=1, marker="." if len(steps) == 1 else None)
-        panel.set_ylabel(textwrap.fill(name, 24), fontsize=10 if len(name) < 24 else 7, parse_math=False)
+        label, how = for_matplotlib(textwrap.fill(name, 24))
+        panel.set_ylabel(label, fontsize=10 if len(name) < 24 else 7, **how)
         panel.set_xlim(0.5, max(len(history), 1) + 0.5)
         panel.grid(alpha=0.3)
     if not names:
@@ -35,7 +38,7 @@ def loss_plot(history: Sequence[dict[str, Tensor]], title: str = "") -> Tensor:
         panels[0].set_axis_off()
     panels[-1].set_xlabel("step")
     if title:
-        # A dollar sign is a dollar sign, not mathematics.
-        figure.suptitle(title, fontsize=10, parse_math=False)
+        shown, how = for_matplotlib(textwrap.fill(title, 100))
+        figure.suptitle(shown, fontsize=10, **how)
     canvas.draw()
     return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).float().div(255)[None]

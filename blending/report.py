@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
+from . import lettering
 from .ranking import score
 
 if TYPE_CHECKING:
@@ -201,14 +202,13 @@ def _row(panels: Sequence[Tensor], labels: Sequence[str]) -> np.ndarray:
     height, width = panels[0].shape[:2]
     enlarge = max(1, math.ceil(_PANEL / width))
     height, width = height * enlarge, width * enlarge
-    text = max(14, width // 24)
-    font = ImageFont.load_default(size=text)
-    strip = text + 2 * _GAP
+    text = max(13, width // 26)
+    strip = lettering.height(text) + 2 * _GAP
     row = Image.new("RGB", ((width + _GAP) * len(panels) - _GAP, height + strip), "white")
     draw = ImageDraw.Draw(row)
     for place, (panel, label) in enumerate(zip(panels, labels)):
         left = place * (width + _GAP)
         image = Image.fromarray(to_8_bit(panel)).resize((width, height), Image.Resampling.NEAREST)
-        draw.text((left + _GAP, _GAP), label, fill="black", font=font)
+        lettering.draw(draw, (left + _GAP, _GAP), label, text)
         row.paste(image, (left, strip))
     return np.asarray(row)

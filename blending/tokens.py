@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import open_clip
 import torch
 from torch import Tensor
+
+_BRACKETS = re.compile(r"\(([^()]*)\)")
+_EMBEDDING = re.compile(r"(?:^|(?<=\s))embedding:[^\s,<\[]+")
+
+
+def plain_words(prompt: str) -> str:
+    """A prompt as ComfyUI's text encoders take it, without what only they can do: weights, as in "(blue:1.4)" or
+    "(blue)", leave the word alone, "embedding:name" goes. Brackets that are meant are written as there: "\\(" and "\\)".
+    """
+    text = prompt.replace("\\)", "\0\1").replace("\\(", "\0\2")
+    while (unwrapped := _BRACKETS.sub(lambda found: _without_weight(found[1]), text)) != text:
+        text = unwrapped
+    return _EMBEDDING.sub("", text).replace("\0\1", ")").replace("\0\2", "(")
+
+
+def _without_weight(text: str) -> str:
+    words, colon, weight = text.rpartition(":")
+    try:
+        float(weight)
+    except ValueError:
+        return text
+    return words if colon and words else text
 
 
 @lru_cache(maxsize=1)

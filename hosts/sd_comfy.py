@@ -104,7 +104,7 @@ class KnownWordsTokenizer(comfy.sd1_clip.SDTokenizer):
                 pieces = []
             elif name.endswith(END_OF_WORD):
                 if not self.known.issuperset(pieces):
-                    yield "".join(self.inv_vocab[piece] for piece in pieces).removesuffix(END_OF_WORD)
+                    yield self.tokenizer.decode(pieces).strip()
                 pieces = []
 
 

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .capture import check_null, made_up, negative_for, of_inversion
-from .inputs import LARGEST_SEED, dial, source_kind
+from .inputs import LARGEST_SEED, PIXELS_PER_CELL, dial, source_kind
 from .prompts import encoded
 from .sockets import SwapTokensIO
 from .swap_run import Progress, as_latent
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from ..hosts.attention import TextHost
 
 logger = logging.getLogger(__name__)
-
-PIXELS_PER_CELL = 8
-"""Of Stable Diffusion's autoencoders; for pictures without a VAE."""
 
 
 def _inputs(own: list[Any], more: list[Any]) -> list[Any]:
@@ -124,7 +121,7 @@ class WordMaps(io.ComfyNode):
             ),
             inputs=_inputs(
                 [
-                    io.String.Input("prompt", multiline=True, default="",
+                    io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
                                     tooltip="With clip: the prompt that positive was made from. Not used with tokens."),
                     io.String.Input("words", default="",
                                     tooltip="Which words, separated by commas: star, blue sky. Several in a row count "
@@ -167,7 +164,9 @@ class WordMaps(io.ComfyNode):
         max_size: int = 0, start: float = 0.0, end: float = 1.0,
     ) -> io.NodeOutput:
         from ..attention_swap.pictures import heat_picture, word_masks
+        from ..attention_swap.prompts import listed
         from ..attention_swap.word_maps import WordMaps as Maps, chosen_words, word_layers
+        from ..blending.lettering import legend
 
         if start >= end:
             raise ValueError(f"start is {start:g} and end {end:g}: no step is left. start must be below end")
@@ -175,7 +174,7 @@ class WordMaps(io.ComfyNode):
             raise ValueError(f"min_size is {min_size}, above max_size {max_size}: no layer is left")
         source = _Source(model, positive, negative, inversion, latent, vae, seed, steps, cfg, scheduler)
         known = _prompt(prompt, clip, tokens, positive, source.said)
-        chosen = chosen_words(known, [word.strip() for word in words.replace("\n", ",").split(",") if word.strip()])
+        chosen = chosen_words(known, listed(words))
         used: list[str] = []
 
         def watcher(layout: Layout, steps: int) -> Maps:
@@ -192,6 +191,7 @@ class WordMaps(io.ComfyNode):
         source.said.append(f"layers: {', '.join(used)}; steps {maps.steps.start + 1} to {maps.steps.stop}")
         shares = found.flatten(0, 1).amax((1, 2)).tolist()
         source.said += [f"{name}: at most {share:.1%} of a place's attention" for name, share in zip(names, shares)]
+        source.said += filter(None, [legend(names)])
         pictures = torch.stack([
             heat_picture(None if source.picture is None else source.picture[index // len(chosen)], mask, name)
             for index, (mask, name) in enumerate(zip(masks, names))
@@ -208,7 +208,8 @@ def _prompt(prompt: str, clip, tokens: PromptPair | None, positive, said: list[s
             "neither tokens nor clip is connected, so the words' positions are not known: connect SwapPrompts' tokens, "
             "or the CLIP that positive was made with, and write the prompt"
         )
-    made, known = encoded(clip, prompt)
+    made, known, notes = encoded(clip, prompt)
+    said += notes
     if not any(torch.equal(one[0].cpu(), made[0][0].cpu()) for one in positive if one[0].shape == made[0][0].shape):
         said.append(
             "note: positive is not what this clip makes of this prompt; if its words are others, the names are wrong"

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from comfy_api.latest import io, ui
 
+from . import folders
 from .convert import paste_into, to_bchw
 from .inputs import LARGEST_SEED, dial, match_border_input, text_conditioning
 from .guides import GUARDS_NOTHING, RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
-from .report import NONE, load_perceptual, lpips_choices
+from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import AugmentIO, ClipGuideIO
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class CLIPBlendSampler(io.ComfyNode):
                 io.Mask.Input("mask", tooltip="White is changed, black stays exactly as it is. One, or one per picture."),
                 ClipGuideIO.Input("clip_guide", tooltip="The CLIP that steers (CLIPGuideLoader)."),
                 io.String.Input(
-                    "prompt", multiline=True, default="",
+                    "prompt", multiline=True, default="", dynamic_prompts=True,
                     tooltip="What the masked region is to show. Empty: nothing steers, the region is made up anew.",
                 ),
                 io.Int.Input(
@@ -155,6 +156,10 @@ class CLIPBlendSampler(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, lpips: str = NONE, **_) -> str:
+        return folders.fingerprint(lpips_path, lpips)
+
+    @classmethod
     def execute(
         cls, model, vae, image, mask, clip_guide: ComfyGuide, prompt: str, seed: int, candidates: int, batch_size: int,
         preset: str, guidance: float, steps: int, start: int, sampler: str = "ddpm", range_weight: float = 50.0,
@@ -168,6 +173,7 @@ class CLIPBlendSampler(io.ComfyNode):
         match_border: bool = True,
     ) -> io.NodeOutput:
         from ..blending.augment import ExtendingAugmentations
+        from ..blending.lettering import legend
         from ..blending.plot import loss_plot
         from ..blending.ranking import table
         from ..blending.schedule import GuideSchedule
@@ -198,6 +204,9 @@ class CLIPBlendSampler(io.ComfyNode):
                 else "no region asks for anything, so CLIP does not steer: they are made up anew"
             )
             logger.warning("CLIPBlendSampler: %s.", said[-1])
+        said += dict.fromkeys(
+            note for request in requests for guide in (clip_guide, scorer or clip_guide) for note in request.notes(guide)
+        )
         job = _Job(
             model, vae, positive, negative, cfg, clip_guide, scorer, requests, settings, augment,
             load_perceptual(lpips) if settings.background_weight > 0 else None, resolution, batch_size,
@@ -220,6 +229,7 @@ class CLIPBlendSampler(io.ComfyNode):
         scores = "\n\n".join(tables) + (f"\nranked by {ranked_by}" if job.prompted else "")
         title = " | ".join(request.prompt.strip() for request in requests if request.prompt.strip())
         plot = torch.cat([loss_plot(losses, title) for losses in history])
+        said += filter(None, [legend([title])])
         summary = "\n".join(said)
         return io.NodeOutput(
             torch.cat(images), scores, plot, summary, ui=ui.PreviewText(f"{scores}\n\n{summary}")

@@ -78,12 +78,12 @@ class CLIPGuideLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, clip_name: str) -> bool | str:
+        return folders.valid(guide_path, clip_name)
+
+    @classmethod
     def fingerprint_inputs(cls, clip_name: str, **_) -> str:
-        try:
-            path = guide_path(clip_name)
-            return f"{path}:{path.stat().st_mtime_ns}"
-        except OSError:  # the missing file is reported by execute
-            return clip_name
+        return folders.fingerprint(guide_path, clip_name)
 
     @classmethod
     def execute(cls, clip_name: str, architecture: str = "auto", dtype: str = "auto") -> io.NodeOutput:

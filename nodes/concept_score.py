@@ -45,8 +45,10 @@ class ConceptScore(io.ComfyNode):
                 io.Clip.Input("base_clip", tooltip="The CLIP before it learned."),
                 ClipGuideIO.Input("scorer", tooltip="A CLIP (Load CLIP Guide) that judges. Not one that guided what it "
                                   "judges, and none whose image side was trained on the references."),
-                io.String.Input("prompt", default="a photo of sks dog", tooltip="Names the concept."),
-                io.String.Input("class_prompt", default="a photo of a dog", tooltip="The same without the token."),
+                io.String.Input("prompt", default="a photo of sks dog", dynamic_prompts=True,
+                                tooltip="Names the concept."),
+                io.String.Input("class_prompt", default="a photo of a dog", dynamic_prompts=True,
+                                tooltip="The same without the token."),
                 io.Int.Input("samples", default=8, min=2, max=256, tooltip="Pictures of each of three kinds."),
                 io.Int.Input("steps", default=25, min=1, max=1000, tooltip="Of sampling (DDIM)."),
                 io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..demo import files
+from . import folders
 
 # Trainings draw their scenes from seeds below 1,000,000: no model has seen the ones from here on.
 FIRST_SEED = 2_000_000
@@ -33,7 +34,7 @@ class DemoModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_) -> str:
-        return ",".join(str(file.stat().st_mtime_ns) for file in sorted(files.TEXT.rglob("*.safetensors")))
+        return folders.fingerprint(lambda _: files.TEXT, "demo")
 
     @classmethod
     def execute(cls) -> io.NodeOutput:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 
@@ -100,7 +105,8 @@ def _place(name: str) -> str:
 
 
 def resolve(name: str, choice: str) -> Path:
-    """Path of a file or model sub-folder chosen from a registered folder.
+    """Path of a file or model sub-folder chosen from a registered folder; a workflow that was made on Windows names
+    "people\\face.safetensors", one of another system "people/face.safetensors", and both are found.
 
     Raises FileNotFoundError, saying what goes where, if it is not there, and ValueError if it leads outside.
     """
@@ -109,8 +115,9 @@ def resolve(name: str, choice: str) -> Path:
         raise FileNotFoundError(
             f"{_place(name)} is empty: put {folder.wanted} into {roots[0]}, then reload the page."
         )
-    for root in map(os.path.abspath, roots):
-        path = os.path.abspath(os.path.join(root, choice))
+    spellings = dict.fromkeys([choice, choice.replace("\\", "/")])
+    for root, spelling in itertools.product(map(os.path.abspath, roots), spellings):
+        path = os.path.abspath(os.path.join(root, spelling))
         # Judged by name, not by where links lead: models are often linked in from another disk.
         if path == root or os.path.commonpath([root, path]) != root:
             raise ValueError(f"{choice!r} is not inside {_place(name)}: choose a name from the list.")
@@ -120,6 +127,78 @@ def resolve(name: str, choice: str) -> Path:
         f"There is no {choice!r} in {_place(name)} (looked in {', '.join(roots)}). There belongs "
         f"{folder.wanted}."
     )
+
+
+def valid(find: Callable[[str], Path | None], choice: Any) -> bool | str:
+    """Answer of a node's `validate_inputs` for what `find` looks up: True, or what is wrong.
+
+    ComfyUI's own check compares letter by letter with the list, and refuses the other system's separator; naming the
+    input in `validate_inputs` switches it off. A linked input is None there, and is looked up by `execute`.
+    """
+    try:
+        if choice is not None:
+            find(choice)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return True
+
+
+def fingerprint(find: Callable[[str], Path | None], choice: Any) -> str:
+    """Answer of a node's `fingerprint_inputs` for what `find` looks up: another one when a file has changed, of a
+    folder any file in it. What is not there is reported by `execute`."""
+    if not isinstance(choice, str):
+        return ""  # linked: not known yet
+    try:
+        path = find(choice)
+        return choice if path is None else "|".join([choice, *map(_state, _files(path))])
+    except (OSError, ValueError):
+        return choice
+
+
+def _files(path: Path) -> list[str]:
+    if path.is_file():
+        return [str(path)]
+    return sorted(
+        os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names
+    )
+
+
+def _state(file: str) -> str:
+    found = os.stat(file)
+    return f"{file}:{found.st_size}:{found.st_mtime_ns}"
+
+
+_DATE = re.compile(r"yyyy|yy|dd?|MM?|hh?|mm?|ss?")
+_DATE_PARTS = {"y": "year", "d": "day", "M": "month", "h": "hour", "m": "minute", "s": "second"}
+
+
+def file_prefix(text: str, prompt: Mapping[str, Any] | None = None) -> str:
+    """A file's prefix with its patterns filled in as ComfyUI's page does for its own saving nodes, which it knows by
+    name: %date:yyyy-MM-dd% (and hh, mm, ss), and %node.input% by a node's type or title in `prompt`. What
+    `folder_paths.get_save_image_path` knows (%year%, %width%, …) is left to it. Folders are parted by "/" or "\\".
+    """
+    now = datetime.now()
+
+    def date(found: re.Match[str]) -> str:
+        value = str(getattr(now, _DATE_PARTS[found[0][0]]))
+        return value[-2:] if found[0] == "yy" else value.zfill(len(found[0]))
+
+    def filled(found: re.Match[str]) -> str:
+        if found[1].startswith("date:"):
+            return _DATE.sub(date, found[1].removeprefix("date:"))
+        name, _, key = found[1].partition(".")
+        value = _input_of(name, key, prompt or {})
+        return found[0] if value is None else re.sub(r'[/?<>\\:*|"\x00-\x1f\x7f]', "_", str(value))
+
+    return re.sub(r"%([^%]+)%", filled, text).replace("\\", "/")
+
+
+def _input_of(name: str, key: str, prompt: Mapping[str, Any]) -> Any:
+    """The value of an input of the first node of this type, or else of this title; None where there is none."""
+    by_type = [node for node in prompt.values() if node.get("class_type") == name]
+    nodes = by_type or [node for node in prompt.values() if node.get("_meta", {}).get("title") == name]
+    value = nodes[0]["inputs"].get(key) if nodes else None
+    return None if isinstance(value, list) else value  # a link
 
 
 def _model_directories(name: str) -> list[str]:

@@ -97,6 +97,14 @@ class GuidedDiffusionLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, checkpoint: str) -> bool | str:
+        return folders.valid(checkpoint_path, checkpoint)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, **_) -> str:
+        return folders.fingerprint(checkpoint_path, checkpoint)
+
+    @classmethod
     def execute(
         cls,
         checkpoint: str,

@@ -44,7 +44,7 @@ class CLIPBlendGuider(io.ComfyNode):
                 io.Image.Input("image", tooltip="One picture, of the size of the latent that is sampled."),
                 io.Mask.Input("mask", tooltip="White is changed."),
                 ClipGuideIO.Input("clip_guide", tooltip="The CLIP that steers (CLIPGuideLoader)."),
-                io.String.Input("prompt", multiline=True, default="",
+                io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
                                 tooltip="What the masked region is to show. Empty: it is made up anew."),
                 io.Float.Input("guidance", default=1000.0, min=0.0, max=100000.0, step=10.0,
                                tooltip="Weight of the CLIP loss, the same for any number of steps. The demo models want "

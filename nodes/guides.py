@@ -24,7 +24,7 @@ GUARDS_NOTHING = "text_guard does nothing: no region has a prompt that could be 
 
 def negative_prompt_input(**settings) -> Any:
     return io.String.Input(
-        "negative_prompt", multiline=True, default="",
+        "negative_prompt", multiline=True, default="", dynamic_prompts=True,
         tooltip="What the region is not to show, a line each: CLIP pushes away from it with half the weight, and ranks by "
         "the prompt's lead over it.", **settings,
     )  # fmt: skip
@@ -79,6 +79,13 @@ class RegionRequest:
 
     def guide(self, default: ComfyGuide) -> ComfyGuide:
         return self.clip_guide or default
+
+    def notes(self, default: ComfyGuide) -> list[str]:
+        """What of the prompts the guide does not read, and what it does not know."""
+        from ..blending.regions import lines
+
+        prompts = [self.prompt.strip(), *lines(self.negative_prompt)]
+        return self.guide(default).guide.notes([prompt for prompt in prompts if prompt])
 
     def region(self, default: ComfyGuide, mask: torch.Tensor, text_guard: float = 0.0) -> Region:
         """The core's region with `mask` [1, 1, h, w] on the working canvas; its guide is loaded already."""
@@ -170,7 +177,7 @@ class BlendRegion(io.ComfyNode):
             ),
             inputs=[
                 io.Mask.Input("mask", tooltip="White is changed. Of the size of the picture that is edited."),
-                io.String.Input("prompt", multiline=True, default="",
+                io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
                                 tooltip="What this region is to show. Empty, with no guide_image: it is made up anew."),
                 negative_prompt_input(),
                 io.Float.Input("strength", default=1.0, min=0.0, max=100.0, step=0.05,

@@ -9,6 +9,8 @@ from comfy_api.latest import io
 from .sockets import InversionIO
 
 LARGEST_SEED = 2**64 - 1
+PIXELS_PER_CELL = 8
+"""Of Stable Diffusion's autoencoders; for pictures without a VAE."""
 
 
 def dial(made: Any) -> Any:

@@ -7,14 +7,15 @@ import logging
 import math
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io, ui
 
 from . import folders
-from .inputs import dial, running_node
-from .report import NONE, load_perceptual, lpips_choices
+from .inputs import PIXELS_PER_CELL, dial, running_node
+from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import InversionIO
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ class NullTextInvert(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, lpips: str = NONE, **_) -> str:
+        return folders.fingerprint(lpips_path, lpips)
 
     @classmethod
     def execute(
@@ -384,6 +389,11 @@ class UnpackInversion(io.ComfyNode):
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
+def inversion_path(choice: str) -> Path:
+    """Path of a file of SaveInversion."""
+    return folders.resolve(FOLDER, choice)
+
+
 class SaveInversion(io.ComfyNode):
     """Keep an inversion in a file, so that it is paid once."""
 
@@ -397,9 +407,11 @@ class SaveInversion(io.ComfyNode):
             inputs=[
                 InversionIO.Input("inversion", tooltip="From NullTextInvert."),
                 io.String.Input("filename_prefix", default="inversion",
-                                tooltip="Name, with a folder if you like; a number is added."),
+                                tooltip="Name, with a folder if you like; a number is added. %date:yyyy-MM-dd%, "
+                                "%width%, %KSampler.seed% and the like are filled in, as in Save Image."),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="Its name, as LoadInversion lists it.")],
+            hidden=[io.Hidden.prompt],
             is_output_node=True,
         )  # fmt: skip
 
@@ -409,7 +421,9 @@ class SaveInversion(io.ComfyNode):
 
         root = os.path.abspath(os.path.join(folder_paths.get_output_directory(), FOLDER))
         os.makedirs(root, exist_ok=True)
-        folder, name, counter, below, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        prefix = folders.file_prefix(filename_prefix, getattr(getattr(cls, "hidden", None), "prompt", None))
+        height, width = (side * PIXELS_PER_CELL for side in inversion.trajectory.shape[-2:])
+        folder, name, counter, below, _ = folder_paths.get_save_image_path(prefix, root, width, height)
         file = f"{name}_{counter:05}_.safetensors"
         inversion.save(os.path.join(folder, file))
         shown = os.path.join(below, file)
@@ -435,18 +449,18 @@ class LoadInversion(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        try:
-            path = folders.resolve(FOLDER, file)
-            return f"{path}:{path.stat().st_mtime_ns}"
-        except (OSError, ValueError):  # reported by execute
-            return file
+        return folders.fingerprint(inversion_path, file)
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        return folders.valid(inversion_path, file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         from ..attention_swap.inversion import Inversion
 
         with torch.inference_mode(False):
-            inversion = Inversion.load(folders.resolve(FOLDER, file))
+            inversion = Inversion.load(inversion_path(file))
         height, width = inversion.trajectory.shape[-2:]
         lines = [
             f"{inversion.method}, {inversion.steps} steps, cfg {inversion.cfg:g}, latent of {width}×{height} cells and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from comfy_api.latest import io, ui
 
 from .sockets import SwapTokensIO
@@ -31,9 +32,9 @@ class SwapPrompts(io.ComfyNode):
             ),
             inputs=[
                 io.Clip.Input("clip", tooltip="CLIP of SD 1.x, SD 2.x or SDXL."),
-                io.String.Input("source_prompt", multiline=True, default="",
+                io.String.Input("source_prompt", multiline=True, default="", dynamic_prompts=True,
                                 tooltip="What the source shows: the prompt that it was inverted or made with."),
-                io.String.Input("target_prompt", multiline=True, default="",
+                io.String.Input("target_prompt", multiline=True, default="", dynamic_prompts=True,
                                 tooltip="The same with the new subject in the old one's place."),
                 io.String.Input("source_subject", default="",
                                 tooltip="The subject's word, or words in a row, in source_prompt. Empty: the words "
@@ -71,21 +72,22 @@ class SwapPrompts(io.ComfyNode):
             )
         if clip is None:
             raise ValueError("clip is empty: the checkpoint has no text encoder. Load one and connect it.")
-        source, source_tokens = encoded(clip, source_prompt)
-        target, target_tokens = encoded(clip if target_clip is None else target_clip, target_prompt)
+        source, source_tokens, notes = encoded(clip, source_prompt)
+        target, target_tokens, more = encoded(clip if target_clip is None else target_clip, target_prompt)
         subjects = ((source_subject, target_subject),) if source_subject else ()
         pair = PromptPair(source_tokens, target_tokens, subjects, parsed(word_weights))
-        words = pair.align().describe()
+        words = "\n".join(dict.fromkeys([pair.align().describe(), *notes, *more]))
         return io.NodeOutput(source, target, pair, words, ui=ui.PreviewText(words))
 
 
-def encoded(clip: Any, prompt: str) -> tuple[Any, TokenisedPrompt]:
-    """CONDITIONING of a prompt, as CLIPTextEncode makes it, and the prompt as cross-attention meets it.
+def encoded(clip: Any, prompt: str) -> tuple[Any, TokenisedPrompt, list[str]]:
+    """CONDITIONING of a prompt, as CLIPTextEncode makes it, the prompt as cross-attention meets it, and what to say of
+    embeddings that ComfyUI leaves out.
 
     SDXL's two encoders put the same words at the same positions, so one of them tells for both.
     Raises ValueError for a CLIP that is not Stable Diffusion's.
     """
-    from ..attention_swap.tokens import from_comfy
+    from ..attention_swap.tokens import embeddings_in, from_comfy
 
     tokens = clip.tokenize(prompt, return_word_ids=True)
     tokenizers = [one for one in vars(clip.tokenizer).values() if hasattr(one, "inv_vocab")]
@@ -94,6 +96,29 @@ def encoded(clip: Any, prompt: str) -> tuple[Any, TokenisedPrompt]:
             f"the CLIP ({type(clip.tokenizer).__name__}, encoders {', '.join(tokens)}) is not one of Stable "
             "Diffusion's: connect the CLIP of an SD 1.x, SD 2.x or SDXL checkpoint"
         )
-    words = from_comfy(tokens, lambda token: tokenizers[0].inv_vocab.get(token, ""), prompt)
+    first = next(iter(tokens))
+    width = getattr(clip.tokenizer, f"clip_{first}", tokenizers[0]).embedding_size
+    found, notes = [], []
+    for name in embeddings_in(prompt):
+        vectors = _vectors(clip.tokenize(f"embedding:{name}", return_word_ids=True)[first])
+        if not vectors:
+            notes.append(f"embedding:{name} is not in ComfyUI's embeddings folder, and is left out")
+        elif vectors[0].shape[-1] != width:
+            notes.append(f"embedding:{name} was made for another kind of model ({vectors[0].shape[-1]} numbers a vector, "
+                         f"this one takes {width}), and is left out")  # fmt: skip
+        else:
+            found.append(name)
+    chunks = [_as_encoded(chunk, width) for chunk in tokens[first]]
+    words = from_comfy({first: chunks}, lambda token: tokenizers[0].inv_vocab.get(token, ""), prompt, found)
     plain = {name: [[entry[:2] for entry in chunk] for chunk in chunks] for name, chunks in tokens.items()}
-    return clip.encode_from_tokens_scheduled(plain), words
+    return clip.encode_from_tokens_scheduled(plain), words, list(dict.fromkeys(notes))
+
+
+def _vectors(chunks: list[list[tuple]]) -> list[torch.Tensor]:
+    return [entry[0] for chunk in chunks for entry in chunk if isinstance(entry[0], torch.Tensor)]
+
+
+def _as_encoded(chunk: list[tuple], width: int) -> list[tuple]:
+    """Tokens where the encoder has them: it takes vectors of another width out, and pads at the end."""
+    kept = [entry for entry in chunk if not isinstance(entry[0], torch.Tensor) or entry[0].shape[-1] == width]
+    return kept + [chunk[-1]] * (len(chunk) - len(kept))

@@ -34,9 +34,10 @@ class RankCandidates(io.ComfyNode):
                 ClipGuideIO.Input(
                     "clip_guide", tooltip="The CLIP that scores, or several combined. Better not the one that guided."
                 ),
-                io.String.Input("prompt", multiline=True, default="", tooltip="What the region was to show."),
+                io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
+                                tooltip="What the region was to show."),
                 io.String.Input(
-                    "contrasts", multiline=True, default="",
+                    "contrasts", multiline=True, default="", dynamic_prompts=True,
                     tooltip="What a failed candidate looks like, one caption per line, such as the empty ground. A "
                     "candidate scores by how much better the prompt fits than the best of these.",
                 ),
@@ -82,5 +83,6 @@ class RankCandidates(io.ComfyNode):
                 weights=weights, contrasts=lines(contrasts), augment=augment,
             )
         ranked = images[[score.index for score in scores]]
-        text = f"{table(scores, weights)}\nranked by {clip_guide.guide.name}"
+        notes = clip_guide.guide.notes([prompt.strip(), *lines(contrasts)])
+        text = "\n".join([table(scores, weights), f"ranked by {clip_guide.guide.name}", *notes])
         return io.NodeOutput(ranked, ranked[:1], text, ui=ui.PreviewText(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,16 +30,23 @@ def lpips_choices() -> list[str]:
     return [NONE, *([DEMO] if files.LPIPS.is_file() else []), *BACKBONES]
 
 
-def load_perceptual(choice: str) -> Perceptual | None:
-    """The LPIPS of `choice`; FileNotFoundError, saying which file goes where, if its backbone is not
-    there."""
-    from ..blending.perceptual import BACKBONE_FILES, Perceptual
+def lpips_path(choice: str) -> Path | None:
+    """File of a backbone of `lpips_choices`, None for "none"; FileNotFoundError, saying which file goes where, if it
+    is not there."""
+    from ..blending.perceptual import BACKBONE_FILES
 
     if choice == NONE:
         return None
-    return Perceptual(
-        choice, files.LPIPS if choice == DEMO else folders.resolve(FOLDER, BACKBONE_FILES[choice])
-    )
+    return files.LPIPS if choice == DEMO else folders.resolve(FOLDER, BACKBONE_FILES[choice])
+
+
+def load_perceptual(choice: str) -> Perceptual | None:
+    """The LPIPS of `choice`; FileNotFoundError, saying which file goes where, if its backbone is not
+    there."""
+    from ..blending.perceptual import Perceptual
+
+    path = lpips_path(choice)
+    return None if path is None else Perceptual(choice, path)
 
 
 class EditReport(io.ComfyNode):
@@ -75,6 +83,7 @@ class EditReport(io.ComfyNode):
                     "prompt",
                     default="",
                     multiline=True,
+                    dynamic_prompts=True,
                     optional=True,
                     tooltip="What the edit asked for. Used when a CLIP_GUIDE is connected.",
                 ),
@@ -95,6 +104,10 @@ class EditReport(io.ComfyNode):
             ],
             is_output_node=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, lpips: str = NONE, **_) -> str:
+        return folders.fingerprint(lpips_path, lpips)
 
     @classmethod
     def execute(
@@ -139,6 +152,7 @@ class EditReport(io.ComfyNode):
             f"result {number} of {count}\n{report.to_text()}" if count > 1 else report.to_text()
             for number, report in enumerate(reports, start=1)
         )
+        text = "\n".join([text, *(guide.notes([prompt]) if guide is not None else [])])
         sheet = picture(source, result, masks)
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(

@@ -10,9 +10,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..blending.paste import prepare_mask
+from . import folders
 from .convert import split_alpha
 from .inputs import dial
-from .report import NONE, load_perceptual, lpips_choices
+from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import AttentionIO, ClipGuideIO, SwapSettingsIO, SwapSubjectsIO, SwapTokensIO
 from .swap_run import Attention, Frame, Progress, Target, as_latent
 from .swap_settings import amount, unit_input
@@ -76,7 +77,7 @@ class AttentionSwapSweep(io.ComfyNode):
                                tooltip="The source picture to score against; without it the source as it was sampled."),
                 ClipGuideIO.Input("clip_guide", optional=True,
                                   tooltip="A CLIP that says how well the subject fits prompt (CLIPGuideLoader)."),
-                io.String.Input("prompt", optional=True, default="",
+                io.String.Input("prompt", optional=True, default="", dynamic_prompts=True,
                                 tooltip="For clip_guide: what the subject is to be."),
                 io.Image.Input("reference", optional=True,
                                tooltip="A picture of the new subject, cut to it, for LPIPS."),
@@ -88,6 +89,10 @@ class AttentionSwapSweep(io.ComfyNode):
             ],
             is_output_node=True,
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, lpips: str = NONE, **_) -> str:
+        return folders.fingerprint(lpips_path, lpips)
 
     @classmethod
     def execute(
@@ -132,6 +137,8 @@ class AttentionSwapSweep(io.ComfyNode):
         else:
             source = frame.view(image)
         scores = scorers.score(source, pictures)
+        if clip_guide is not None:
+            scorers.said += clip_guide.guide.notes([scorers.prompt])
         table = "\n".join([sweep.table(labels, scores), *scorers.said])
         columns = next((len(given) for given in reversed(lambdas.values()) if len(given) > 1), 1)
         marked = sweep.best(scores)[0] if scores else None

@@ -459,3 +459,40 @@ def test_a_demo_file_that_does_not_fit_its_description_is_refused(demo_file: Pat
     save_demo_clip(build_demo_clip(config), wrong, tokenizer, tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError, match="does not fit its own description"):
         load_clip_guide(tmp_path / "wrong.safetensors")
+
+
+# ---- prompts as ComfyUI's text encoders take them
+
+
+@pytest.mark.parametrize(("prompt", "plain"), [
+    ("a (red:1.4) star", "a red star"),
+    ("a ((red) striped:0.8) star", "a red striped star"),
+    ("a (red star)", "a red star"),
+    (r"a star \(red\)", "a star (red)"),
+    ("a red star embedding:glow", "a red star "),
+    ("a star (at 12:30", "a star (at 12:30"),
+    ("a star (noon: bright)", "a star noon: bright"),
+])  # fmt: skip
+def test_a_guide_reads_the_words_of_a_weighted_prompt_alone_and_says_so(guide: ClipGuide, prompt: str, plain: str):
+    torch.testing.assert_close(guide.embed_text([prompt]), guide.embed_text([plain.replace("(", "\\(").replace(")", "\\)")]))
+    notes = [note for note in guide.notes([prompt]) if "reads no weights" in note]
+    assert notes == ([] if plain in (prompt, "a star (red)") else [
+        f"The guide 'demo-vit' reads no weights and no embeddings: of '{prompt}' it reads '{plain}'."
+    ])
+
+
+def test_a_weighted_prompt_is_what_its_words_are(guide: ClipGuide):
+    weighted, plain = guide.embed_text(["a (red:1.4) star", "a red star"])
+    assert torch.equal(weighted, plain)
+
+
+def test_what_is_lost_of_a_prompt_is_told_by_each_of_several_guides(guide: ClipGuide, demo_file: Path):
+    from blendswap.blending.guides import CombinedGuide
+
+    second = load_clip_guide(demo_file)
+    second.name = "second"
+    notes = CombinedGuide([(guide, 1.0), (second, 1.0)]).notes(["a red star " * 9, "a blue zebra circle"])
+    for name in ("demo-vit", "second"):
+        assert any(f"too long for '{name}': its last 13 tokens are dropped" in note for note in notes)
+        assert f"The guide '{name}' does not know: zebra." in notes
+    assert guide.notes(["a red star", ""]) == []

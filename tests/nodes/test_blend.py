@@ -163,11 +163,12 @@ def test_an_empty_prompt_edits_without_steering_and_says_so(sample):
     assert "prompt is empty" in summary and "not ranked" in scores
 
 
-def test_an_overlong_prompt_is_cut_and_the_log_says_so(sample, caplog):
+def test_what_is_lost_of_a_prompt_is_said_in_the_summary_and_in_the_log(sample, caplog):
     image, mask = scene_image()
-    images, *_ = sample(image, mask, prompt="a blue star " * 40)
+    images, *_, summary = sample(image, mask, prompt="a (blue:1.4) star " * 40, negative_prompt="a zebra star")
     assert_kept_outside(image, images, mask)
-    assert "too long" in caplog.text
+    for text in (summary, caplog.text):
+        assert "tokens are dropped" in text and "reads no weights" in text and "does not know: zebra" in text
 
 
 def test_a_single_step_runs_and_a_start_beyond_the_steps_is_refused(sample):

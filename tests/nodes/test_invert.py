@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,16 @@ def test_an_inversion_comes_back_from_its_file(parts, invert, output, method):
     assert dict(loaded.facts) == dict(saved.facts)
     assert method in report and "psnr_source" in report
     assert LoadInversion.fingerprint_inputs(file) != LoadInversion.fingerprint_inputs(again)
+
+
+def test_a_files_name_has_the_day_and_the_size_where_its_prefix_asks_for_them(parts, invert, output):
+    from blendswap.nodes.invert import LoadInversion, SaveInversion
+
+    saved = invert("direct")[0]
+    height, width = (8 * side for side in saved.trajectory.shape[-2:])
+    (file,) = SaveInversion.execute(saved, "%date:yyyy-MM-dd%/%year%_%width%x%height%").args
+    assert Path(file).as_posix() == time.strftime(f"%Y-%m-%d/%Y_{width}x{height}_00001_.safetensors")
+    assert LoadInversion.execute(file).args[0].steps == saved.steps
 
 
 def test_what_was_unpacked_samples_like_what_was_inverted(parts, invert, output):

@@ -108,6 +108,131 @@ def test_sdxl_and_sd2_prompts_are_aligned_by_their_own_tokenizers(comfy):
         assert len(words[4].positions) > 1
 
 
+OTHER_SCRIPTS = [
+    ("a red star on a café background", "café", ["a", "red", "star", "on", "a", "café", "background"]),
+    ("A Red CAFÉ, naïve", "café", ["A", "Red", "CAFÉ", ",", "naïve"]),
+    ("a cafe\u0301 at night", "caf\u00e9", ["a", "cafe\u0301", "at", "night"]),
+    ("a caf\u00e9 at night", "cafe\u0301", ["a", "caf\u00e9", "at", "night"]),
+    ("красная Звезда на небе", "звезда", ["красная", "Звезда", "на", "небе"]),
+    ("ένας ΟΔΟΣ εδώ", "οδος", ["ένας", "ΟΔΟΣ", "εδώ"]),
+    ("İstanbul at night", "İstanbul", ["İstanbul", "at", "night"]),
+    ("नमस्ते दुनिया", "नमस्ते", ["नमस्ते", "दुनिया"]),
+    ("سلام می\u200cخواهم", "می\u200cخواهم", ["سلام", "می\u200cخواهم"]),
+    ("고양이가 있다", "고양이가", ["고양이가", "있다"]),
+    ("一只红色的猫", "猫", ["一", "只", "红", "色", "的", "猫"]),
+    ("a (猫:1.3) 在草地", "草地", ["a", "猫", "在", "草", "地"]),
+    ("ねこが好き", "ねこ", ["ね", "こ", "が", "好", "き"]),
+    ("a 🐶, sitting 👩\u200d🚀❤️", "🐶", ["a", "🐶", ",", "sitting", "👩\u200d🚀", "❤️"]),
+    ("a 1️⃣ sign", "1️⃣", ["a", "1️⃣", "sign"]),
+    ("ＡＢＣ logo", "abc", ["ＡＢＣ", "logo"]),
+]
+
+
+@pytest.mark.parametrize(("prompt", "subject", "shown"), OTHER_SCRIPTS)
+def test_words_of_every_script_are_found_and_shown_as_typed(kit, prompt, subject, shown):
+    from blendswap.attention_swap.word_maps import chosen_words
+
+    *_, pair, _ = kit.prompts(prompt, prompt, source_subject=subject, target_subject=subject,
+                              word_weights=f"{subject}:1.5")
+    assert [word.text for word in pair.source.words] == shown
+    alignment = pair.align()
+    positions = alignment.source_positions(subject)
+    assert positions and (alignment.weights[list(positions)] == 1.5).all() and (alignment.weights != 1).sum() == len(positions)
+    assert chosen_words(pair.source, [subject])[0].positions == positions
+    covered = sorted(position for word in pair.source.words for position in word.positions)
+    assert covered == list(range(1, len(covered) + 1))  # every token of the prompt belongs to one word
+    with pytest.raises(ValueError, match=f"which has {shown[0]!r}, "):
+        alignment.source_positions("absent")
+
+
+def test_a_thai_word_is_found_where_a_token_holds_parts_of_two_characters(kit):
+    *_, pair, _ = kit.prompts("แมวสีแดงบนหญ้า", "แมวสีแดงบนหญ้า", source_subject="แมว", target_subject="แมว")
+    positions = pair.align().source_positions("แมว")
+    assert positions[0] == 1 and len(positions) < len([token for token in pair.source.ids if token != pair.source.ids[-1]]) / 2
+
+
+def test_a_replaced_chinese_word_is_said_without_spaces(kit):
+    *_, pair, words = kit.prompts("一只红色的小猫在草地上", "一只红色的大狗在草地上")
+    assert words == "replaced: 小 → 大, 猫 → 狗" and pair.found_subjects() == (("小猫", "大狗"),)
+    alignment = pair.align("words", pair.found_subjects())
+    assert alignment.target_positions("大狗") == tuple(p for w in pair.target.words[5:7] for p in w.positions)
+
+
+def test_lists_of_words_take_the_commas_and_colons_of_other_scripts(kit):
+    *_, pair, _ = kit.prompts("猫和狗", "猫和狗", word_weights="猫：1.5，狗：0.5")
+    assert sorted(set(pair.align().weights.tolist())) == [0.5, 1.0, 1.5]
+    with pytest.raises(ValueError, match="'Heart' has two weights"):
+        kit.prompts(word_weights="heart:1, Heart:2")
+
+
+def test_an_unknown_word_is_named_as_it_was_typed(kit, caplog):
+    kit.prompts("a café background", "a café background")
+    assert "never shown the words: café." in caplog.text
+
+
+@pytest.fixture
+def embeddings(comfy):
+    """Embeddings in ComfyUI's folder: one that fits the demo's CLIP, one of another model."""
+    from safetensors.torch import save_file
+
+    folder = comfy / "models" / "embeddings"
+    folder.mkdir(exist_ok=True)
+    save_file({"emb_params": torch.ones(2, 96)}, folder / "good.safetensors")
+    save_file({"emb_params": torch.ones(3, 768)}, folder / "wide.safetensors")
+
+
+@pytest.mark.parametrize("prompt", [
+    "a embedding:missing embedding:good on a star", "a embedding:good on a (embedding:missing:1.2) star",
+    "a embedding:wide embedding:good on a star", "a embedding:good, embedding:missing on a star",
+])  # fmt: skip
+def test_an_embedding_that_is_left_out_does_not_rename_the_others_and_is_named(kit, embeddings, prompt):
+    from nodes import CLIPTextEncode
+
+    source, _, pair, words = kit.prompts(prompt, "a heart on a star", source_subject="good", target_subject="heart")
+    good = next(word for word in pair.source.words if word.text == "embedding:good")
+    assert [pair.source.ids[position] for position in good.positions] == ["embedding:good.0", "embedding:good.1"]
+    assert [word.text for word in pair.source.words if word.text != ","] == ["a", "embedding:good", "on", "a", "star"]
+    lost = "embedding:wide was made for another kind" if "wide" in prompt else "embedding:missing is not in ComfyUI's"
+    assert lost in words and words.count("left out") == 1
+    with torch.inference_mode():
+        stock = CLIPTextEncode().encode(kit.clip, prompt)[0][0][0]
+        alone = CLIPTextEncode().encode(kit.clip, prompt.replace("embedding:wide ", ""))[0][0][0]
+    assert torch.equal(source[0][0], stock)
+    if "wide" in prompt:  # the words stand where the encoder has them
+        assert torch.allclose(stock[:, :8], alone[:, :8])
+
+
+def test_no_word_of_a_long_prompt_is_lost(kit):
+    """ComfyUI encodes it in pieces of 75 tokens."""
+    long = "a red star on a blue sky background, " * 12 + "a green heart"
+    source, _, pair, words = kit.prompts(long, long)
+    assert source[0][0].shape[1] == len(pair.source.ids) == 154 and pair.source.words[-1].text == "heart"
+    assert pair.align().source_positions("heart")[0] > 77 and "same words" in words
+
+
+def test_prompts_are_read_by_the_page_as_clip_text_encode_is(comfy):
+    """The page replaces {a|b} and takes comments out where an input says dynamicPrompts."""
+    import asyncio
+
+    from blendswap.nodes import BlendSwapExtension
+    from nodes import CLIPTextEncode
+
+    assert CLIPTextEncode.INPUT_TYPES()["required"]["text"][1]["dynamicPrompts"]
+    dynamic = set()
+    for node in asyncio.run(BlendSwapExtension().get_node_list()):
+        for group in node.INPUT_TYPES().values():
+            dynamic |= {(node.define_schema().node_id, name) for name, (_, *options) in
+                        ((name, spec) for name, spec in group.items() if isinstance(spec, tuple) and len(spec) > 1)
+                        if options[0].get("dynamicPrompts")}
+    assert dynamic == {
+        ("CLIPBlendSampler", "prompt"), ("CLIPBlendSampler", "negative_prompt"), ("CLIPBlendGuider", "prompt"),
+        ("CLIPBlendGuider", "negative_prompt"), ("BlendRegion", "prompt"), ("BlendRegion", "negative_prompt"),
+        ("RankCandidates", "prompt"), ("RankCandidates", "contrasts"), ("EditReport", "prompt"),
+        ("SwapPrompts", "source_prompt"), ("SwapPrompts", "target_prompt"), ("WordMaps", "prompt"),
+        ("AttentionSwapSweep", "prompt"), ("ConceptScore", "prompt"), ("ConceptScore", "class_prompt"),
+    }
+
+
 # Settings -------------------------------------------------------------------------------------------------------------
 
 

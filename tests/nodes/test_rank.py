@@ -47,6 +47,13 @@ def candidates() -> tuple[torch.Tensor, torch.Tensor]:
     return pictures, torch.from_numpy(world.edit_mask(scene)).float()[None]
 
 
+def test_what_is_lost_of_a_prompt_is_said_beside_the_scores(ranked, candidates):
+    plain, weighted = ranked(*candidates)[2], ranked(*candidates, prompt="a (blue:1.4) star", contrasts="a zebra star")[2]
+    assert plain.splitlines()[-1].startswith("ranked by")
+    assert "reads no weights" in weighted and "does not know: zebra" in weighted
+    assert "tokens are dropped" in ranked(*candidates, prompt="a blue star " * 9)[2]
+
+
 @pytest.mark.parametrize("changes", [{}, {"contrasts": GROUNDS}, {"whole": 0.0}, {"seam": 0.1}])
 def test_the_asked_object_comes_first_and_the_pictures_come_back_as_they_were(ranked, candidates, changes):
     images, mask = candidates
