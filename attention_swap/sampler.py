@@ -269,8 +269,11 @@ def _fit(mask: Tensor, name: str, size: tuple[int, int], downscale: int, batch: 
         )
     if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
         raise ValueError(f"{name} has values outside of 0..1: normalise it")
-    if not (mask.flatten(1).amax(1) > 0).all():
+    empty = sum(not single.any() for single in mask)
+    if empty == len(mask):
         raise ValueError(f"{name} is empty: draw where the picture may change, or leave the mask out")
+    if empty:
+        notes.append(f"{name} is empty for {empty} of {len(mask)} pictures: nothing is marked in them")
     picture = (size[0] * downscale, size[1] * downscale)
     given = tuple(mask.shape[-2:])
     if given not in (size, picture):

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..blending.augment import ExtendingAugmentations
 from ..blending.guidance import Guidance
-from ..blending.paste import exact_paste
-from ..blending.regions import Region, editable, terms_for
+from ..blending.paste import editable, exact_paste
+from ..blending.regions import Region, terms_for
 from ..blending.sampler import blended_diffusion
 from ..blending.schedule import GuideSchedule
 from ..demo import files, judge, world

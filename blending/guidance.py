@@ -12,8 +12,9 @@ from torch import Tensor
 from .augment import AugmentParameters, ExtendingAugmentations
 from .guide import ClipGuide
 from .losses import DISTANCES, background_loss, background_lpips, background_mse, range_loss
+from .paste import editable
 from .perceptual import Perceptual
-from .regions import Region, Term, crowding, editable
+from .regions import Region, Term, crowding
 from .settings import BlendSettings
 
 logger = logging.getLogger(__name__)

@@ -144,14 +144,6 @@ def lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def editable(masks: Sequence[Tensor]) -> Tensor:
-    """Where any of `masks` ([1, 1, H, W] each) allows a change: their largest value."""
-    result = masks[0]
-    for mask in masks[1:]:
-        result = torch.maximum(result, mask)
-    return result
-
-
 def crowding(masks: Sequence[Tensor]) -> Tensor | None:
     """max(1, Σm) [1, 1, H, W], by which the masks' shares of a pixel are divided; None where no two meet."""
     if len(masks) == 1:

@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import math
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_api.latest import io, ui
+from torch.nn import functional as F
 
 from . import folders
-from .convert import paste_into, to_bchw
+from .convert import paste_into, split_alpha, to_bchw
 from .inputs import LARGEST_SEED, dial, match_border_input, text_conditioning
 from .guides import GUARDS_NOTHING, RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
 from .report import NONE, load_perceptual, lpips_choices, lpips_path
@@ -20,6 +21,7 @@ from .sockets import AugmentIO, ClipGuideIO
 
 if TYPE_CHECKING:
     from ..blending.augment import ExtendingAugmentations
+    from ..blending.canvas import Canvas
     from ..blending.ranking import Score
     from ..blending.regions import Region
     from ..blending.schedule import GuideSchedule
@@ -212,12 +214,18 @@ class CLIPBlendSampler(io.ComfyNode):
             load_perceptual(lpips) if settings.background_weight > 0 else None, resolution, batch_size,
             window, context, shrink, guide_vae, text_guard, match_border,
         )
-        masks = masks_for(image, requests)
+        masks = masks_for(image, requests, said)
         seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(candidates)]
-        progress = _Progress(model, len(image) * candidates * (settings.steps - settings.start))
+        edits = [job.plan(image[row:row + 1], [one[row:row + 1] for one in masks]) for row in range(len(image))]
+        runs = sum(len(edit.parts) for edit in edits if edit is not None)
+        progress = _Progress(model, runs * candidates * (settings.steps - settings.start))
         images, tables, history = [], [], []
-        for row in range(len(image)):
-            made, scores, losses = job.edit(image[row:row + 1], [one[row:row + 1] for one in masks], seeds, progress)
+        for row, edit in enumerate(edits):
+            if edit is None:  # nothing is marked; the rows of the others stay where they are expected
+                images.append(_as_edited(image[row:row + 1]).expand(candidates, -1, -1, -1))
+                tables.append("not edited: its mask is empty")
+                continue
+            made, scores, losses = job.edit(edit, seeds, progress)
             images.append(made)
             tables.append(table(scores) if scores else "not ranked: the prompt is empty")
             history.append(losses)
@@ -228,7 +236,7 @@ class CLIPBlendSampler(io.ComfyNode):
         ranked_by = (scorer or clip_guide).guide.name
         scores = "\n\n".join(tables) + (f"\nranked by {ranked_by}" if job.prompted else "")
         title = " | ".join(request.prompt.strip() for request in requests if request.prompt.strip())
-        plot = torch.cat([loss_plot(losses, title) for losses in history])
+        plot = _one_size([loss_plot(losses, title) for losses in history])
         said += filter(None, [legend([title])])
         summary = "\n".join(said)
         return io.NodeOutput(
@@ -251,6 +259,26 @@ class _Progress:
 
     def rewind(self, count: int) -> None:
         self.done -= count
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One window of an edit: its canvas, its regions by their number in the node's list, with their masks [1, 1, H, W] in
+    the window alone, and the conditioning as it lies on the canvas."""
+
+    canvas: Canvas
+    masks: dict[int, torch.Tensor]
+    positive: Any
+    negative: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Edit:
+    """What is to be done to one picture [1, H, W, C]; `mask` [1, 1, H, W] is where it may change."""
+
+    image: torch.Tensor
+    mask: torch.Tensor
+    parts: tuple[_Part, ...]
 
 
 class _Job:
@@ -285,59 +313,103 @@ class _Job:
         self.native_size = resolution or comfy_host.native_size(model)
         self.window, self.context, self.shrink, self.text_guard = window, context, shrink, text_guard
 
+    def _conditioning(self, canvas: Canvas) -> tuple[Any, Any]:
+        """positive and negative as they lie on the canvas."""
+        from ..hosts.comfy_window import fit_conditioning
+
+        fitted, notes = fit_conditioning(
+            canvas, self.vae.spacial_compression_encode(), positive=self.positive, negative=self.negative
+        )
+        self._say(*notes)
+        return fitted["positive"], fitted["negative"]
+
     @property
     def prompted(self) -> list[int]:
         """The regions that candidates can be ranked by: those with a prompt."""
         return [number for number, request in enumerate(self.requests) if request.prompt.strip()]
 
-    def edit(self, image, masks: list[torch.Tensor], seeds: list[int], progress: _Progress):
-        """One picture [1, H, W, C], its regions' masks [1, 1, H, W] → results best first, their scores, losses by step."""
+    def plan(self, image: torch.Tensor, masks: list[torch.Tensor]) -> _Edit | None:
+        """The edit of one picture [1, H, W, C] within its regions' masks [1, 1, H, W]; None where all of them are empty."""
         from ..blending.canvas import Canvas
-        from ..blending.regions import editable
-        from ..blending.window import window_for
+        from ..blending.paste import editable
+        from ..blending.shrink import SMALL
+        from ..blending.window import narrowest, windows_for
 
+        if not any(mask.any() for mask in masks):
+            return None
         with torch.inference_mode(False), torch.no_grad():
             picture, masks = to_bchw(image.clone()), [one.clone() for one in masks]
-            mask = editable(masks)
-            window = window_for(mask, self.window, self.context, self.native_size)
-            size = self.resolution if window.whole else self.native_size
-            canvas = Canvas.make(picture, mask, self.multiple, size, window)
-            self.said.append(canvas.words())
-            made, history, position = [], [], 0
-            while position < len(seeds):
-                batch = seeds[position:position + self.batch_size]
-                losses: list[dict[str, torch.Tensor]] = []
-                before = progress.done
-                try:
-                    made.append(self._run(canvas, masks, batch, losses, progress))
-                except torch.OutOfMemoryError as error:
-                    if len(batch) == 1:
-                        raise torch.OutOfMemoryError(
-                            f"Out of memory with one candidate at a time ({error}). Set gradient to direct, lower "
-                            "resolution, or lower clip_chunk."
-                        ) from error
-                    self.batch_size = max(len(batch) // 2, 1)
-                    self.said.append(f"out of memory: went on with batches of {self.batch_size}")
-                    logger.warning("CLIPBlendSampler: %s.", self.said[-1])
-                    progress.rewind(progress.done - before)
-                    _free_memory()
-                    continue
-                position += len(batch)
-                history.append(losses)
-            results = canvas.restore(torch.cat(made).cpu())
-            pasted = paste_into(image.clone(), results, mask, self.match_border)
-            scores: list[Score] = []
-            if self.prompted:
-                scores = self._ranked(to_bchw(pasted[..., :3]), masks)
+            given = {number: mask for number, mask in enumerate(masks) if mask.any()}
+            windows, notes = windows_for(list(given.values()), self.window, self.context, self.native_size)
+            self._say(*notes)
+            if len(windows) > 1:
+                self._say(f"the mask's parts are far apart and narrow: {len(windows)} windows, each edited by itself")
+            parts = []
+            for window in windows:
+                inside = {number: window.only(mask) for number, mask in given.items() if window.cut(mask).any()}
+                size = self.resolution if window.whole else self.native_size
+                canvas = Canvas.make(picture, editable(list(inside.values())), self.multiple, size, window)
+                self.said.append(canvas.words())
+                width, side = narrowest(canvas.mask), min(canvas.inner)
+                if width is not None and width < SMALL * side:
+                    self._say(
+                        f"a part of the mask is only {width} of {side} pixels wide at work, so little may happen in it: set "
+                        "window to on, or edit it in a run of its own"
+                    )
+                parts.append(_Part(canvas, inside, *self._conditioning(canvas)))
+            mask = editable([one for part in parts for one in part.masks.values()])
+        return _Edit(image, mask, tuple(parts))
+
+    def edit(self, edit: _Edit, seeds: list[int], progress: _Progress):
+        """Results best first, their scores, losses by step."""
+        results, history = None, []
+        with torch.inference_mode(False), torch.no_grad():
+            for number, part in enumerate(edit.parts, start=1):
+                made, losses = self._candidates(part, seeds, progress)
+                restored = part.canvas.restore(made)
+                results = restored if results is None else part.canvas.window.put(results, part.canvas.window.cut(restored))
+                which = f"window {number}: " if len(edit.parts) > 1 else ""
+                history.append([{f"{which}{name}": values for name, values in step.items()} for step in losses])
+            pasted = paste_into(edit.image.clone(), results, edit.mask, self.match_border)
+            scores = self._ranked(to_bchw(pasted[..., :3]), edit) if self.prompted else []
+            if scores:
                 pasted = pasted[[score.index for score in scores]]
-        steps = zip(*history)
-        joined = [
-            {name: torch.cat([losses[name].cpu() for losses in step]) for name in step[0]} for step in steps
-        ]
+        joined = [{name: values for losses in step for name, values in losses.items()} for step in zip(*history)]
         return pasted, scores, joined
 
-    def _ranked(self, pictures: torch.Tensor, masks: list[torch.Tensor]) -> list[Score]:
-        """Scores of `pictures` [N, 3, H, W], best first; with several prompted regions their mean.
+    def _candidates(self, part: _Part, seeds: list[int], progress: _Progress):
+        """The candidates [N, 3, h, w] on the part's canvas, in the seeds' order, and their losses by step."""
+        made, history, position = [], [], 0
+        while position < len(seeds):
+            batch = seeds[position:position + self.batch_size]
+            losses: list[dict[str, torch.Tensor]] = []
+            before = progress.done
+            try:
+                made.append(self._run(part, batch, losses, progress))
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    raise torch.OutOfMemoryError(
+                        f"Out of memory with one candidate at a time ({error}). Set gradient to direct, lower "
+                        "resolution, or lower clip_chunk."
+                    ) from error
+                self.batch_size = max(len(batch) // 2, 1)
+                self.said.append(f"out of memory: went on with batches of {self.batch_size}")
+                logger.warning("CLIPBlendSampler: %s.", self.said[-1])
+                progress.rewind(progress.done - before)
+                _free_memory()
+                continue
+            position += len(batch)
+            history.append(losses)
+        joined = [
+            {name: torch.cat([losses[name].cpu() for losses in step]) for name in step[0]} for step in zip(*history)
+        ]
+        return torch.cat(made).cpu(), joined
+
+    def _say(self, *lines: str) -> None:
+        self.said += [line for line in lines if line not in self.said]
+
+    def _ranked(self, pictures: torch.Tensor, edit: _Edit) -> list[Score]:
+        """Scores of `pictures` [N, 3, H, W], best first; of several windows and prompted regions their mean.
 
         What a region is not to show is what its prompt has to lead over; with the text guard, its written word too.
         """
@@ -345,13 +417,18 @@ class _Job:
         from ..blending.regions import lines, written
 
         scorer = (self.scorer or self.guide).load()
-        asked = [(masks[number], self.requests[number]) for number in self.prompted]
+        asked = [
+            (part.masks[number], self.requests[number])
+            for part in edit.parts for number in self.prompted if number in part.masks
+        ]  # fmt: skip
         by_region = []
         for mask, request in asked:
             prompt, contrasts = request.prompt.strip(), lines(request.negative_prompt)
             if self.text_guard > 0:
                 contrasts += written(prompt)
             by_region.append(score(pictures, mask, prompt, scorer, contrasts=contrasts))
+        if not by_region:
+            return []
         terms = [name for name in dataclasses.asdict(by_region[0][0]) if name != "index"]
         mean = [
             dataclasses.replace(same[0], **{name: statistics.fmean(getattr(one, name) for one in same) for name in terms})
@@ -359,20 +436,21 @@ class _Job:
         ]
         return sorted(mean, key=lambda one: math.inf if math.isnan(one.combined) else -one.combined)
 
-    def _run(self, canvas, masks: list[torch.Tensor], seeds: list[int], losses: list, progress: _Progress) -> torch.Tensor:
+    def _run(self, part: _Part, seeds: list[int], losses: list, progress: _Progress) -> torch.Tensor:
         from ..blending.guidance import Guidance
         from ..blending.sampler import CandidateNoise, blended_diffusion
         from ..hosts import comfy_host
         from ..hosts.comfy_guide import host_with_guide_vae
 
+        canvas, requests = part.canvas, [self.requests[number] for number in part.masks]
         height, width = canvas.source.shape[-2:]
         cells = comfy_host.latent_shape(self.model, self.vae, height, width)
         noise = CandidateNoise(seeds, torch.device("cpu")).like(cells)
-        asked = any(request.asks for request in self.requests)
+        asked = any(request.asks for request in requests)
         guided = asked and self.settings.guidance > 0 or self.settings.background_weight > 0
 
         def body(host) -> torch.Tensor:
-            regions = self._regions(canvas, masks, host.device)
+            regions = self._regions(part, host.device)
             guidance = Guidance(
                 self.settings, regions, canvas.source.to(host.device), self.augment,
                 self.augment.generators(seeds),
@@ -386,25 +464,37 @@ class _Job:
             return blended_diffusion(host, guidance, seeds, self.settings, on_step)
 
         return comfy_host.run(
-            self.model, self.vae, self.positive, self.negative, self.cfg, noise, seeds[0], body,
+            self.model, self.vae, part.positive, part.negative, self.cfg, noise, seeds[0], body,
             gradients=bool(guided),
-            beside=[*patchers_of(self.requests, self.guide), *([self.guide_vae.patcher] if self.guide_vae else [])],
+            beside=[*patchers_of(requests, self.guide), *([self.guide_vae.patcher] if self.guide_vae else [])],
             host=host_with_guide_vae(self.guide_vae),
         )
 
-    def _regions(self, canvas, masks: list[torch.Tensor], device: torch.device) -> tuple[Region, ...]:
+    def _regions(self, part: _Part, device: torch.device) -> tuple[Region, ...]:
         """The regions on the canvas, with their guides, which are loaded; the first time the report tells of them."""
         from ..blending.shrink import shrink_for
 
         made = []
-        for request, mask in zip(self.requests, masks):
-            own = canvas.fit(mask)
-            shrink = shrink_for(own, self.shrink)
+        for number, mask in part.masks.items():
+            own = part.canvas.fit(mask)
+            shrink, request = shrink_for(own, self.shrink), self.requests[number]
             made.append(dataclasses.replace(request.region(self.guide, own.to(device), self.text_guard), shrink=shrink))
-        lines = told(made)
-        lines += [region.shrink.words() for region in made if region.shrink is not None]
-        self.said += [line for line in lines if line not in self.said]
+        self._say(*told(made, part.masks), *(region.shrink.words() for region in made if region.shrink is not None))
         return tuple(made)
+
+
+def _one_size(plots: list[torch.Tensor]) -> torch.Tensor:
+    """Plots [1, H, W, 3] as a batch, on white of the largest's size: they differ where pictures have other regions."""
+    height, width = (max(plot.shape[axis] for plot in plots) for axis in (1, 2))
+    return torch.cat([
+        F.pad(plot, (0, 0, 0, width - plot.shape[2], 0, height - plot.shape[1]), value=1.0) for plot in plots
+    ])  # fmt: skip
+
+
+def _as_edited(image: torch.Tensor) -> torch.Tensor:
+    """A picture [1, H, W, C] as an edit that changes nothing gives it back: in colour, its alpha as it was."""
+    colours, alpha = split_alpha(image)
+    return (colours if alpha is None else image).float().cpu()
 
 
 def _free_memory() -> None:

@@ -17,6 +17,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..blending.paste import plain_mask
 from . import folders  # noqa: F401  (registers output/concepts)
 from .convert import split_alpha, to_bchw, to_bhwc
 from .inputs import dial
@@ -58,8 +59,9 @@ class ConceptReferences(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="Pictures of the subject, one or a batch."),
                 io.Mask.Input("masks", optional=True,
-                              tooltip="Where the subject is: one for each picture, or one for all. The rest is not "
-                              "learned."),
+                              tooltip="Where the subject is (white): one for each picture, or one for all. The rest is not "
+                              "learned. Without it the alpha of images with 4 channels. Load Image's and Split Image with "
+                              "Alpha's mask is white where a picture is transparent: put InvertMask between."),
                 ConceptReferencesIO.Input("references", optional=True, tooltip="The Concept References before this."),
             ],
             outputs=[ConceptReferencesIO.Output(display_name="references",
@@ -79,8 +81,9 @@ def reference_inputs() -> list[Any]:
                        tooltip="References of the subject, 3 to 20, on different grounds. Pictures of other sizes go "
                        "through Concept References."),
         io.Mask.Input("masks", optional=True,
-                      tooltip="Where the subject is in images: one for each, or one for all. Only there is it "
-                      "learned."),
+                      tooltip="Where the subject is in images (white): one for each, or one for all. Only there is it "
+                      "learned. Without it the alpha of images with 4 channels. Load Image's and Split Image with Alpha's "
+                      "mask is white where a picture is transparent: put InvertMask between."),
         ConceptReferencesIO.Input("references", optional=True,
                                   tooltip="References of any sizes (Concept References), beside images or instead."),
     ]  # fmt: skip
@@ -99,7 +102,9 @@ def gathered(
 ) -> tuple[Reference, ...]:
     """References of both kinds of socket in one; private copies.
 
-    Raises ValueError for none, for pictures with alpha, and for masks that do not belong to them.
+    Where pictures have an alpha channel and no masks, the alpha is the mask: what is transparent is not learned.
+
+    Raises ValueError for none, and for masks that do not belong to them.
     """
     if images is None:
         if masks is not None:
@@ -109,22 +114,21 @@ def gathered(
                 "there is no reference picture: connect 3 to 20 pictures of the subject to images (or references)"
             )
         return tuple(references)
-    if split_alpha(images, "images")[1] is not None:
-        raise ValueError(
-            "images has 4 channels, the last of them alpha: take it off with Split Image with Alpha, and connect that "
-            "node's mask to masks if the subject alone is to be learned"
-        )
+    alpha = split_alpha(images, "images")[1]
+    if masks is None and alpha is not None and not (alpha == 1).all():
+        logger.info("images has an alpha channel, and masks is not connected: what is transparent is not learned.")
+        masks = alpha[..., 0]
     if masks is not None:
-        masks = masks[None] if masks.ndim == 2 else masks
-        if masks.ndim != 3 or len(masks) not in (1, len(images)):
+        masks = plain_mask(masks, "masks")
+        if len(masks) not in (1, len(images)):
             raise ValueError(
-                f"masks is {list(masks.shape)}: give one for all of the {len(images)} pictures, or one for each"
+                f"masks is {list(masks[:, 0].shape)}: give one for all of the {len(images)} pictures, or one for each"
             )
     with torch.inference_mode(False), torch.no_grad():
         pictures = to_bchw(images.clone(), "images").cpu()
         own = [None] * len(pictures)
         if masks is not None:
-            own = list(masks.detach().clone().float().cpu().expand(len(pictures), -1, -1))
+            own = list(masks[:, 0].detach().clone().cpu().expand(len(pictures), -1, -1))
         return (*(references or ()), *zip(pictures, own))
 
 

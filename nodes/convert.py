@@ -48,10 +48,10 @@ def to_bhwc(images: Tensor) -> Tensor:
     return ((images.detach().float().movedim(1, -1) + 1) / 2).clamp(0, 1).cpu().contiguous()
 
 
-def mask_for(image: Tensor, mask: Tensor, name: str = "mask") -> Tensor:
-    """`mask` as [B, 1, H, W] in 0..1 for `image` [B, H, W, C]; see `prepare_mask` for what it accepts and
-    refuses."""
-    return prepare_mask(mask, image.shape[1], image.shape[2], image.shape[0], name)
+def mask_for(image: Tensor, mask: Tensor, name: str = "mask", said: list[str] | None = None, **more) -> Tensor:
+    """`mask` as [B, 1, H, W] in 0..1 for `image` [B, H, W, C]; see `prepare_mask` for what it accepts, refuses and
+    says."""
+    return prepare_mask(mask, image.shape[1], image.shape[2], image.shape[0], name, said, **more)
 
 
 def paste_into(image: Tensor, result: Tensor, mask: Tensor, match: bool = False) -> Tensor:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from .convert import mask_for, paste_into, to_bchw
+from .convert import mask_for, to_bchw
+from .frame import Frame, exact_background
 from .guides import GUARDS_NOTHING, RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
 from .inputs import dial, match_border_input, text_conditioning
 from .sockets import AugmentIO, ClipGuideIO
@@ -41,7 +42,7 @@ class CLIPBlendGuider(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A pixel-space prior (GuidedDiffusionLoader) or SD 1.x, SD 2.x, SDXL."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the MODEL; the loader of a prior gives one too."),
-                io.Image.Input("image", tooltip="One picture, of the size of the latent that is sampled."),
+                io.Image.Input("image", tooltip="One picture: the one whose VAE Encode is sampled."),
                 io.Mask.Input("mask", tooltip="White is changed."),
                 ClipGuideIO.Input("clip_guide", tooltip="The CLIP that steers (CLIPGuideLoader)."),
                 io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
@@ -103,24 +104,20 @@ class CLIPBlendGuider(io.ComfyNode):
         requests = (RegionRequest(mask, prompt, negative_prompt, guide_image=guide_image), *regions)
         if text_guard > 0 and not any(request.prompt.strip() for request in requests):
             logger.warning("CLIPBlendGuider: %s.", GUARDS_NOTHING)
+        frame = _frame(image, model, vae)
         # A GUIDER outlives this call's inference mode, and its tensors take part in gradients.
         with torch.inference_mode(False), torch.no_grad():
-            source = to_bchw(image.clone())
-            masks = [one.clone() for one in masks_for(image, requests)]
-        multiple = comfy_host.size_multiple(model, vae)
-        height, width = source.shape[-2:]
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"image is {width}×{height} pixels; this MODEL and VAE need sides that {multiple} divides. Crop or "
-                "resize the image first, or use CLIPBlendSampler, which takes any size."
-            )
+            source = to_bchw(frame.view(image.clone())).clone()
+            masks = [frame.cut(one).clone() for one in masks_for(image, requests)]
+        if not any(one.any() for one in masks):
+            raise ValueError("mask marks nothing of what the VAE keeps of the picture: paint the region to change white.")
 
         def guidance_of_run(device: torch.device, seeds: Sequence[int]) -> Guidance:
             made = []
             for request, own in zip(requests, masks):
                 region = request.region(clip_guide, own.to(device), text_guard)
                 made.append(dataclasses.replace(region, shrink=shrink_for(own, "auto")))
-            for line in told(made):
+            for line in told(made, range(len(made))):
                 logger.info("CLIPBlendGuider: %s", line)
             return Guidance(settings, tuple(made), source.to(device), augment, augment.generators(seeds))
 
@@ -132,6 +129,29 @@ class CLIPBlendGuider(io.ComfyNode):
         guider.set_conds(positive, negative)
         guider.set_cfg(1.0 if negative is None else cfg)
         return io.NodeOutput(guider)
+
+
+def _frame(image: torch.Tensor, model, vae) -> Frame:
+    """What VAE Encode makes a latent of in `image` [1, H, W, C]: all of it, but for a rest below the VAE's multiple.
+
+    Raises ValueError for a size that a pixel-space prior does not take; a latent model pads by itself.
+    """
+    from ..hosts import comfy_host
+
+    height, width = image.shape[1:3]
+    if comfy_host.is_latent(vae):
+        multiple = vae.spacial_compression_encode()
+        inner = (height // multiple * multiple, width // multiple * multiple)
+        if min(inner) > 0:
+            return Frame.cut_from((height, width), inner, multiple)
+    else:
+        multiple = comfy_host.size_multiple(model, vae)
+        if height % multiple == 0 and width % multiple == 0:
+            return Frame((height, width), (height, width))
+    raise ValueError(
+        f"image is {width}×{height} pixels; this MODEL and VAE need sides that {multiple} divides. Crop or "
+        "resize the image first, or use CLIPBlendSampler, which takes any size."
+    )
 
 
 class ExactPaste(io.ComfyNode):
@@ -149,8 +169,8 @@ class ExactPaste(io.ComfyNode):
             ),
             inputs=[
                 io.Image.Input("source", tooltip="The picture before. One, or one per result."),
-                io.Image.Input("result", tooltip="The picture after, of the same size."),
-                io.Mask.Input("mask", tooltip="White takes the result. One, or one per result."),
+                io.Image.Input("result", tooltip="The picture after, of the same size, or cut by a VAE to its multiple."),
+                io.Mask.Input("mask", tooltip="White takes the result. One, or one per result. An empty one gives the source."),
                 match_border_input(False, optional=True),
             ],
             outputs=[io.Image.Output(display_name="image")],
@@ -158,10 +178,17 @@ class ExactPaste(io.ComfyNode):
 
     @classmethod
     def execute(cls, source: torch.Tensor, result: torch.Tensor, mask: torch.Tensor, match_border: bool = False) -> io.NodeOutput:
-        if source.shape[1:3] != result.shape[1:3] or len(source) not in (1, len(result)):
+        frame = Frame.cut_from(tuple(source.shape[1:3]), tuple(result.shape[1:3]))
+        if frame is None or len(source) not in (1, len(result)):
             raise ValueError(
                 f"source holds {len(source)} pictures of {source.shape[2]}×{source.shape[1]} (width×height), result "
                 f"{len(result)} of {result.shape[2]}×{result.shape[1]}: give one source, or one per result, of the "
-                "result's size."
+                "result's size, or as much larger as a VAE cuts off."
             )
-        return io.NodeOutput(paste_into(source, to_bchw(result, "result"), mask_for(result, mask), match_border))
+        notes = [frame.words()] if frame.cuts else []
+        if frame.cuts and tuple(mask.shape[-2:]) == frame.inner:
+            masks = frame.embedded(mask_for(result, mask, said=notes, may_be_empty=True))
+        else:
+            masks = mask_for(source.expand(len(result), -1, -1, -1), mask, said=notes, may_be_empty=True)
+        pasted = exact_background(source, result, masks, frame, match_border)
+        return io.NodeOutput(pasted, ui=ui.PreviewText("\n".join(notes)) if notes else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,11 +98,13 @@ class RegionRequest:
         return Region(mask, terms_for(guide, self.prompt, self.negative_prompt, picture, text_guard), self.strength)
 
 
-def masks_for(image: torch.Tensor, requests: Sequence[RegionRequest]) -> list[torch.Tensor]:
-    """The masks of `requests`, [B, 1, H, W] each, for `image` [B, H, W, C]; errors name the region (1 is the node's
-    own)."""
+def masks_for(
+    image: torch.Tensor, requests: Sequence[RegionRequest], said: list[str] | None = None
+) -> list[torch.Tensor]:
+    """The masks of `requests`, [B, 1, H, W] each, for `image` [B, H, W, C]; errors, and what is added to `said`, name the
+    region (1 is the node's own)."""
     return [
-        mask_for(image, request.mask, "mask" if number == 1 else f"mask of region {number}")
+        mask_for(image, request.mask, "mask" if number == 1 else f"mask of region {number}", said)
         for number, request in enumerate(requests, start=1)
     ]
 
@@ -113,13 +115,13 @@ def patchers_of(requests: Sequence[RegionRequest], default: ComfyGuide) -> list:
     return list(found.values())
 
 
-def told(regions: Sequence[Region]) -> list[str]:
-    """Lines for a report: what steers where, with what weight."""
+def told(regions: Sequence[Region], numbers: Iterable[int]) -> list[str]:
+    """Lines for a report: what steers where, with what weight. numbers: the regions' in the node's list, from 0."""
     lines = []
-    for number, region in enumerate(regions, start=1):
+    for number, region in zip(numbers, regions):
         share = f"{(region.mask > 0).float().mean().item():.1%} of the canvas, strength {region.strength:g}"
         terms = "; ".join(str(term) for term in region.terms) or "nothing steers"
-        lines.append(f"region {number} ({share}): {terms}")
+        lines.append(f"region {number + 1} ({share}): {terms}")
     return lines
 
 

@@ -14,6 +14,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import folders
+from .frame import Frame
 from .inputs import PIXELS_PER_CELL, dial, running_node
 from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import InversionIO
@@ -124,7 +125,7 @@ class NullTextInvert(io.ComfyNode):
         perceptual = load_perceptual(lpips)
         clean = _checked(model, vae, latent)
         bound = vae.decode(latent["samples"])
-        source = None if image is None else _fitted(image, bound)
+        source = None if image is None else _fitted(image, bound, vae)
         progress = _Progress(model, running_node(cls))
         inverted = _invert(model, positive, negative, cfg, clean, settings, progress)
         with torch.inference_mode(False):
@@ -243,21 +244,18 @@ def say(node_id: str | None, text: str) -> None:
 # Figures -------------------------------------------------------------------------------------------------------------
 
 
-def _fitted(image: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+def _fitted(image: torch.Tensor, bound: torch.Tensor, vae) -> torch.Tensor:
     """The colours of `image` [1, H, W, C] cut to the size of the VAE's picture, as ComfyUI cuts before it encodes."""
-    from .convert import split_alpha
-
-    colours = split_alpha(image)[0].float().cpu()
-    if len(colours) != 1:
-        raise ValueError(f"image holds {len(colours)} pictures; connect the one that latent was encoded from.")
-    (height, width), (wanted, across) = colours.shape[1:3], bound.shape[1:3]
-    if not (0 <= height - wanted < 64 and 0 <= width - across < 64):
+    if len(image) != 1:
+        raise ValueError(f"image holds {len(image)} pictures; connect the one that latent was encoded from.")
+    size, decoded = tuple(image.shape[1:3]), tuple(bound.shape[1:3])
+    frame = Frame.cut_from(size, decoded, vae.spacial_compression_encode())
+    if frame is None:
         raise ValueError(
-            f"image is {width}×{height} (width×height), but latent decodes to {across}×{wanted}: connect the picture "
-            "that latent was encoded from."
+            f"image is {size[1]}×{size[0]} (width×height), but latent decodes to {decoded[1]}×{decoded[0]}: connect the "
+            "picture that latent was encoded from."
         )
-    top, left = (height - wanted) // 2, (width - across) // 2
-    return colours[:, top:top + wanted, left:left + across]
+    return frame.view(image)
 
 
 def _measure(inverted: Inverted, reconstruction, bound, source, perceptual) -> tuple[str, dict[str, float | str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from comfy_api.latest import io, ui
+from torch.nn import functional as F
 
 
 class ShrinkingMask(io.ComfyNode):
@@ -54,16 +55,24 @@ class ShrinkingMask(io.ComfyNode):
         frames: int = 10,
     ) -> io.NodeOutput:  # fmt: skip
         from ..blending.canvas import Canvas
-        from ..blending.paste import prepare_mask
+        from ..blending.paste import plain_mask, prepare_mask
         from ..blending.shrink import schedule_sheet, shrink_for
-        from ..blending.window import window_for
+        from ..blending.window import windows_for
 
-        mask = prepare_mask(mask[:1], *mask.shape[-2:])
+        lines: list[str] = []
+        mask = plain_mask(mask, said=lines)[:1]
+        mask = prepare_mask(mask, *mask.shape[-2:])
         size = resolution or min(mask.shape[-2:])
-        chosen = window_for(mask, window, context, size)
-        canvas = Canvas.make(mask.expand(-1, 3, -1, -1) * 2 - 1, mask, 1, size, chosen)
-        found = shrink_for(canvas.mask, shrink)
-        sheet = schedule_sheet(canvas.mask, found, frames)
-        summary = f"{canvas.words()}\n{'the mask does not shrink' if found is None else found.words()}"
+        windows, notes = windows_for([mask], window, context, size)
+        lines += notes
+        sheets = []
+        for chosen in windows:
+            canvas = Canvas.make(mask.expand(-1, 3, -1, -1) * 2 - 1, chosen.only(mask), 1, size, chosen)
+            found = shrink_for(canvas.mask, shrink)
+            sheets.append(schedule_sheet(canvas.mask, found, frames))
+            lines += [canvas.words(), "the mask does not shrink" if found is None else found.words()]
+        widest = max(sheet.shape[2] for sheet in sheets)
+        sheet = torch.cat([F.pad(one, (0, 0, 0, widest - one.shape[2]), value=0.5) for one in sheets], dim=1)
+        summary = "\n".join(lines)
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(summary).as_dict()
         return io.NodeOutput(sheet, summary, ui=shown)

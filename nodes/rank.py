@@ -76,13 +76,14 @@ class RankCandidates(io.ComfyNode):
         weights = RankWeights(region, whole, seam)
         if not prompt.strip():
             raise ValueError("prompt is empty: say what the edit asked for.")
-        masks = mask_for(images, mask)
+        notes: list[str] = []
+        masks = mask_for(images, mask, said=notes)
         with torch.inference_mode(False), torch.no_grad():
             scores = rank(
                 to_bchw(images.clone()), masks.clone(), prompt.strip(), clip_guide.load(),
                 weights=weights, contrasts=lines(contrasts), augment=augment,
             )
         ranked = images[[score.index for score in scores]]
-        notes = clip_guide.guide.notes([prompt.strip(), *lines(contrasts)])
+        notes += clip_guide.guide.notes([prompt.strip(), *lines(contrasts)])
         text = "\n".join([table(scores, weights), f"ranked by {clip_guide.guide.name}", *notes])
         return io.NodeOutput(ranked, ranked[:1], text, ui=ui.PreviewText(text))

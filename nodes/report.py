@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..demo import files
 from . import folders
 from .convert import mask_for, split_alpha
+from .frame import Frame
 from .sockets import ClipGuideIO
 
 if TYPE_CHECKING:
@@ -130,15 +131,17 @@ class EditReport(io.ComfyNode):
         source, result = split_alpha(source, "source")[0], split_alpha(result, "result")[0]
         count = len(result)
         if source.shape[1:] != result.shape[1:]:
-            raise ValueError(
-                f"source is {source.shape[2]}×{source.shape[1]} (width×height), result "
-                f"{result.shape[2]}×{result.shape[1]}: resize one to the other before reporting."
-            )
+            size, made = source.shape[1:3], result.shape[1:3]
+            cure = "resize one to the other before reporting."
+            if Frame.cut_from(tuple(size), tuple(made)) is not None:
+                cure = "a VAE cut it to its multiple. Exact Paste lays it where it was in the source; report on what it gives."
+            raise ValueError(f"source is {size[1]}×{size[0]} (width×height), result {made[1]}×{made[0]}: {cure}")
         if len(source) not in (1, count):
             raise ValueError(
                 f"source holds {len(source)} pictures for {count} results: give one, or one per result."
             )
-        masks = mask_for(result, mask)
+        notes: list[str] = []
+        masks = mask_for(result, mask, said=notes)
         sources = source.expand(count, -1, -1, -1)
         perceptual = load_perceptual(lpips)
         guide = clip_guide.load() if clip_guide is not None else None
@@ -152,7 +155,8 @@ class EditReport(io.ComfyNode):
             f"result {number} of {count}\n{report.to_text()}" if count > 1 else report.to_text()
             for number, report in enumerate(reports, start=1)
         )
-        text = "\n".join([text, *(guide.notes([prompt]) if guide is not None else [])])
+        notes += guide.notes([prompt]) if guide is not None else []
+        text = "\n".join([text, *notes])
         sheet = picture(source, result, masks)
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(

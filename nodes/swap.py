@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from comfy_api.latest import io, ui
 
+from ..blending.paste import plain_mask
+from .frame import Frame, exact_background
 from .inputs import match_border_input
 from .sockets import AttentionIO, SwapSettingsIO, SwapSubjectsIO, SwapTokensIO
-from .swap_run import Attention, Frame, Progress, Target, as_latent, edit_mask, exact_background
+from .swap_run import Attention, Progress, Target, as_latent, edit_mask, frame_of
 from .swap_settings import NOT_GIVEN, OF_50, amount, unit_input
 
 if TYPE_CHECKING:
@@ -84,7 +86,9 @@ class AttentionSwapSampler(io.ComfyNode):
             raise ValueError(
                 "image is connected, but vae is not: connect the VAE, which makes the picture that image is laid around"
             )
-        outside = mask_side == OUTSIDE
+        outside, notes = mask_side == OUTSIDE, []
+        if mask is not None:
+            mask = plain_mask(mask, "mask", notes)[:, 0]
         settings = settings or attention.settings
         frame, edited = None, None
         if image is not None:
@@ -101,12 +105,13 @@ class AttentionSwapSampler(io.ComfyNode):
         said = result.report
         weak = _weak(result, positive, attention, mask, outside, subjects or ())
         if weak is not None:
-            said = dataclasses.replace(said, notes=(*said.notes, weak))
+            notes.append(weak)
+        said = dataclasses.replace(said, notes=(*said.notes, *notes))
         report = said.to_text()
         if vae is not None:
             picture = vae.decode(latent["samples"])
             if frame is not None:
-                picture = exact_background(image, picture, edited, frame, match_border)
+                picture = exact_background(image, picture, edited[:, None], frame, match_border)
                 report += "\nbackground: outside of the mask each pixel is the image's"
         return io.NodeOutput(
             latent, picture, report, json.dumps(said.to_dict(), indent=2), ui=ui.PreviewText(report)
@@ -128,7 +133,7 @@ def _weak(result: SwapResult, positive, attention: Attention, mask, outside: boo
 
 def _frame(image, attention: Attention, vae, mask, outside: bool, subjects) -> tuple[Frame, torch.Tensor]:
     """Where the result lies in `image`, and where it may change it. Found before anything is run."""
-    frame = Frame.of(image, attention, vae)
+    frame = frame_of(image, attention, vae)
     edited = edit_mask(mask, outside, subjects or (), frame.size)
     if edited is None:
         raise ValueError(
@@ -190,6 +195,8 @@ class SwapSubject(io.ComfyNode):
             raise ValueError(
                 "a subject needs both its words, or a mask: name it in source_word and target_word, or connect mask"
             )
+        if mask is not None:
+            mask = plain_mask(mask, f"the mask of {source_word} → {target_word}" if source_word else "mask")[:, 0]
         lambdas = dict(self_map=self_map, cross_map=cross_map, self_output=self_output)
         own = {name: amount(name, value, unit) for name, value in lambdas.items() if value >= 0}
         if own and mask is None:

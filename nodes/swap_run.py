@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .convert import mask_for, paste_into, split_alpha, to_bchw
+from .frame import Frame
 
 if TYPE_CHECKING:
     from ..attention_swap.capture import Capture
@@ -154,92 +153,36 @@ def as_latent(model: Any, latents: Tensor) -> dict[str, Tensor]:
 # Pictures -----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """Where a decoded picture of `inner` (height, width) lies in the source picture of `size`.
+def whole_frame(attention: Attention, vae: Any) -> Frame:
+    """The frame of a picture that is what `vae` will make of the capture's latents, and no more."""
+    cells, scale = attention.capture.noise.shape[-2:], vae.spacial_compression_decode()
+    size = (cells[0] * scale, cells[1] * scale)
+    return Frame(size, size)
 
-    ComfyUI cuts a picture's sides to the VAE's multiple, in the middle, before it encodes: `top` and `left` are what it
-    cuts off there. A picture that was resized before is resized back: `resized`.
+
+def frame_of(image: Tensor, attention: Attention, vae: Any) -> Frame:
+    """The frame of what `vae` will make of the capture's latents in `image` [B, H, W, C].
+
+    Raises ValueError where it is not a picture of that.
     """
-
-    size: tuple[int, int]
-    inner: tuple[int, int]
-    top: int = 0
-    left: int = 0
-    resized: bool = False
-
-    @classmethod
-    def whole(cls, attention: Attention, vae: Any) -> Frame:
-        """The frame of a picture that is what `vae` will make of the capture's latents, and no more."""
-        cells, scale = attention.capture.noise.shape[-2:], vae.spacial_compression_decode()
-        size = (cells[0] * scale, cells[1] * scale)
-        return cls(size, size)
-
-    @classmethod
-    def of(cls, image: Tensor, attention: Attention, vae: Any) -> Frame:
-        """The frame of what `vae` will make of the capture's latents in `image` [B, H, W, C].
-
-        Raises ValueError where it is not a picture of that.
-        """
-        scale, inner = vae.spacial_compression_decode(), cls.whole(attention, vae).inner
-        size = (image.shape[1], image.shape[2])
-        rest = tuple(whole - part for whole, part in zip(size, inner))
-        if all(0 <= one < scale for one in rest):
-            return cls(size, inner, rest[0] // 2, rest[1] // 2)
-        if abs(size[0] * inner[1] / (size[1] * inner[0]) - 1) < 0.02:
-            return cls(size, inner, resized=True)
-        raise ValueError(
-            f"image is {size[1]}×{size[0]} (width×height), the result {inner[1]}×{inner[0]}: connect the picture that "
-            "the source was made from, as it went into the VAE"
-        )
-
-    def cut(self, mask: Tensor) -> Tensor:
-        """The part of a mask [M, H, W] at the source's size that the model sees."""
-        if self.resized or tuple(mask.shape[-2:]) != self.size:
-            return mask
-        return mask[..., self.top:self.top + self.inner[0], self.left:self.left + self.inner[1]]
-
-    def view(self, image: Tensor) -> Tensor:
-        """The colours of the source picture [B, H, W, C] as the model sees them, [B, h, w, 3]."""
-        colours = split_alpha(image)[0].float().cpu()
-        if not self.resized:
-            return colours[:, self.top:self.top + self.inner[0], self.left:self.left + self.inner[1]]
-        colours = colours.movedim(-1, 1)
-        made = F.interpolate(colours, self.inner, mode="bicubic", antialias=True, align_corners=False)
-        return made.clamp(0, 1).movedim(1, -1)
-
-    def place(self, image: Tensor, decoded: Tensor) -> Tensor:
-        """`decoded` [B, 3, h, w] in -1..1 at the source's size; what was cut off is `image`'s, [1 or B, H, W, C]."""
-        if self.resized:
-            made = F.interpolate(decoded, self.size, mode="bicubic", antialias=True, align_corners=False)
-            return made.clamp(-1, 1)
-        whole = to_bchw(split_alpha(image)[0]).expand(len(decoded), -1, -1, -1).clone()
-        whole[..., self.top:self.top + self.inner[0], self.left:self.left + self.inner[1]] = decoded
-        return whole
-
-
-def exact_background(image: Tensor, decoded: Tensor, mask: Tensor, frame: Frame, match_border: bool = False) -> Tensor:
-    """`decoded` [B, H, W, 3] in 0..1 pasted into `image` [1 or B, H, W, C]: outside of `mask` [M, H, W] each pixel is
-    the image's, bit for bit; `match_border` keeps the border from showing."""
-    if len(image) not in (1, len(decoded)):
-        raise ValueError(f"image holds {len(image)} pictures for {len(decoded)} results: give one, or one for each")
-    if frame.inner == frame.size or frame.resized:
-        masks = mask_for(image, mask)
-    else:
-        # What the model did not see stays.
-        inner = mask_for(decoded, frame.cut(mask))
-        masks = torch.zeros(len(inner), 1, *frame.size)
-        masks[..., frame.top:frame.top + frame.inner[0], frame.left:frame.left + frame.inner[1]] = inner
-    image = image.expand(len(decoded), -1, -1, -1)
-    return paste_into(image, frame.place(image, to_bchw(decoded)), masks.expand(len(decoded), -1, -1, -1), match_border)
+    inner, size = whole_frame(attention, vae).inner, (image.shape[1], image.shape[2])
+    frame = Frame.cut_from(size, inner, vae.spacial_compression_decode())
+    if frame is not None:
+        return frame
+    if abs(size[0] * inner[1] / (size[1] * inner[0]) - 1) < 0.02:
+        return Frame(size, inner, resized=True)
+    raise ValueError(
+        f"image is {size[1]}×{size[0]} (width×height), the result {inner[1]}×{inner[0]}: connect the picture that "
+        "the source was made from, as it went into the VAE"
+    )
 
 
 def edit_mask(mask: Tensor | None, outside: bool, subjects: Sequence[Subject], size: tuple[int, int]) -> Tensor | None:
-    """Where the picture of `size` may change, [M, H, W] in 0..1; None where nothing says so."""
+    """Where the picture of `size` may change, [M, H, W] in 0..1; None where nothing says so. Masks are [M, h, w]."""
     from ..blending.paste import prepare_mask
 
     def sized(given: Tensor, name: str) -> Tensor:
-        return prepare_mask(given, *size, 1 if given.ndim == 2 else len(given), name)[:, 0]
+        return prepare_mask(given, *size, len(given), name)[:, 0]
 
     parts = []
     if mask is not None:

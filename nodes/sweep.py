@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from comfy_api.latest import io, ui
 
-from ..blending.paste import prepare_mask
+from ..blending.paste import plain_mask, prepare_mask
 from . import folders
 from .convert import split_alpha
+from .frame import Frame
 from .inputs import dial
 from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import AttentionIO, ClipGuideIO, SwapSettingsIO, SwapSubjectsIO, SwapTokensIO
-from .swap_run import Attention, Frame, Progress, Target, as_latent
+from .swap_run import Attention, Progress, Target, as_latent, frame_of, whole_frame
 from .swap_settings import amount, unit_input
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ class AttentionSwapSweep(io.ComfyNode):
         labels = _labels(lambdas, unit)
         target = Target.of(model, attention, positive, negative, cfg, vae, tokens, subjects)
         _check_tape(target, wanted, labels)
-        frame = None if image is None else Frame.of(image, attention, vae)
-        scorers.fit(Frame.whole(attention, vae).inner, frame)
+        frame = None if image is None else frame_of(image, attention, vae)
+        scorers.fit(whole_frame(attention, vae).inner, frame)
         results = target.run(wanted, Progress(model, count * attention.capture.steps))
         decoded = [vae.decode(as_latent(model, result.latents)["samples"]) for result in results]
         pictures = torch.cat(decoded)[..., :3].cpu()
@@ -207,8 +208,8 @@ class _Scorers:
         """
         if self.mask is None:
             return
-        mask = self.mask if frame is None else frame.cut(self.mask)
-        self.mask = prepare_mask(mask, *size)[0, 0].cpu()
+        mask = plain_mask(self.mask, "mask", self.said)
+        self.mask = prepare_mask(mask if frame is None else frame.cut(mask), *size)[0, 0].cpu()
         if not (self.mask == 0).any():
             raise ValueError(
                 "mask covers the whole picture, so there is no background to measure: draw where the subject is"

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from blendswap.blending.paste import cover_mask, exact_paste, latent_mask, prepare_mask, resize_mask
+from blendswap.blending.paste import BLACK, cover_mask, exact_paste, latent_mask, plain_mask, prepare_mask, resize_mask
 
 
 def scene(count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,11 +55,11 @@ def test_sizes_that_do_not_fit_are_named():
 
 
 def test_a_mask_is_brought_to_the_picture_and_its_batch():
-    mask = torch.rand(6, 7)
+    mask = torch.rand(6, 7).clamp(min=BLACK)
     for shaped in (mask, mask[None], mask[None, None]):
         prepared = prepare_mask(shaped, 6, 7, batch=3)
         assert prepared.shape == (3, 1, 6, 7) and torch.equal(prepared[2, 0], mask)
-    masks = torch.rand(3, 6, 7)
+    masks = torch.rand(3, 6, 7).clamp(min=BLACK)
     assert torch.equal(prepare_mask(masks, 6, 7, batch=3)[:, 0], masks)
 
 
@@ -84,6 +84,38 @@ def test_values_outside_the_range_are_clamped_and_said(caplog: pytest.LogCapture
     assert "clamped" in caplog.text
 
 
+@pytest.mark.parametrize("dirt", [1 / 255, 5 / 255])
+def test_a_black_that_is_not_quite_black_is_taken_as_black_and_said(dirt: float):
+    mask, said = torch.full((64, 64), dirt), []
+    mask[10:20, 10:20] = 1
+    prepared = prepare_mask(mask, 64, 64, said=said)
+    assert torch.equal(prepared[0, 0] > 0, mask == 1)
+    assert said == [f"mask: 98% of the picture had values up to {dirt:.3g}, taken as black (all below 0.02 are)"]
+    assert torch.equal(prepare_mask(torch.eye(4), 4, 4, said=said)[0, 0], torch.eye(4)) and len(said) == 1
+
+
+def test_what_counts_as_black_leaves_no_step_that_is_seen_in_a_feather():
+    feather = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
+    prepared = prepare_mask(feather, 64, 64)
+    assert torch.equal(prepared[prepared > 0], feather[feather >= BLACK])
+    source, result = torch.zeros(1, 3, 64, 64), torch.full((1, 3, 64, 64), 0.5)
+    cut, soft = exact_paste(source, result, prepared), exact_paste(source, result, feather)
+    assert (cut - soft).abs().max() < 4 / 255
+
+
+def test_one_of_several_masks_may_be_empty_and_is_said():
+    masks, said = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)]), []
+    assert prepare_mask(masks, 4, 4, batch=2, said=said).flatten(1).sum(1).tolist() == [0, 16]
+    assert said == ["mask (number 1 of 2) is empty: nothing is marked in its picture"]
+    assert not prepare_mask(torch.zeros(4, 4), 4, 4, may_be_empty=True).any()
+
+
+def test_the_shapes_of_masks_are_one():
+    mask = torch.eye(5)
+    for shaped in (mask, mask[None], mask[None, None], mask.bool(), mask.to(torch.uint8)):
+        assert torch.equal(plain_mask(shaped)[0, 0], mask)
+
+
 def test_a_full_mask_is_allowed():
     assert prepare_mask(torch.ones(4, 4), 4, 4).min() == 1
 
@@ -92,7 +124,8 @@ def test_a_full_mask_is_allowed():
     "mask, words",
     [
         (torch.zeros(1, 4, 4), "region is empty"),
-        (torch.stack([torch.ones(4, 4), torch.zeros(4, 4)]), r"region \(number 2 of 2\) is empty"),
+        (torch.zeros(2, 4, 4), "each of the 2 masks of region is empty"),
+        (torch.full((4, 4), 5 / 255), "region is empty"),
         (torch.full((4, 4), torch.nan), "region holds NaN"),
         (torch.ones(3, 4, 4), "region holds 3 masks for 2 pictures"),
         (torch.ones(2, 3, 4, 4), "region has the shape"),

@@ -9,8 +9,9 @@ from blendswap.blending.guidance import Guidance
 from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
 from blendswap.blending.guides import CombinedGuide
 from blendswap.blending.losses import d_cosine
+from blendswap.blending.paste import editable
 from blendswap.blending.regions import (
-    NEGATIVE_WEIGHT, Region, Term, crowding, editable, terms_for, writing, written,
+    NEGATIVE_WEIGHT, Region, Term, crowding, terms_for, writing, written,
 )  # fmt: skip
 from blendswap.blending.settings import BlendSettings
 from blendswap.blending.shrink import Shrink

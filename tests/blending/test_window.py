@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blendswap.blending.window import LARGEST_SCALE, Window, window_for
+from blendswap.blending.window import LARGEST_SCALE, LONGER, MOST_WINDOWS, Window, window_for, windows_for
 from torch import Tensor
 
 
@@ -63,6 +63,60 @@ def test_a_tiny_mask_is_not_enlarged_beyond_the_limit():
     window = window_for(mask_of((500, 500), (250, 251, 300, 301)), "auto", 0.5, 256)
     assert window.size == (256 // LARGEST_SCALE,) * 2
     assert window.top <= 250 < window.bottom and window.left <= 300 < window.right
+
+
+def test_a_tall_mask_whose_square_would_be_the_whole_picture_has_a_tall_window():
+    mask = mask_of((512, 512), (107, 471, 172, 316))
+    window = window_for(mask, "auto", 0.5, 64)
+    assert box(window) == (0, 512, 100, 388)
+    thin = window_for(mask_of((512, 512), (0, 500, 200, 204)), "auto", 0.5, 64)
+    assert thin.size == (512, 512 // LONGER)
+
+
+def apart(*masks: Tensor, mode: str = "auto", context: float = 0.5, size: int = 64) -> tuple[list, str]:
+    windows, notes = windows_for(masks, mode, context, size)
+    return [box(window) for window in windows], " ".join(notes)
+
+
+def test_narrow_parts_in_opposite_corners_have_windows_of_their_own():
+    two = mask_of((512, 512), (10, 58, 10, 58), (450, 498, 455, 500))
+    assert apart(two) == ([(0, 96, 0, 96), (416, 512, 416, 512)], "")
+    assert apart(two, mode="off") == ([(0, 512, 0, 512)], "")
+
+
+def test_parts_that_one_window_shows_wide_enough_or_whose_windows_would_meet_share_one():
+    wide = mask_of((512, 512), (10, 110, 10, 110), (400, 500, 400, 500))
+    near = mask_of((512, 512), (10, 20, 10, 20), (30, 40, 30, 40))
+    for mask in (wide, near):
+        windows, notes = apart(mask)
+        assert windows == [box(window_for(mask, "auto", 0.5, 64))] and not notes
+
+
+def test_one_part_has_the_one_window():
+    for mask in (mask_of((400, 600), (100, 140, 200, 300)), mask_of((64, 64), (10, 40, 10, 40))):
+        assert apart(mask) == ([box(window_for(mask, "auto", 0.5, 64))], "")
+
+
+def test_too_many_parts_share_a_window_and_it_is_said():
+    spots = [(20 + 150 * row, 24 + 150 * row, 20 + 150 * column, 24 + 150 * column) for row in range(3) for column in range(3)]
+    windows, notes = apart(mask_of((400, 400), *spots))
+    assert len(windows) == 1 and f"need 9 windows, more than {MOST_WINDOWS}" in notes
+
+
+@pytest.mark.parametrize("value, pixels", [(0.05, 400), (1.0, 1)])
+def test_a_speck_far_away_does_not_move_the_window_and_is_said(value: float, pixels: int):
+    mask = mask_of((512, 512), (100, 164, 100, 164))
+    speck, side = mask.clone(), int(pixels**0.5)
+    speck[..., 400 : 400 + side, 480 : 480 + side] = value
+    windows, notes = apart(speck)
+    assert windows == apart(mask)[0]
+    assert f"{pixels} pixels of the mask, faint or few" in notes
+
+
+def test_a_region_of_its_own_is_no_speck_however_small_and_faint():
+    large, small = mask_of((512, 512), (100, 300, 100, 300)), mask_of((512, 512), (500, 502, 500, 502)) * 0.1
+    windows, notes = apart(large, small)
+    assert len(windows) == 2 and not notes
 
 
 @pytest.mark.parametrize("size", [(40, 900), (900, 40), (33, 132), (1024, 256)])

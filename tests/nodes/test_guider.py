@@ -215,6 +215,33 @@ def test_a_latent_of_another_size_a_batch_and_an_odd_size_are_refused(guider):
         made._check_size(torch.zeros(1, 3, 32, 64))
 
 
+@pytest.mark.parametrize("size", [(40, 72), (43, 74)])
+def test_a_latent_model_takes_every_size_that_its_vae_encodes_and_the_paste_puts_it_back(guider, latent, size):
+    """40×72 is no multiple of eight cells, as 1920×1080 is not; 43×74 the VAE cuts in the middle."""
+    import comfy.samplers
+    from comfy_extras import nodes_custom_sampler as custom
+
+    from blendswap.nodes.guider import ExactPaste
+
+    model, vae, positive, negative = latent
+    image = torch.rand(1, *size, 3, generator=torch.Generator().manual_seed(4))
+    mask = torch.zeros(1, *size)
+    mask[:, 12:30, 20:50] = 1
+    made = guider(model=model, vae=vae, positive=positive, negative=negative, image=image, mask=mask, guidance=30.0)
+    with torch.inference_mode():
+        encoded, noise = vae.encode(image), run(custom.RandomNoise, noise_seed=SEED)[0]
+        assert encoded.shape[-2:] == (10, 18)
+        samples = run(
+            custom.SamplerCustomAdvanced, noise=noise, guider=made, sampler=comfy.samplers.sampler_object("euler"),
+            sigmas=sigmas(model), latent_image={"samples": encoded},
+        )[0]["samples"]
+        result = vae.decode(samples)
+    (pasted,) = run(ExactPaste, source=image, result=result, mask=mask)
+    inside = mask[0] == 1
+    assert pasted.shape == image.shape and torch.equal(pasted[0][~inside], image[0][~inside])
+    assert (pasted[0][inside] != image[0][inside]).any(-1).float().mean() > 0.9
+
+
 def test_a_latent_model_without_text_is_refused(guider, latent):
     with pytest.raises(ValueError, match="positive is not connected"):
         guider(model=latent[0], vae=latent[1])
@@ -252,6 +279,50 @@ def test_a_paste_takes_the_drift_around_the_mask_out_of_what_is_inside_where_ask
     torch.testing.assert_close(plain[0][inside][:, :3], result[0][inside])
     torch.testing.assert_close(matched, source)
     assert torch.equal(matched[0][~inside], source[0][~inside])
+
+
+@pytest.mark.parametrize(("source", "result"), [((67, 101), (64, 100)), ((67, 101), (64, 96)), ((1085, 33), (1080, 32))])
+def test_a_result_that_a_vae_cut_is_pasted_where_it_was_cut_and_it_is_said(comfy, source, result):
+    import comfy.sd
+    import math
+
+    from blendswap.hosts.adm_comfy import pixel_space_vae
+    from blendswap.nodes.guider import ExactPaste
+
+    image = torch.rand(1, *source, 4, generator=torch.Generator().manual_seed(2))
+    vae = pixel_space_vae()
+    vae.downscale_ratio, vae.crop_input = math.gcd(*result) & -math.gcd(*result), True
+    kept = comfy.sd.VAE.vae_encode_crop_pixels(vae, image)
+    assert kept.shape[1:3] == result
+    for mask in (torch.ones(1, *source), torch.ones(1, *result)):
+        with torch.inference_mode():
+            output = ExactPaste.execute(source=image, result=1 - kept[..., :3], mask=mask)
+        pasted = output.args[0]
+        cut = comfy.sd.VAE.vae_encode_crop_pixels(vae, pasted)
+        torch.testing.assert_close(cut[..., :3], 1 - kept[..., :3])
+        changed = (pasted != image).any(-1)[0]
+        assert changed.sum() <= math.prod(result) and torch.equal(pasted[0][~changed], image[0][~changed])
+        assert torch.equal(pasted[..., 3], image[..., 3])
+        assert f"the result of {result[1]}×{result[0]} pixels lies at" in str(output.ui.as_dict())
+
+
+@pytest.mark.parametrize("result", [(64, 64), (64, 104), (50, 50)])
+def test_a_result_of_a_size_that_no_vae_cuts_is_refused(result):
+    from blendswap.nodes.guider import ExactPaste
+    from blendswap.nodes.report import EditReport
+
+    inputs = dict(source=torch.zeros(1, 67, 101, 3), result=torch.zeros(1, *result, 3), mask=torch.ones(1, 67, 101))
+    with pytest.raises(ValueError, match="or as much larger as a VAE cuts off"):
+        run(ExactPaste, **inputs)
+    with pytest.raises(ValueError, match="resize one to the other"):
+        run(EditReport, **inputs)
+
+
+def test_a_report_on_what_a_vae_cut_names_the_node_that_puts_it_back():
+    from blendswap.nodes.report import EditReport
+
+    with pytest.raises(ValueError, match="source is 101×67 .*result 100×64: a VAE cut it.*Exact Paste"):
+        run(EditReport, source=torch.zeros(1, 67, 101, 3), result=torch.zeros(1, 64, 100, 3), mask=torch.ones(1, 64, 100))
 
 
 def test_a_paste_of_another_size_is_refused():

@@ -146,6 +146,12 @@ def test_a_picture_that_the_vae_cut_is_compared_where_it_was_kept(parts, invert)
         invert("direct", image=image[:, :32, :32])
 
 
+@pytest.mark.parametrize("size", [(64, 124), (68, 64), (124, 66)])
+def test_a_picture_that_is_larger_by_more_than_the_vae_cuts_is_refused(invert, size):
+    with pytest.raises(ValueError, match=rf"image is {size[1]}×{size[0]} .*latent decodes to 64×64: connect the picture"):
+        invert("direct", image=torch.rand(1, *size, 3))
+
+
 def test_guidance_that_another_pack_changes_is_in_the_figures(parts, invert):
     model = parts[0].clone()
     model.set_model_sampler_cfg_function(lambda given: given["input"] - given["cond_denoised"])
