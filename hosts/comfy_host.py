@@ -22,6 +22,7 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
+from . import memory
 from .gradients import repair_inference_tensors
 from .protocol import Prediction
 
@@ -283,6 +284,12 @@ def is_partly_loaded(patcher: Any) -> bool:
     Under dynamic VRAM there is no such state: every weight comes when it is used.
     """
     return not is_dynamic(patcher) and patcher.model.model_lowvram and patcher.loaded_size() < patcher.model_size()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device has no memory left: by ComfyUI's own test, where it has one, or by torch's."""
+    known = getattr(comfy.model_management, "is_oom", None)
+    return (known is not None and known(error)) or memory.is_out_of_memory(error)
 
 
 def refuse_partial_load(patcher: Any) -> None:

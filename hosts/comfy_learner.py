@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from .comfy_host import ATTENTION_KEY, UnsupportedModel, differentiable_attention, is_partly_loaded, latent_shape
 from .comfy_learner_checks import check_learnable, check_learned, prediction_of
-from .comfy_learner_memory import DTYPES, MemoryNeed, check_memory, memory_needed
+from .comfy_learner_memory import MemoryNeed, check_memory, memory_needed
 from .comfy_learner_text import TextEncoders, embedding_state, encoders_of, first_vectors, with_token
 from .comfy_learner_weights import (
     StateDict, attach_low_rank, difference_state, differentiable_text, low_rank_parameters, low_rank_state, own_weights,
     private_copy, recompute_blocks, with_weights,
 )  # fmt: skip
-from .learning import FullWeights, Learned, LowRank, Precision, Prediction, Text, TokenVectors
+from .learning import (
+    DTYPES, FullWeights, Learned, LowRank, Precision, Prediction, Text, TokenVectors, autocast,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +60,12 @@ def open_learner(
     What was learned is taken out inside the block (`concept_state`). The caller's MODEL, CLIP and VAE stay as they
     are, also after an error or an interrupt.
 
-    Raises UnsupportedModel (see `check_learnable`), ValueError for settings out of range, and torch.OutOfMemoryError
-    where the device is too small.
+    Raises UnsupportedModel (see `check_learnable`), ValueError for settings out of range and a precision that the device
+    does not take, and torch.OutOfMemoryError where the device is too small.
     """
     check_learnable(model, clip, vae)
     check_learned(learned)
+    autocast(model.load_device, precision)  # says so where the device has none
     with torch.inference_mode(False), torch.enable_grad():
         need = memory_needed(
             model, clip, vae, learned, batch=batch, size=size, checkpointing=checkpointing, precision=precision
@@ -255,9 +258,8 @@ class ComfyLearner:
 
     # Using ------------------------------------------------------------------------------------------------------------
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.precision != "fp32"
-        return torch.autocast(self.device.type, DTYPES[self.precision] if enabled else None, enabled=enabled)
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return autocast(self.device, self.precision)
 
     def _size_embedding(self, x: Tensor, text: Text, sizes: Sequence[tuple[int, int]] | None) -> Tensor:
         """SDXL's vector beside the prompt, [B, A]: the pooled text, the picture's own size and the size trained at."""

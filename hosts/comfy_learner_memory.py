@@ -20,9 +20,7 @@ from .comfy_learner_text import encoders_of
 from .comfy_learner_weights import (
     NORMS, RECOMPUTED, attach_low_rank, differentiable_text, low_rank_parameters, own_weights, private_copy,
 )  # fmt: skip
-from .learning import FullWeights, Learned, LowRank, Precision, TokenVectors
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from .learning import DTYPES, FullWeights, Learned, LowRank, Precision, TokenVectors
 
 TRAINED_BYTES = 16
 """Of a trained number: float32 for itself, its gradient and AdamW's two moments."""

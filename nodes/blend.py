@@ -285,6 +285,7 @@ class _Job:
         from ..blending.canvas import Canvas
         from ..blending.regions import editable
         from ..blending.window import window_for
+        from ..hosts import comfy_host
 
         with torch.inference_mode(False), torch.no_grad():
             picture, masks = to_bchw(image.clone()), [one.clone() for one in masks]
@@ -294,20 +295,23 @@ class _Job:
             canvas = Canvas.make(picture, mask, self.multiple, size, window)
             self.said.append(canvas.words())
             made, history, position = [], [], 0
+            batch_size = self.batch_size  # of this picture; the next one tries the whole again
             while position < len(seeds):
-                batch = seeds[position:position + self.batch_size]
+                batch = seeds[position:position + batch_size]
                 losses: list[dict[str, torch.Tensor]] = []
                 before = progress.done
                 try:
                     made.append(self._run(canvas, masks, batch, losses, progress))
-                except torch.OutOfMemoryError as error:
+                except RuntimeError as error:
+                    if not comfy_host.is_out_of_memory(error):
+                        raise
                     if len(batch) == 1:
                         raise torch.OutOfMemoryError(
                             f"Out of memory with one candidate at a time ({error}). Set gradient to direct, lower "
                             "resolution, or lower clip_chunk."
                         ) from error
-                    self.batch_size = max(len(batch) // 2, 1)
-                    self.said.append(f"out of memory: went on with batches of {self.batch_size}")
+                    batch_size = max(len(batch) // 2, 1)
+                    self.said.append(f"out of memory: went on with batches of {batch_size}")
                     logger.warning("CLIPBlendSampler: %s.", self.said[-1])
                     progress.rewind(progress.done - before)
                     _free_memory()
