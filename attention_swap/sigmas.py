@@ -48,8 +48,8 @@ def ddim_grid(train_sigmas: Tensor, steps: int, scheduler: str = "ddim_uniform")
 
 def timesteps(train_sigmas: Tensor, sigmas: Tensor) -> list[int]:
     """The training timestep nearest to each level (in log σ); -1 for σ = 0."""
-    grid = train_sigmas.detach().double().cpu().log()
-    levels = sigmas.double().cpu().log()
+    grid = train_sigmas.detach().cpu().double().log()
+    levels = sigmas.cpu().double().log()
     return [-1 if torch.isinf(level) else int((grid - level).abs().argmin()) for level in levels]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..hosts.memory import give_back, is_out_of_memory
 from .augment import AugmentParameters, ExtendingAugmentations
 from .guide import ClipGuide
 from .losses import DISTANCES, background_loss, background_lpips, background_mse, range_loss
@@ -45,9 +46,13 @@ class Guidance:
     def __post_init__(self) -> None:
         if not self.regions:
             raise ValueError("there is nothing to edit: an edit needs at least one region")
-        self.chunk = min(self.settings.chunk or self.augment.copies, self.augment.copies)
+        self.begin()
         if self.settings.background_weight > 0 and self.perceptual is None:
             raise ValueError("a background loss (background_weight > 0) needs an LPIPS backbone; choose one")
+
+    def begin(self) -> None:
+        """Where a run begins: `chunk` is what was asked for, whatever memory an earlier run had."""
+        self.chunk = min(self.settings.chunk or self.augment.copies, self.augment.copies)
 
     @property
     def steers(self) -> bool:
@@ -148,7 +153,9 @@ class Guidance:
         while True:
             try:
                 return self._gradient_in_chunks(seen, mask, guide, terms, parameters)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.chunk == 1:
                     raise torch.OutOfMemoryError(
                         f"Out of memory in the guide {guide.name} with one copy of {len(seen)} candidate(s) at a "
@@ -156,8 +163,7 @@ class Guidance:
                     ) from error
                 self.chunk = (self.chunk + 1) // 2
                 logger.warning("Out of memory in the guide; going on with %d copies at a time.", self.chunk)
-                if seen.is_cuda:
-                    torch.cuda.empty_cache()
+                give_back(seen.device)
 
     def _gradient_in_chunks(
         self, seen: Tensor, mask: Tensor, guide: ClipGuide, terms: Sequence[Term], parameters: AugmentParameters

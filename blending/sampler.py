@@ -69,6 +69,7 @@ def blended_diffusion(
     """
     if settings.clamp and host.downscale != 1:
         raise ValueError("clamp keeps x̂0 within a picture's range, which latents do not have; switch it off for a latent MODEL")
+    guidance.begin()
     schedule = Schedule.respaced(host.train_sigmas, settings.steps)
     noise = CandidateNoise(seeds, host.device)
     with torch.no_grad():

@@ -70,7 +70,7 @@ def width_of(mask: Tensor) -> int:
 
     A long scratch is as narrow as it is thin.
     """
-    marked = F.pad((mask[0, 0] > 0).double().cumsum(0).cumsum(1), (1, 0, 1, 0))  # summed-area table
+    marked = F.pad((mask[0, 0] > 0).cpu().double().cumsum(0).cumsum(1), (1, 0, 1, 0))  # summed-area table
     low, high = 0, min(mask.shape[-2:])
     while low < high:
         side = (low + high + 1) // 2

@@ -34,7 +34,7 @@ class Schedule:
             )
         # One step alone has to start from pure noise; the rule for more would put it at the clean end.
         taken = [count - 1] if steps == 1 else [round(i * (count - 1) / (steps - 1)) for i in range(steps)]
-        return cls(1 / (1 + train_sigmas.detach().double().cpu()[taken].square()))
+        return cls(1 / (1 + train_sigmas.detach().cpu().double()[taken].square()))
 
     @property
     def alphas_cumprod_prev(self) -> Tensor:

@@ -116,13 +116,13 @@ def score_concept(
                              f"least {least}")
         if not torch.isfinite(rows).all():
             raise ValueError(f"{name} has NaN or infinite values: the scorer failed on a picture")
-    samples, references, base_class = (F.normalize(rows.double(), dim=1) for rows in (samples, references, base_class))
+    samples, references, base_class = (F.normalize(rows.cpu().double(), dim=1) for rows in (samples, references, base_class))
     similarity, floor = float((samples @ references.T).mean()), float((base_class @ references.T).mean())
     ceiling = 1 - spread(references) if len(references) > 1 else 1.0
     clear = ceiling - floor > INDISTINCT
     drift = class_diversity = None
     if learned_class is not None:
-        learned_class = F.normalize(learned_class.double(), dim=1)
+        learned_class = F.normalize(learned_class.cpu().double(), dim=1)
         way = distance(references, base_class)
         drift = (distance(learned_class, base_class) / way) ** 0.5 if way > INDISTINCT else 0.0
         class_diversity = spread(learned_class) / max(spread(base_class), 1e-9)

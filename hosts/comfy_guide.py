@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..blending.guides import CombinedGuide
-from .comfy_host import ComfyHost, UnsupportedModel
+from .comfy_host import ComfyHost, UnsupportedModel, decoded
 from .gradients import repair_inference_tensors
 
 if TYPE_CHECKING:
@@ -79,9 +79,6 @@ def host_with_guide_vae(guide_vae: Any | None) -> type[ComfyHost]:
         def decode(self, x0: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return super().decode(x0)
-            network = guide_vae.first_stage_model
-            repair_inference_tensors(network)
-            latent = self._model.process_latent_out(x0).to(self.device, guide_vae.vae_dtype)
-            return network.decode(latent).float()
+            return decoded(guide_vae, self._model.process_latent_out(x0))
 
     return GuideVaeHost

@@ -16,7 +16,6 @@ from ..blending.guidance import Guidance
 from ..blending.paste import latent_mask
 from ..blending.sampler import guided_estimate
 from .comfy_host import GRADIENT_MEMORY, ComfyHost, ordinary, refuse_partial_load
-from .gradients import repair_inference_tensors
 
 REFUSED: dict[str, str] = {
     "cfg_pp": "it re-noises along the unconditional estimate, which has neither the source nor the guidance in it, so the "
@@ -37,6 +36,10 @@ class _Model:
     @property
     def inner_model(self) -> Any:
         return self.guider.inner_model
+
+    @property
+    def loaded_models(self) -> Sequence[Any]:
+        return self.guider.loaded_models
 
     def __call__(self, x: Tensor, sigma: Tensor, model_options: dict[str, Any], seed: int | None) -> Tensor:
         return comfy.samplers.CFGGuider.predict_noise(self.guider, x, sigma, model_options, seed)
@@ -122,10 +125,6 @@ class BlendGuider(comfy.samplers.CFGGuider):
     def _begin(self, host: ComfyHost) -> None:
         """What a run needs of the models, once they are loaded."""
         refuse_partial_load(self.model_patcher)
-        # ControlNets and the like are part of the graph as well.
-        beside = [patcher.model for patcher in self.loaded_models]
-        for part in (self.inner_model.diffusion_model, self.vae.first_stage_model, *beside):
-            repair_inference_tensors(part)
         self.conds = ordinary(self.conds)
         run = self.run
         run.guidance = self.make_guidance(host.device, [run.seed + row for row in range(run.candidates)])

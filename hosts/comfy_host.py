@@ -22,6 +22,7 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
+from . import memory
 from .gradients import repair_inference_tensors
 from .protocol import Prediction
 
@@ -69,10 +70,7 @@ class ComfyHost:
         return self._model.process_latent_in(latent.detach().clone().to(self.device, torch.float32))
 
     def decode(self, x0: Tensor) -> Tensor:
-        # `VAE.decode` clamps and detaches; the network behind it does neither.
-        network = self.vae.first_stage_model
-        latent = self._model.process_latent_out(x0).to(self.device, self.vae.vae_dtype)
-        return network.decode(latent).float()
+        return decoded(self.vae, self._model.process_latent_out(x0))
 
     def predict(self, x: Tensor, sigma: float) -> Prediction:
         variance: collections.deque[Tensor] = collections.deque()
@@ -88,6 +86,9 @@ class ComfyHost:
         options = dict(self.extra_args["model_options"])
         inner = options["transformer_options"] = dict(options.get("transformer_options", {}))
         if torch.is_grad_enabled():
+            # ControlNets and the like are part of the graph as well.
+            for part in (self._model.diffusion_model, *(patcher.model for patcher in self.guider.loaded_models)):
+                repair_inference_tensors(part)
             inner[ATTENTION_KEY] = differentiable_attention(inner.get(ATTENTION_KEY))
             patches = inner.get("patches", {})
             inner["patches"] = {**patches, SKIP_KEY: [*patches.get(SKIP_KEY, []), _apart_from_skip]}
@@ -99,6 +100,18 @@ class ComfyHost:
         return self.guider(
             x, rows_of(sigma, x), model_options=options, seed=self.extra_args.get("seed")
         )
+
+
+def decoded(vae: Any, latent: Tensor) -> Tensor:
+    """The picture [B, 3, H, W] of a `latent` [B, C, h, w] of the VAE, which is loaded, on the latent's device.
+
+    `VAE.decode` clamps and detaches; the network behind it, which is what this calls, does neither.
+    """
+    network = vae.first_stage_model
+    if torch.is_grad_enabled():
+        # Each time: whatever was encoded in between has loaded the VAE anew.
+        repair_inference_tensors(network)
+    return network.decode(latent.to(vae.device, vae.vae_dtype)).to(latent.device, torch.float32)
 
 
 def rows_of(sigma: float, x: Tensor) -> Tensor:
@@ -230,11 +243,6 @@ def run(
         def inside(extra_args: dict[str, Any]) -> Tensor:
             if gradients:
                 refuse_partial_load(private)
-                # ControlNets and the like are part of the graph as well.
-                beside_it = [patcher.model for patcher in guider.loaded_models]
-                decoder = [] if vae is None else [vae.first_stage_model]
-                for part in (guider.inner_model.diffusion_model, *decoder, *beside_it):
-                    repair_inference_tensors(part)
             guider.conds = ordinary(guider.conds)
             results.append(body(host(guider, vae, extra_args, private.load_device, _downscale(vae))))
             return torch.zeros_like(noise)
@@ -265,16 +273,33 @@ def _downscale(vae: Any | None) -> int:
     return ratio
 
 
+def is_dynamic(patcher: Any) -> bool:
+    """Whether dynamic VRAM brings a model's weights one at a time, as they are needed. ComfyUI 0.8.0 has none."""
+    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+
+
+def is_partly_loaded(patcher: Any) -> bool:
+    """Whether a part of a model that was loaded stayed behind because it did not fit.
+
+    Under dynamic VRAM there is no such state: every weight comes when it is used.
+    """
+    return not is_dynamic(patcher) and patcher.model.model_lowvram and patcher.loaded_size() < patcher.model_size()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device has no memory left: by ComfyUI's own test, where it has one, or by torch's."""
+    known = getattr(comfy.model_management, "is_oom", None)
+    return (known is not None and known(error)) or memory.is_out_of_memory(error)
+
+
 def refuse_partial_load(patcher: Any) -> None:
-    if getattr(patcher.model, "model_lowvram", False) and patcher.model.lowvram_patch_counter >= 0:
-        total, loaded = patcher.model_size(), patcher.loaded_size()
-        if loaded < total:
-            raise torch.OutOfMemoryError(
-                f"A gradient needs the whole MODEL on the device ({total / 2**30:.1f} GiB), but only "
-                f"{loaded / 2**30:.1f} GiB of it fit beside the rest. Lower batch_size or resolution, choose what "
-                "needs no gradient through the MODEL (CLIPBlendSampler: gradient direct; NullTextInvert: another "
-                "method than null_text), or start ComfyUI without --lowvram and --novram."
-            )
+    if is_partly_loaded(patcher):
+        raise torch.OutOfMemoryError(
+            f"A gradient needs the whole MODEL on the device ({patcher.model_size() / 2**30:.1f} GiB), but only "
+            f"{patcher.loaded_size() / 2**30:.1f} GiB of it fit beside the rest. Lower batch_size or resolution, choose "
+            "what needs no gradient through the MODEL (CLIPBlendSampler: gradient direct; NullTextInvert: another "
+            "method than null_text), or start ComfyUI without --lowvram and --novram."
+        )
 
 
 def differentiable_attention(previous: Callable | None) -> Callable:

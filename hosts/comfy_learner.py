@@ -17,15 +17,17 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from .comfy_host import ATTENTION_KEY, UnsupportedModel, differentiable_attention, latent_shape
+from .comfy_host import ATTENTION_KEY, UnsupportedModel, differentiable_attention, is_partly_loaded, latent_shape
 from .comfy_learner_checks import check_learnable, check_learned, prediction_of
-from .comfy_learner_memory import DTYPES, MemoryNeed, check_memory, memory_needed
+from .comfy_learner_memory import MemoryNeed, check_memory, memory_needed
 from .comfy_learner_text import TextEncoders, embedding_state, encoders_of, first_vectors, with_token
 from .comfy_learner_weights import (
     StateDict, attach_low_rank, difference_state, differentiable_text, low_rank_parameters, low_rank_state, own_weights,
     private_copy, recompute_blocks, with_weights,
 )  # fmt: skip
-from .learning import FullWeights, Learned, LowRank, Precision, Prediction, Text, TokenVectors
+from .learning import (
+    DTYPES, FullWeights, Learned, LowRank, Precision, Prediction, Text, TokenVectors, autocast,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +60,12 @@ def open_learner(
     What was learned is taken out inside the block (`concept_state`). The caller's MODEL, CLIP and VAE stay as they
     are, also after an error or an interrupt.
 
-    Raises UnsupportedModel (see `check_learnable`), ValueError for settings out of range, and torch.OutOfMemoryError
-    where the device is too small.
+    Raises UnsupportedModel (see `check_learnable`), ValueError for settings out of range and a precision that the device
+    does not take, and torch.OutOfMemoryError where the device is too small.
     """
     check_learnable(model, clip, vae)
     check_learned(learned)
+    autocast(model.load_device, precision)  # says so where the device has none
     with torch.inference_mode(False), torch.enable_grad():
         need = memory_needed(
             model, clip, vae, learned, batch=batch, size=size, checkpointing=checkpointing, precision=precision
@@ -102,6 +105,8 @@ class ComfyLearner:
         self.prediction: Prediction = prediction_of(model)
         sigmas = sampling.sigmas.detach().float().cpu().clone()
         self.alphas_cumprod: Tensor = (1 / (1 + sigmas.double() ** 2)).float().to(self.device)
+        # Steps are reckoned in float64, which not every device has.
+        self._alphas: list[float] = self.alphas_cumprod.cpu().double().tolist()
         with torch.no_grad():
             self._load(checkpointing, seed)
         self._check_width()
@@ -172,7 +177,7 @@ class ComfyLearner:
             force_full_load=True,
         )  # fmt: skip
         for patcher, name in ((model, "MODEL"), (text, "CLIP")):
-            if getattr(patcher.model, "model_lowvram", False) and patcher.loaded_size() < patcher.model_size():
+            if is_partly_loaded(patcher):
                 raise torch.OutOfMemoryError(
                     f"Learning needs the whole {name} on the device, but only {patcher.loaded_size() / 2**30:.1f} of "
                     f"{patcher.model_size() / 2**30:.1f} GiB fit beside the rest. Lower the size or batch, or start "
@@ -182,11 +187,11 @@ class ComfyLearner:
         # Weights that are trained begin as what is stored, whatever they are computed in.
         of_unet = None if full else DTYPES[self.precision]
         of_text = None if full and self.learned.text_encoder else DTYPES[self.precision]
-        self._unet = private_copy(model.model.diffusion_model, self.device, of_unet)
+        self._unet = private_copy(model, model.model.diffusion_model, self.device, of_unet)
         for part in self._unet.modules():
             if hasattr(part, "comfy_cast_weights"):
                 part.comfy_cast_weights = False  # all are of one kind, and autocast sees to the rest
-        module = private_copy(text.model, self.device, of_text)
+        module = private_copy(text, text.model, self.device, of_text)
         self._encoders = TextEncoders(module, self.clip.tokenizer, encoders_of(self.clip), self.clip.layer_idx)
         differentiable_text(module)
         self._takes_pooled = self._unet.num_classes is not None
@@ -253,9 +258,8 @@ class ComfyLearner:
 
     # Using ------------------------------------------------------------------------------------------------------------
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.precision != "fp32"
-        return torch.autocast(self.device.type, DTYPES[self.precision] if enabled else None, enabled=enabled)
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return autocast(self.device, self.precision)
 
     def _size_embedding(self, x: Tensor, text: Text, sizes: Sequence[tuple[int, int]] | None) -> Tensor:
         """SDXL's vector beside the prompt, [B, A]: the pooled text, the picture's own size and the size trained at."""
@@ -275,23 +279,23 @@ class ComfyLearner:
         guided = cfg != 1
         text = self.text([*prompts, *([""] * len(prompts) if guided else [])])
         for t, following in zip(taken, [*taken[1:], None]):
-            alpha = self.alphas_cumprod[t].double()
-            before = alpha.new_ones(()) if following is None else self.alphas_cumprod[following].double()
+            alpha = self._alphas[t]
+            before = 1.0 if following is None else self._alphas[following]
             rows = torch.cat([x, x]) if guided else x
             answer = self.denoise(rows, torch.full((len(rows),), t, device=self.device), text, [size] * len(rows))
             if guided:
                 conditional, unconditional = answer.chunk(2)
                 answer = unconditional + cfg * (conditional - unconditional)
             eps, x0 = self._both(x, answer, alpha)
-            x = (before.sqrt() * x0 + (1 - before).sqrt() * eps).float()
+            x = before**0.5 * x0 + (1 - before) ** 0.5 * eps
         return x
 
-    def _both(self, x: Tensor, answer: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def _both(self, x: Tensor, answer: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         """ε and x0 from the network's answer at ᾱ."""
+        signal, noise = alpha**0.5, (1 - alpha) ** 0.5
         if self.prediction == "epsilon":
-            return answer, (x - (1 - alpha).sqrt() * answer) / alpha.sqrt()
-        eps = alpha.sqrt() * answer + (1 - alpha).sqrt() * x
-        return eps, alpha.sqrt() * x - (1 - alpha).sqrt() * answer
+            return answer, (x - noise * answer) / signal
+        return signal * answer + noise * x, signal * x - noise * answer
 
 
 # What comes out -------------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ from typing import Any
 import comfy.model_sampling
 from comfy.ldm.modules.attention import SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .comfy_host import UnsupportedModel, check_model, latent_shape, needs_conditioning
-from .comfy_learner_memory import DTYPES
 from .comfy_learner_text import encoders_of
-from .learning import Learned, LowRank, Prediction
+from .learning import DTYPES, Learned, LowRank, Prediction
 
 METHOD, MODELS = "Concept learning", "SD 1.x, SD 2.x or SDXL"
 
@@ -42,13 +43,27 @@ def check_learnable(model: Any, clip: Any, vae: Any) -> None:
     prediction_of(model)
     encoders_of(clip)
     latent_shape(model, vae, 64, 64)  # says so where the VAE is another model's
-    for part in (unet, clip.cond_stage_model):
-        for name, tensor in part.named_parameters():
-            if tensor.is_floating_point() and tensor.dtype not in DTYPES.values():
+    for part, network in (("MODEL", unet), ("CLIP", clip.cond_stage_model)):
+        for name, weight in network.named_parameters():
+            kind = quantisation(weight)
+            if kind is not None:
                 raise UnsupportedModel(
-                    f"{name} is stored as {tensor.dtype}. {METHOD} needs weights in float32, float16 or bfloat16: "
-                    "load them with weight_dtype default, or another file of the model."
+                    f"The {part} is quantised: {name} is stored as {kind}. {METHOD} needs the weights themselves, in "
+                    f"float32, float16 or bfloat16: load another file of the {part} (fp16, bf16 or fp32; no fp8, int8 or "
+                    "GGUF), in Load Diffusion Model with weight_dtype default."
                 )
+
+
+def quantisation(weight: Tensor) -> str | None:
+    """What a weight is stored as where that is not the number itself, in a dtype that gradients can be of; else None.
+
+    ComfyUI's quantised tensors say that they are of the dtype they came from; GGUF's are bytes with a type beside them.
+    """
+    if hasattr(weight, "tensor_type") and getattr(weight.tensor_type, "name", "F16") not in ("F32", "F16", "BF16"):
+        return f"GGUF {weight.tensor_type.name}"
+    if is_traceable_wrapper_subclass(weight):
+        return getattr(weight, "_layout_cls", None) or type(weight).__name__
+    return None if weight.dtype in DTYPES.values() else str(weight.dtype)
 
 
 def check_learned(learned: Learned) -> None:

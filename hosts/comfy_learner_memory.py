@@ -15,14 +15,12 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from .comfy_host import ATTENTION_KEY
+from .comfy_host import ATTENTION_KEY, is_dynamic
 from .comfy_learner_text import encoders_of
 from .comfy_learner_weights import (
     NORMS, RECOMPUTED, attach_low_rank, differentiable_text, low_rank_parameters, own_weights, private_copy,
 )  # fmt: skip
-from .learning import FullWeights, Learned, LowRank, Precision, TokenVectors
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from .learning import DTYPES, FullWeights, Learned, LowRank, Precision, TokenVectors
 
 TRAINED_BYTES = 16
 """Of a trained number: float32 for itself, its gradient and AdamW's two moments."""
@@ -65,8 +63,8 @@ def memory_needed(
     with torch.inference_mode(False), torch.enable_grad():
         trained = {}
         networks = []
-        for module, prefix in ((unet, "unet"), (text, "text")):
-            own = private_copy(module, NO_DATA, DTYPES[precision])
+        for patcher, module, prefix in ((model, unet, "unet"), (clip.patcher, text, "text")):
+            own = private_copy(patcher, module, NO_DATA, DTYPES[precision])
             if full and (prefix == "unet" or trains_text):
                 trained |= own_weights(own, prefix)
             elif isinstance(learned, LowRank) and (prefix == "unet" or trains_text):
@@ -81,9 +79,12 @@ def memory_needed(
     if isinstance(learned, TokenVectors):
         numbers = learned.count * 2048  # SDXL's two widths, the most there is
     weights = _bytes(vae.first_stage_model)
-    for module, is_unet in ((unet, True), (text, False)):
+    for patcher, module, is_unet in ((model, unet, True), (clip.patcher, text, False)):
         whole = full and (is_unet or trains_text)
-        weights += _frozen_bytes(module, DTYPES[precision]) if not whole else _cast_bytes(module, DTYPES[precision])
+        if whole:
+            weights += _cast_bytes(module, DTYPES[precision])
+        else:
+            weights += _frozen_bytes(module, DTYPES[precision], is_dynamic(patcher))
     settings = (
         f"batch {batch}, {size}×{size} pixels, {precision}, gradient checkpointing {'on' if checkpointing else 'off'}"
     )
@@ -227,8 +228,10 @@ def _as_autocast(module: nn.Module, dtype: torch.dtype) -> None:
             part.register_forward_pre_hook(lambda _, inputs, wanted=wanted: (inputs[0].to(wanted), *inputs[1:]))
 
 
-def _frozen_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    """What is loaded, and the copy in `dtype` where that is another."""
+def _frozen_bytes(module: nn.Module, dtype: torch.dtype, dynamic: bool) -> int:
+    """What is loaded, and the copy in `dtype` where that is another. Dynamic VRAM gives way to the copy."""
+    if dynamic:
+        return sum(tensor.numel() for tensor in module.parameters()) * dtype.itemsize
     copied = sum(tensor.numel() * dtype.itemsize for tensor in module.parameters() if tensor.dtype != dtype)
     return _bytes(module) + copied
 

@@ -22,6 +22,7 @@ from comfy.weight_adapter.lora import LoRAAdapter, LoraDiff
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .comfy_host import is_dynamic
 from .gradients import is_poisoned
 from .learning import LowRank
 
@@ -40,30 +41,55 @@ RECOMPUTED = (ResBlock, BasicTransformerBlock, CLIPLayer)
 # Private networks -----------------------------------------------------------------------------------------------------
 
 
-def private_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """`module` with modules of its own, frozen, its tensors on `device`, floating ones in `dtype`, norms in float32.
+MANAGED = (
+    "_v", "_v_weight", "_v_bias", "_v_signature", "_v_block", "_v_block_faulted", "_prefetch", "_comfy_graph",  # on the device
+    "_pins", "_pin_state",  # in RAM
+    "weight_lowvram_function", "bias_lowvram_function", "weight_function", "bias_function",  # patches
+    "dynamic_vbars", "dynamic_pins", "dynamic_patchers",  # the owners
+)  # fmt: skip
+"""What loading a model puts on its modules: raw memory, which a copy would free a second time, and weight patches."""
 
-    dtype: None for every tensor's own.
+
+def private_copy(patcher: Any, module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """`module` of `patcher`'s model with modules of its own, frozen, its tensors on `device`, floating ones in `dtype`,
+    norms in float32. Weight patches of the patcher are in what is copied, if it is loaded.
+
+    dtype: None for every tensor's own. device: the meta device for a copy without data.
     A tensor that is there already in that way is shared, not copied, also where it is an inference tensor; nothing
     that is done to either module's structure shows in the other.
     """
     memo: dict[int, Any] = {}
+    keys = {id(tensor): key for key, tensor in patcher.model.named_parameters()}
     for part in module.modules():
+        memo |= {id(part.__dict__[name]): () for name in MANAGED if part.__dict__.get(name) is not None}
         # Autocast computes norms in float32, or takes their weights in it.
         floating = torch.float32 if isinstance(part, NORMS) else dtype
-        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+        for stored in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            tensor = stored if device.type == "meta" else _as_loaded(patcher, keys.get(id(stored)), stored, device)
             wanted = floating if dtype is not None and tensor.is_floating_point() else tensor.dtype
             same = tensor.device == device and tensor.dtype == wanted
             own = shared(tensor) if same else tensor.detach().to(device, wanted)
-            memo[id(tensor)] = nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own
+            memo[id(stored)] = nn.Parameter(own, requires_grad=False) if isinstance(stored, nn.Parameter) else own
     copied = copy.deepcopy(module, memo)
     for part in copied.modules():
         # What another pack put in a forward pass's place would still run the module that it was made from.
-        part.__dict__.pop("forward", None)
-        for functions in ("weight_function", "bias_function"):
-            if getattr(part, functions, None):
-                setattr(part, functions, [])
+        for name in ("forward", *MANAGED):
+            part.__dict__.pop(name, None)
     return copied.eval()
+
+
+def _as_loaded(patcher: Any, key: str | None, tensor: Tensor, device: torch.device) -> Tensor:
+    """A weight of a loaded model as the model computes with it: with the patcher's patches.
+
+    Dynamic VRAM stores it without them. What it loads at once it puts into the model with them, and what was there
+    into `backup`.
+    """
+    if is_dynamic(patcher) and key is not None and key not in patcher.backup:
+        if tensor.is_meta:  # a weight that the file does not have
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        if key in patcher.patches:
+            return patcher.patch_weight_to_device(key, device_to=device, return_weight=True)
+    return tensor
 
 
 def shared(tensor: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class DiffusersHost:
             raise ValueError(f"prediction is {prediction!r}; this host knows {' and '.join(PREDICTIONS)}")
         self.network, self.prediction, self.vae = network, prediction, vae
         self.device = torch.device(device)
-        alphas = alphas_cumprod.double().to(self.device)
-        self.train_sigmas = ((1 - alphas) / alphas).sqrt().float()
+        alphas = alphas_cumprod.cpu().double()
+        self.train_sigmas = ((1 - alphas) / alphas).sqrt().float().to(self.device)
         self.downscale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
     @classmethod

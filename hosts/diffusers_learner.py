@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .learning import FullWeights, Learned, LowRank, Precision, Text, TokenVectors
+from .learning import DTYPES, FullWeights, Learned, LowRank, Precision, Text, TokenVectors, autocast
 from .protocol import PREDICTIONS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
     "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -43,6 +41,8 @@ class DiffusersLearner:
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; choose one of {', '.join(DTYPES)}")
         self.learned, self.device, self.dtype = learned, torch.device(device), DTYPES[precision]
+        self.precision = precision
+        autocast(self.device, precision)  # says so where the device has none
         self._open(Path(folder))
         found = {
             LowRank: self._low_rank, FullWeights: self._full_weights, TokenVectors: self._token_vectors,
@@ -160,7 +160,7 @@ class DiffusersLearner:
         context, half = text.context, self.dtype == torch.float16
         if half:
             context = _Divided.apply(context, HALF_SCALE)
-        with self._autocast():
+        with autocast(self.device, self.precision):
             output = self._unet(x, t, context).sample.float()
         return _Divided.apply(output, 1 / HALF_SCALE) if half else output
 
@@ -185,11 +185,6 @@ class DiffusersLearner:
         return torch.cat([self.decode(row[None]) for row in x])
 
     # Inside
-
-    @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            yield
 
     def _ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, as long as the text encoder reads; those from the vocabulary's end on are new rows."""

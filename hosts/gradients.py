@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+LENT = ("_v", "prev_comfy_cast_weights")
+"""What a module of ComfyUI has whose weight is elsewhere and is brought for one use at a time: by dynamic VRAM, and by a
+partial load."""
 
 
 def is_poisoned(tensor: Tensor) -> bool:
@@ -22,18 +27,27 @@ def is_poisoned(tensor: Tensor) -> bool:
 
 
 def repair_inference_tensors(module: nn.Module) -> int:
-    """Replace every inference-mode parameter and buffer of `module` by an ordinary copy; returns how many.
+    """Make the weights of `module` fit for gradients; returns how many parameters and buffers were replaced.
 
-    Parameters come out frozen; one that several modules share stays shared. Copies are made one at a time, so
-    the extra memory is that of the largest. Loading a model in inference mode poisons it again: repair after
-    each load.
+    Every inference-mode parameter and buffer becomes an ordinary copy. Parameters come out frozen; one that several
+    modules share stays shared. Copies are made one at a time, so the extra memory is that of the largest.
+
+    Where ComfyUI lends a weight for one use (dynamic VRAM, a partial load), the place that autograd would remember is
+    another weight's by the time of the backward pass, and may be an inference tensor. Such a weight is copied at each
+    use by a weight function, which is how ComfyUI's own Train LoRA comes to gradients too. See `OrdinaryCopy`.
+
+    Loading a model undoes both: repair after each load. Doing so twice does no harm.
     """
     repaired: dict[int, Tensor] = {}
     with torch.inference_mode(False), torch.no_grad():
         for part in module.modules():
+            lent = any(hasattr(part, name) for name in LENT) and hasattr(part, "weight_function")
+            if lent:
+                _copy_on_use(part)
             for tensors, is_parameter in ((part._parameters, True), (part._buffers, False)):
                 for name, tensor in tensors.items():
-                    if tensor is None or not is_poisoned(tensor):
+                    # What is stored of a lent weight takes no part in the computation itself.
+                    if tensor is None or lent and name in ("weight", "bias") or not is_poisoned(tensor):
                         continue
                     if id(tensor) not in repaired:
                         copy = tensor.detach().clone()
@@ -42,3 +56,29 @@ def repair_inference_tensors(module: nn.Module) -> int:
                         )
                     tensors[name] = repaired[id(tensor)]
     return len(repaired)
+
+
+def _copy_on_use(part: nn.Module) -> None:
+    for name in ("weight_function", "bias_function"):
+        functions = getattr(part, name)
+        if not any(isinstance(function, OrdinaryCopy) for function in functions):
+            setattr(part, name, [*functions, OrdinaryCopy()])
+
+
+class OrdinaryCopy:
+    """A weight function of ComfyUI that gives an ordinary copy of the weight while gradients are on.
+
+    As long as a graph holds the copy, further uses get the same: a pass in several parts keeps each weight once.
+    """
+
+    def __init__(self) -> None:
+        self._copy: TensorWeakRef | None = None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return weight
+        copy = None if self._copy is None else self._copy()
+        if copy is None or copy.dtype != weight.dtype or copy.device != weight.device:
+            copy = weight.detach().clone()
+            self._copy = TensorWeakRef(copy)
+        return copy

@@ -6,16 +6,40 @@ noise levels are the model's own: x_t = sqrt(ᾱ_t)·x0 + sqrt(1 - ᾱ_t)·n, an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Prediction = Literal["epsilon", "v_prediction"]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def has_autocast(device: torch.device) -> bool:
+    """Whether torch can compute in mixed precision on `device`; DirectML, for one, cannot."""
+    try:
+        torch.autocast(device.type, torch.bfloat16, enabled=False)
+    except (AssertionError, RuntimeError):
+        return False
+    return True
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """What a network's pass runs in for `precision`: nothing for fp32, which every device takes.
+
+    Raises ValueError where `device` knows no mixed precision.
+    """
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    if not has_autocast(device):
+        raise ValueError(f"precision is {precision}, but {device} has no mixed precision: choose fp32.")
+    return torch.autocast(device.type, DTYPES[precision])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -379,21 +379,26 @@ class _Job:
 
     def _candidates(self, part: _Part, seeds: list[int], progress: _Progress):
         """The candidates [N, 3, h, w] on the part's canvas, in the seeds' order, and their losses by step."""
+        from ..hosts import comfy_host
+
         made, history, position = [], [], 0
+        batch_size = self.batch_size  # of these candidates; the next ones try the whole again
         while position < len(seeds):
-            batch = seeds[position:position + self.batch_size]
+            batch = seeds[position:position + batch_size]
             losses: list[dict[str, torch.Tensor]] = []
             before = progress.done
             try:
                 made.append(self._run(part, batch, losses, progress))
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not comfy_host.is_out_of_memory(error):
+                    raise
                 if len(batch) == 1:
                     raise torch.OutOfMemoryError(
                         f"Out of memory with one candidate at a time ({error}). Set gradient to direct, lower "
                         "resolution, or lower clip_chunk."
                     ) from error
-                self.batch_size = max(len(batch) // 2, 1)
-                self.said.append(f"out of memory: went on with batches of {self.batch_size}")
+                batch_size = max(len(batch) // 2, 1)
+                self.said.append(f"out of memory: went on with batches of {batch_size}")
                 logger.warning("CLIPBlendSampler: %s.", self.said[-1])
                 progress.rewind(progress.done - before)
                 _free_memory()

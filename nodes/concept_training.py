@@ -321,9 +321,11 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
 
 
 def _precision(choice: str, device: torch.device) -> str:
+    from ..hosts.learning import has_autocast
+
     if choice != "auto":
         return choice
-    if device.type == "cpu":
+    if device.type == "cpu" or not has_autocast(device):
         return "fp32"
     if comfy.model_management.should_use_bf16(device):
         return "bf16"

@@ -114,6 +114,47 @@ def test_running_out_of_memory_halves_the_chunk_and_changes_nothing_else(guide, 
     ]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.89 GB)"),
+        getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
+    ],
+    ids=["MPS", "AcceleratorError"],
+)
+def test_the_chunk_is_halved_whatever_words_the_device_has_for_it(guide, monkeypatch, error) -> None:
+    plain = make(guide).gradient(pictures(), pictures())
+    real = ClipGuide.embed_image
+
+    def small_memory(self, images: Tensor) -> Tensor:
+        if len(images) > 4:
+            raise error
+        return real(self, images)
+
+    monkeypatch.setattr(ShortOfMemory, "embed_image", small_memory)
+    short = make(guide)
+    assert_same(short.gradient(pictures(), pictures()), plain)
+    assert short.chunk == 2
+
+
+def test_other_errors_of_the_guide_come_out_as_they_are(guide, monkeypatch) -> None:
+    def broken(self, images: Tensor) -> Tensor:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(ShortOfMemory, "embed_image", broken)
+    with pytest.raises(RuntimeError, match="^mat1 and mat2"):
+        make(guide).gradient(pictures(), pictures())
+
+
+def test_the_next_run_tries_the_whole_chunk_again(guide) -> None:
+    guide.limit = 4
+    guidance = make(guide)
+    guidance.gradient(pictures(), pictures())
+    assert guidance.chunk == 2
+    guidance.begin()
+    assert guidance.chunk == 6
+
+
 def test_out_of_memory_with_one_copy_says_what_to_do(guide) -> None:
     guide.limit = 1
     with pytest.raises(torch.OutOfMemoryError, match=r"guide tiny with one copy of 2 candidate.*Lower batch_size"):

@@ -296,6 +296,41 @@ def test_out_of_memory_with_a_batch_goes_on_with_smaller_ones(sample, parts, mon
     assert (whole - pieces).abs().max() < 2 / 255
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("pretended"), RuntimeError("MPS backend out of memory (MPS allocated: 17.89 GB)"),
+        getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
+    ],
+    ids=["CUDA", "MPS", "AcceleratorError"],
+)  # fmt: skip
+def test_after_an_out_of_memory_the_next_picture_tries_the_whole_batch_again(sample, parts, monkeypatch, error):
+    image = random_image(32, 32, batch=2)
+    unet = parts[0].model.diffusion_model
+    real, rows = type(unet).forward, []
+
+    def short_for_a_moment(self, x, *arguments, **named):
+        rows.append(len(x))
+        if len(rows) == 1:
+            raise error
+        return real(self, x, *arguments, **named)
+
+    monkeypatch.setattr(type(unet), "forward", short_for_a_moment)
+    images, _, _, summary = sample(image, centre_mask(32, 32), candidates=4, batch_size=4)
+    assert images.shape[0] == 8 and summary.count("out of memory: went on with batches of 2") == 1
+    steps = 3
+    assert rows == [4, *[2] * steps, *[2] * steps, *[4] * steps]
+
+
+def test_an_error_that_is_no_out_of_memory_comes_out_as_it_is(sample, parts, monkeypatch):
+    def broken(self, x, *arguments, **named):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(type(parts[0].model.diffusion_model), "forward", broken)
+    with pytest.raises(RuntimeError, match="^mat1 and mat2"):
+        sample(*scene_image(), candidates=2)
+
+
 def test_the_callers_tensors_are_not_written_to(sample):
     image, mask = scene_image()
     image_before, mask_before = image.clone(), mask.clone()
