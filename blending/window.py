@@ -114,9 +114,10 @@ def windows_for(masks: Sequence[Tensor], mode: str, context: float, size: int) -
     (`shrink.SMALL` of the window's shorter side), parts far from each other have windows of their own; those whose windows
     would overlap share one. A mask's specks (see `SPECK`) do not count; what of them is outside the windows is not edited.
     """
+    given = editable(masks)
+    if not _wanted(given, mode, context, size):
+        return [Window.of(given)], []
     mask = editable([_without_specks(one) for one in masks])
-    if not _wanted(mask, mode, context, size):
-        return [Window.of(mask)], []
     picture, notes = tuple(mask.shape[-2:]), []
     windows = [_around(_spans(mask[0, 0] > 0), context, size, picture)]
     parts = _parts(mask)
@@ -128,7 +129,7 @@ def windows_for(masks: Sequence[Tensor], mode: str, context: float, size: int) -
             windows = apart
         else:
             notes.append(f"the mask's parts need {len(apart)} windows, more than {MOST_WINDOWS}, so they share one")
-    outside = editable(masks) > 0
+    outside = given > 0
     for window in windows:
         window.cut(outside).fill_(False)
     if outside.any():
@@ -140,9 +141,9 @@ def windows_for(masks: Sequence[Tensor], mode: str, context: float, size: int) -
 
 
 def narrowest(mask: Tensor) -> int | None:
-    """Width in pixels of the narrowest of the parts of `mask` [1, 1, H, W]; None where it is in one piece, or in more than
-    `MOST_PARTS`."""
-    parts = _parts(mask)
+    """Width in pixels of the narrowest of the parts of `mask` [1, 1, H, W] but its specks; None where it is in one piece, or
+    in more than `MOST_PARTS`."""
+    parts = _parts(_without_specks(mask))
     return min(map(_width, parts)) if 1 < len(parts) <= MOST_PARTS else None
 
 

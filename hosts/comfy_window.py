@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import comfy.controlnet
 import comfy.utils
 from torch import Tensor
 from torch.nn import functional as F
@@ -161,12 +162,11 @@ class _Fitting:
     def _control(self, name: str, control: Any) -> Any:
         """A copy of a ControlNet, and of those before it, with the part of its picture that is on the canvas."""
         if id(control) not in self.controls:
-            previous = getattr(control, "previous_controlnet", None)
             hint = getattr(control, "cond_hint_original", None)
-            if not isinstance(hint, Tensor) or hint.ndim != 4:
+            if not isinstance(control, comfy.controlnet.ControlBase) or not isinstance(hint, Tensor) or hint.ndim != 4:
                 self._laid_over(name, f"the control of a {type(control).__name__}")
                 return control
-            made = control.copy()
+            made, previous = control.copy(), control.previous_controlnet
             made.cond_hint_original = self._hint(hint, control.upscale_algorithm)
             # Masks of an inpainting ControlNet; one of a single value is everywhere alike.
             made.extra_concat_orig = [

@@ -51,7 +51,8 @@ class CLIPBlendSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="A pixel-space prior (GuidedDiffusionLoader) or SD 1.x, SD 2.x, SDXL."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the MODEL; the loader of a prior gives one too."),
                 io.Image.Input("image", tooltip="The picture to edit, of any size. A batch is edited one by one."),
-                io.Mask.Input("mask", tooltip="White is changed, black stays exactly as it is. One, or one per picture."),
+                io.Mask.Input("mask", tooltip="White is changed, black (below 0.02) stays exactly as it is. One, or one per "
+                              "picture."),
                 ClipGuideIO.Input("clip_guide", tooltip="The CLIP that steers (CLIPGuideLoader)."),
                 io.String.Input(
                     "prompt", multiline=True, default="", dynamic_prompts=True,
@@ -138,7 +139,8 @@ class CLIPBlendSampler(io.ComfyNode):
                 dial(io.Combo.Input("window", options=["off", "auto", "on"], default="auto", optional=True,
                                     tooltip="Edit the part of the picture around the mask at the MODEL's own size, and "
                                     "paste it back. auto: where the picture's shorter side is larger than that size, or "
-                                    "the mask is a few pixels wide; on: always; off: the whole picture.")),
+                                    "the mask is a few pixels wide; on: always; off: the whole picture. Narrow parts far apart "
+                                    "have windows of their own.")),
                 dial(io.Float.Input("context", default=0.5, min=0.0, max=16.0, step=0.05, optional=True,
                                     tooltip="Room around the mask that a window takes in, to every side, as a fraction "
                                     "of the mask's longer side.")),
@@ -352,9 +354,9 @@ class _Job:
                 self.said.append(canvas.words())
                 width, side = narrowest(canvas.mask), min(canvas.inner)
                 if width is not None and width < SMALL * side:
+                    cure = "set window to on" if canvas.window.whole else "edit it in a run of its own"
                     self._say(
-                        f"a part of the mask is only {width} of {side} pixels wide at work, so little may happen in it: set "
-                        "window to on, or edit it in a run of its own"
+                        f"a part of the mask is only {width} of {side} pixels wide at work, so little may happen in it: {cure}"
                     )
                 parts.append(_Part(canvas, inside, *self._conditioning(canvas)))
             mask = editable([one for part in parts for one in part.masks.values()])

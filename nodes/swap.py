@@ -196,7 +196,7 @@ class SwapSubject(io.ComfyNode):
                 "a subject needs both its words, or a mask: name it in source_word and target_word, or connect mask"
             )
         if mask is not None:
-            mask = plain_mask(mask, f"the mask of {source_word} → {target_word}" if source_word else "mask")[:, 0]
+            mask = plain_mask(mask, f"the mask of {source_word}" if source_word else "mask")[:, 0]
         lambdas = dict(self_map=self_map, cross_map=cross_map, self_output=self_output)
         own = {name: amount(name, value, unit) for name, value in lambdas.items() if value >= 0}
         if own and mask is None:
