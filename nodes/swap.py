@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from comfy_api.latest import io, ui
 
-from .inputs import match_border_input
+from .inputs import aliases, match_border_input
 from .sockets import AttentionIO, SwapSettingsIO, SwapSubjectsIO, SwapTokensIO
 from .swap_run import Attention, Frame, Progress, Target, as_latent, edit_mask, exact_background
 from .swap_settings import NOT_GIVEN, OF_50, amount, unit_input
@@ -31,6 +31,9 @@ class AttentionSwapSampler(io.ComfyNode):
             node_id="AttentionSwapSampler",
             display_name="Attention Swap Sampler (Photoswap)",
             category="BlendSwap/swap",
+            **aliases(
+                "prompt-to-prompt", "p2p", "masactrl", "plug and play", "replace object", "subject swap",
+            ),
             description=(
                 "Photoswap (NeurIPS 2023): samples the target from the source's noise, taking self-attention outputs, "
                 "self- and cross-attention maps from the source, so that pose, layout and background are the source's "
@@ -157,6 +160,7 @@ class SwapSubject(io.ComfyNode):
             node_id="SwapSubject",
             display_name="Swap Subject",
             category="BlendSwap/swap",
+            **aliases("photoswap", "second subject", "several subjects", "swap region"),
             description=(
                 "One subject of a swap: its words in the two prompts, where it is, and λ's of its own. Chain several, "
                 "one for each subject; give them to AttentionCapture too where they have λ's of their own. Where "

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ..blending.paste import prepare_mask
 from . import folders
 from .convert import split_alpha
-from .inputs import dial
+from .inputs import aliases, dial
 from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import AttentionIO, ClipGuideIO, SwapSettingsIO, SwapSubjectsIO, SwapTokensIO
 from .swap_run import Attention, Frame, Progress, Target, as_latent
@@ -43,6 +43,7 @@ class AttentionSwapSweep(io.ComfyNode):
             node_id="AttentionSwapSweep",
             display_name="Attention Swap Sweep",
             category="BlendSwap/swap",
+            **aliases("xy plot", "grid", "parameter search", "contact sheet", "photoswap"),
             description=(
                 "Swaps once for each combination of the λ's and shows all on a sheet, with scores that do not come "
                 "from the MODEL: what happened to the background, how much of the outline is kept, how well the "
