@@ -44,7 +44,7 @@ REPOSITORY = "https://github.com/Comfy-Org/ComfyUI.git"
 # torchaudio 2.11, the last one, fails on import. Raise the limits together, after trying.
 TORCH = ("torch>=2.7,<2.15", "torchvision>=0.22,<0.30", "torchaudio>=2.7,<2.12")
 # peft is for concept learning outside of ComfyUI alone, which tests and benchmarks do.
-TOOLS = ("pytest>=8,<10", "setuptools>=77", "peft>=0.14,<1")
+TOOLS = ("pytest>=8,<10", "setuptools>=77", "peft>=0.14")
 
 # What pip or git say, and what to do about it.
 _HINTS = (
