@@ -6,12 +6,17 @@ a script of the page knows, which is all that this pack's workflows use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _WIDGET_TYPES = frozenset(("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"))
+_PAGE_WIDGETS = frozenset(("IMAGECOMPARE",))  # of the page alone: they show something, and hold no value in a file
 _NOTES = frozenset(("Note", "MarkdownNote"))
 _CONTROL_VALUES = frozenset(("fixed", "increment", "decrement", "randomize"))
+SHOWN_ONLY = frozenset(("ImageCompare",))
+"""Nodes that make nothing, and that ComfyUI has only from some version on (0.9.0)."""
 _UPLOADS = ("image_upload", "animated_image_upload", "video_upload", "audio_upload", "upload")
 _MUTED, _BYPASSED = 2, 4
 
@@ -23,7 +28,7 @@ class WorkflowError(ValueError):
 def ui_to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[str, Any]:
     """Converts a UI-format workflow to the API prompt format.
 
-    Muted nodes and notes are left out, bypassed nodes and reroutes are replaced by what feeds them, and
+    Muted nodes, notes, and of `SHOWN_ONLY` those that the server does not have are left out, bypassed nodes and reroutes are replaced by what feeds them, and
     primitives by their value, as the canvas does.
 
     Args:
@@ -50,12 +55,12 @@ def ui_to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> di
     for node in sorted(nodes.values(), key=lambda node: node.get("order", 0)):
         if node["type"] in _NOTES or node["type"] in ("Reroute", "PrimitiveNode"):
             continue
-        if node.get("mode") in (_MUTED, _BYPASSED):
+        if node.get("mode") in (_MUTED, _BYPASSED) or (node["type"] in SHOWN_ONLY and node["type"] not in object_info):
             continue
         if node["type"] not in object_info:
             raise WorkflowError(f"{_name(node)}: the server has no node of this type. Is the pack that brings"
                                 " it installed, and did it load (see the server's log)?")
-        inputs = _widget_inputs(node, object_info[node["type"]])
+        inputs = _widget_inputs(node, object_info[node["type"]]) | _page_inputs(object_info[node["type"]])
         for slot in node.get("inputs") or ():
             if slot.get("link") is not None:
                 value = _source(slot["link"], nodes, links, node)
@@ -154,6 +159,12 @@ def _widget_inputs(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str
     return result
 
 
+def _page_inputs(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What widgets that hold no value send: they are asked for like any other."""
+    required = (info.get("input") or {}).get("required") or {}
+    return {name: {} for name, spec in required.items() if _spec(spec)[0] in _PAGE_WIDGETS}
+
+
 def _widgets(node: Mapping[str, Any], info: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
     """(name, type, options) of the inputs that the canvas shows as widgets, in its order."""
     found = []
@@ -185,3 +196,40 @@ def _has_control(name: str, kind: str, options: Mapping[str, Any]) -> bool:
 def _literal(value: Any) -> Any:
     """A widget's value as the prompt holds it; a bare list would be taken for a link."""
     return {"__value__": value} if isinstance(value, list) else value
+
+
+# What the page reads beside the graph --------------------------------------------------------------------------------
+
+DOWNLOADS = {
+    "v1-5-pruned-emaonly-fp16.safetensors": {
+        "url": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/"
+               "v1-5-pruned-emaonly-fp16.safetensors?download=true",
+        "directory": "checkpoints",
+    },
+}
+"""Files that workflows choose and ComfyUI's page can fetch: it takes them from Hugging Face and Civitai alone, where
+neither OpenAI's priors nor its CLIP lie under their own names."""
+
+
+def stamp(workflow: dict[str, Any], own: Collection[str], version: str, comfyui: str) -> None:
+    """Writes into every node which pack it is of and in which version, by which the page installs what a shared
+    picture needs, and into loaders where their file is to be had.
+
+    own: types of this pack's nodes; all others are ComfyUI's. version: this pack's. comfyui: the version that the
+    workflows are made with.
+    """
+    for node in workflow["nodes"]:
+        properties = node["properties"]
+        properties["cnr_id"], properties["ver"] = ("blendswap", version) if node["type"] in own else ("comfy-core", comfyui)
+        chosen = [value for value in node.get("widgets_values") or () if isinstance(value, str) and value in DOWNLOADS]
+        properties.pop("models", None)
+        if chosen:
+            properties["models"] = [{"name": name, **DOWNLOADS[name]} for name in chosen]
+
+
+def stamp_all(folder: Path, own: Collection[str], version: str, comfyui: str) -> None:
+    """`stamp` for every workflow file in `folder`."""
+    for path in sorted(folder.glob("*.json")):
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        stamp(workflow, own, version, comfyui)
+        path.write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .capture import check_null, made_up, negative_for, of_inversion
-from .inputs import LARGEST_SEED, PIXELS_PER_CELL, dial, source_kind
+from .inputs import LARGEST_SEED, PIXELS_PER_CELL, aliases, dial, source_kind
 from .prompts import encoded
 from .sockets import SwapTokensIO
 from .swap_run import Progress, as_latent
@@ -56,6 +56,7 @@ class AttentionSVD(io.ComfyNode):
             node_id="AttentionSVD",
             display_name="Attention SVD",
             category="BlendSwap/swap",
+            **aliases("attention visualization", "self-attention map", "singular vectors", "layout", "photoswap"),
             description=(
                 "Samples a source once and shows the first singular vectors of its self-attention maps, averaged over "
                 "layers and steps, and step by step: the layout that a swap of M keeps (Photoswap, Figures 3 and 4). "
@@ -115,6 +116,9 @@ class WordMaps(io.ComfyNode):
             node_id="WordMaps",
             display_name="Word Maps",
             category="BlendSwap/swap",
+            **aliases(
+                "attention heatmap", "cross-attention map", "daam", "word mask", "text to mask", "segment by word",
+            ),
             description=(
                 "Samples a source once and shows for each word of its prompt where the cross-attention to it is, as a "
                 "picture and as a mask, for AttentionSwapSampler or anything else that takes one."

@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .convert import to_bchw, to_bhwc
-from .inputs import LARGEST_SEED, dial
+from .inputs import LARGEST_SEED, aliases, dial
 from .sockets import AugmentIO
 
 PREVIEW_SIZE = 224  # what most CLIPs look at
@@ -54,6 +54,7 @@ class ExtendingAugment(io.ComfyNode):
             node_id="ExtendingAugment",
             display_name="Extending Augmentations",
             category="BlendSwap/blend",
+            **aliases("clip augmentations", "cutouts", "random crops", "blended diffusion"),
             description=(
                 "The views of a picture over which CLIP's gradient is averaged, so that patterns that fool "
                 "CLIP in one view only do not pay. More copies: cleaner edits, more time. Connect a picture "

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from . import folders
 from .convert import paste_into, split_alpha, to_bchw
-from .inputs import LARGEST_SEED, dial, match_border_input, text_conditioning
+from .inputs import LARGEST_SEED, aliases, dial, match_border_input, text_conditioning
 from .guides import GUARDS_NOTHING, RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
 from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import AugmentIO, ClipGuideIO
@@ -41,6 +41,10 @@ class CLIPBlendSampler(io.ComfyNode):
             node_id="CLIPBlendSampler",
             display_name="CLIP Blend Sampler (Blended Diffusion)",
             category="BlendSwap/blend",
+            **aliases(
+                "inpaint", "clip guidance", "replace object", "remove object", "edit region",
+                "text-driven editing", "background",
+            ),
             description=(
                 "Blended Diffusion (CVPR 2022): CLIP guides the masked region towards the prompt, at every step the "
                 "rest is replaced by the source noised to the same level, and the background ends bit for bit as it "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_api.latest import io, ui
 
-from .inputs import LARGEST_SEED, dial, running_node, source_kind
+from .inputs import LARGEST_SEED, aliases, dial, running_node, source_kind
 from .invert import WITHOUT_NEGATIVE, check_fits, say
 from .sockets import AttentionIO, SwapSettingsIO, SwapSubjectsIO
 from .swap_run import Attention, Progress, as_latent
@@ -38,6 +38,7 @@ class AttentionCapture(io.ComfyNode):
             node_id="AttentionCapture",
             display_name="Attention Capture",
             category="BlendSwap/swap",
+            **aliases("photoswap", "prompt-to-prompt", "p2p", "attention injection", "save attention"),
             description=(
                 "Samples the source, a picture that was inverted or one made from noise, and keeps what "
                 "AttentionSwapSampler will take of its attention: only the kinds, steps and layers that the settings "

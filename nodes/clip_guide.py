@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..demo import files
 from . import folders
-from .inputs import dial
+from .inputs import aliases, dial
 from .sockets import ClipGuideIO
 
 FOLDER = "clip_guidance"
@@ -56,6 +56,7 @@ class CLIPGuideLoader(io.ComfyNode):
             node_id="CLIPGuideLoader",
             display_name="Load CLIP Guide",
             category="BlendSwap/loaders",
+            **aliases("open_clip", "openai clip", "clip loader", "vit-b-16", "clip guidance", "clip score"),
             description=(
                 "Loads a CLIP of open_clip, image and text side, that guides an edit or judges its "
                 "candidates. Use two different ones for the two. A CLIP of ComfyUI's own loaders has no "

@@ -10,7 +10,7 @@ from .concept_training import (
     Training, checked_token, class_input, gathered, given_class, model_inputs, name_input, reference_inputs,
     settings_of, train, training_inputs, training_outputs,
 )  # fmt: skip
-from .inputs import dial, running_node
+from .inputs import aliases, dial, running_node
 
 LORA, FULL = "lora", "full"
 
@@ -28,6 +28,7 @@ class LearnConceptDreamBooth(io.ComfyNode):
             node_id="LearnConceptDreamBooth",
             display_name="Learn Concept (DreamBooth)",
             category="BlendSwap/concept",
+            **aliases("train lora", "fine-tune", "personalization", "teach a subject"),
             description=(
                 "DreamBooth (Ruiz et al. 2023): learns a subject from 3 to 20 pictures, under a rare word, as a LoRA "
                 "or in the full weights. Gives MODEL and CLIP that know it, and writes a file for Load LoRA."

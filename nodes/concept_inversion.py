@@ -8,7 +8,7 @@ from .concept_training import (
     Training, checked_token, gathered, model_inputs, name_input, reference_inputs, settings_of, train, training_inputs,
     training_outputs,
 )  # fmt: skip
-from .inputs import running_node
+from .inputs import aliases, running_node
 
 
 class LearnConceptTextualInversion(io.ComfyNode):
@@ -21,6 +21,7 @@ class LearnConceptTextualInversion(io.ComfyNode):
             node_id="LearnConceptTextualInversion",
             display_name="Learn Concept (Textual Inversion)",
             category="BlendSwap/concept",
+            **aliases("train embedding", "learn embedding", "personalization", "teach a subject"),
             description=(
                 "Textual Inversion (Gal et al. 2022): learns a subject from 3 to 20 pictures as one or a few vectors "
                 "of a new word; no weight of the model changes. Gives a CLIP that knows the word, and writes a file "

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .concept_training import Reference, gathered, reference_inputs
 from .convert import to_bchw
-from .inputs import LARGEST_SEED, running_node
+from .inputs import LARGEST_SEED, aliases, running_node
 from .invert import say
 from .sockets import ClipGuideIO
 
@@ -32,6 +32,7 @@ class ConceptScore(io.ComfyNode):
             node_id="ConceptScore",
             display_name="Concept Score",
             category="BlendSwap/concept",
+            **aliases("clip-i", "overfitting", "lora quality", "identity score", "evaluate concept"),
             description=(
                 "Samples the concept and its class, and compares them with the references by a CLIP that took no part: "
                 "0 is no nearer to the subject than the class is, 1 as near as the references are to each other. Says "

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..blending.paste import plain_mask
 from . import folders  # noqa: F401  (registers output/concepts)
 from .convert import split_alpha, to_bchw, to_bhwc
-from .inputs import dial
+from .inputs import aliases, dial
 from .invert import say
 from .sockets import ConceptReferencesIO
 
@@ -54,6 +54,7 @@ class ConceptReferences(io.ComfyNode):
             node_id="ConceptReferences",
             display_name="Concept References",
             category="BlendSwap/concept",
+            **aliases("training images", "dataset", "reference images", "dreambooth"),
             description="Adds pictures, with masks if you like, to the references that a concept is learned from. An "
             "IMAGE batch has one size: chain one of these for each size.",
             inputs=[

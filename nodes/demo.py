@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..demo import files
 from . import folders
+from .inputs import aliases
 
 # Trainings draw their scenes from seeds below 1,000,000: no model has seen the ones from here on.
 FIRST_SEED = 2_000_000
@@ -21,6 +22,7 @@ class DemoModelLoader(io.ComfyNode):
             node_id="DemoModelLoader",
             display_name="Load Demo Model",
             category="BlendSwap/demo",
+            **aliases("example model", "small stable diffusion", "test model"),
             description="The small Stable Diffusion of the pack's demo world, for 64 × 64 pictures (latents "
             "of 16 × 16 cells and 8 channels). Made of ComfyUI's own networks, so LoRA, embeddings, patches "
             "and samplers take it. It knows the words of DemoScene's captions; others are named in the log.",
@@ -58,6 +60,7 @@ class DemoScene(io.ComfyNode):
             node_id="DemoScene",
             display_name="Demo Scene",
             category="BlendSwap/demo",
+            **aliases("example picture", "test picture", "sample image"),
             description="Draws a 64 × 64 picture: one or two objects (shape, colour, pattern) on a pale "
             "background. None of these pictures was in any training.",
             inputs=[
@@ -120,6 +123,7 @@ class DemoSubject(io.ComfyNode):
             node_id="DemoSubject",
             display_name="Demo Subject",
             category="BlendSwap/demo",
+            **aliases("example subject", "reference images", "test picture"),
             description="Draws 64 × 64 pictures of one subject that the demo world does not have and no demo model "
             "has seen, in poses and on grounds by chance: references to learn it from.",
             inputs=[

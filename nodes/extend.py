@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .convert import split_alpha
+from .inputs import aliases
 
 SIDES = ("left", "right", "top", "bottom")
 
@@ -21,6 +22,7 @@ class ExtendCanvas(io.ComfyNode):
             node_id="ExtendCanvas",
             display_name="Extend Canvas",
             category="BlendSwap/blend",
+            **aliases("outpaint", "pad image", "expand image", "extrapolate", "uncrop"),
             description=(
                 "Grows a picture to the left, right, top and bottom and marks what is new, for text-guided "
                 "extrapolation with CLIPBlendSampler: one mask for all of it, one per side for a prompt of its own. "

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..demo import files
 from . import folders
-from .inputs import dial
+from .inputs import aliases, dial
 
 FOLDER = "guided_diffusion"
 DEMO = "demo"
@@ -56,6 +56,10 @@ class GuidedDiffusionLoader(io.ComfyNode):
             node_id="GuidedDiffusionLoader",
             display_name="Load Guided Diffusion Prior",
             category="BlendSwap/loaders",
+            **aliases(
+                "adm", "openai diffusion", "256x256_diffusion_uncond", "pixel-space",
+                "unconditional", "blended diffusion",
+            ),
             description="Loads a pixel-space diffusion model (ADM): the checkpoints of "
             "openai/guided-diffusion that Blended Diffusion uses, or a diffusers UNet2DModel. "
             "The MODEL works in CLIPBlendSampler and in a stock KSampler (at cfg 1: it ignores text).",

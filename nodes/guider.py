@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 from .convert import mask_for, to_bchw
 from .frame import Frame, exact_background
 from .guides import GUARDS_NOTHING, RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
-from .inputs import dial, match_border_input, text_conditioning
+from .inputs import aliases, dial, match_border_input, text_conditioning
 from .sockets import AugmentIO, ClipGuideIO
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class CLIPBlendGuider(io.ComfyNode):
             node_id="CLIPBlendGuider",
             display_name="CLIP Blend Guider (Blended Diffusion)",
             category="BlendSwap/blend",
+            **aliases("clip guidance", "inpaint", "edit region", "replace object"),
             description=(
                 "The method of CLIPBlendSampler as a GUIDER for SamplerCustomAdvanced: CLIP moves the masked region "
                 "towards the prompt, the rest stays the source, with the sampler and the scheduler of your choice. "
@@ -163,6 +164,7 @@ class ExactPaste(io.ComfyNode):
             node_id="ExactPaste",
             display_name="Exact Paste",
             category="BlendSwap/blend",
+            **aliases("composite", "paste back", "stitch", "restore background", "inpaint"),
             description=(
                 "Puts an edited picture into its source: where the mask is black every value is the source's own, bit "
                 "for bit, whatever a VAE made of it; a soft mask mixes. An alpha channel of the source stays."

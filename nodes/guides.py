@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from .convert import mask_for, to_bchw
-from .inputs import dial
+from .inputs import aliases, dial
 from .sockets import BlendRegionsIO, ClipGuideIO, GuideScheduleIO
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ class CombineCLIPGuides(io.ComfyNode):
             node_id="CombineCLIPGuides",
             display_name="Combine CLIP Guides",
             category="BlendSwap/blend",
+            **aliases("clip ensemble", "several clips", "merge clip", "multi clip"),
             description=(
                 "Several CLIPs as one guide, with weights: a picture that fools one of them seldom fools the others. "
                 "They steer one after another, so memory is that of the largest. As a scorer it gives the weighted mean "
@@ -172,6 +173,7 @@ class BlendRegion(io.ComfyNode):
             node_id="BlendRegion",
             display_name="Blend Region",
             category="BlendSwap/blend",
+            **aliases("multi region", "regional prompt", "several masks", "second mask", "area prompt"),
             description=(
                 "A region with a mask, a prompt and a strength of its own, edited in the same pass as the sampler's own "
                 "region. Where masks overlap, a pixel is shared in proportion to their values; every guide looks at the "
@@ -211,6 +213,7 @@ class GuideSchedule(io.ComfyNode):
             node_id="GuideSchedule",
             display_name="Guide Schedule",
             category="BlendSwap/blend",
+            **aliases("guidance schedule", "start end step", "clip guidance"),
             description=(
                 "At which steps of a run CLIP guides, and with what factor of the guidance weight. The first steps "
                 "decide on shape and layout, the last on detail; steps that are not guided cost half or less."

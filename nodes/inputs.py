@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from comfy_api.latest import io
@@ -11,6 +12,15 @@ from .sockets import InversionIO
 LARGEST_SEED = 2**64 - 1
 PIXELS_PER_CELL = 8
 """Of Stable Diffusion's autoencoders; for pictures without a VAE."""
+
+
+_KNOWN_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def aliases(*words: str) -> dict[str, list[str]]:
+    """What people type who look for a node under another name, as an argument of its Schema; ComfyUI searches for these
+    from 0.11.0 on."""
+    return {"search_aliases": list(words)} if "search_aliases" in _KNOWN_FIELDS else {}
 
 
 def dial(made: Any) -> Any:

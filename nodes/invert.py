@@ -15,7 +15,7 @@ from comfy_api.latest import io, ui
 
 from . import folders
 from .frame import Frame
-from .inputs import PIXELS_PER_CELL, dial, running_node
+from .inputs import PIXELS_PER_CELL, aliases, dial, running_node
 from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import InversionIO
 
@@ -41,6 +41,10 @@ class NullTextInvert(io.ComfyNode):
             node_id="NullTextInvert",
             display_name="Null-Text Invert",
             category="BlendSwap/swap",
+            **aliases(
+                "ddim inversion", "null-text inversion", "image to noise", "unsample", "negative prompt inversion",
+                "direct inversion", "real image editing",
+            ),
             description=(
                 "Finds the noise that samples back to a picture (DDIM inversion), and what guided sampling needs to "
                 "stay on the way: null-text optimisation (Mokady et al. 2022), negative-prompt inversion, proximal "
@@ -352,6 +356,7 @@ class UnpackInversion(io.ComfyNode):
             node_id="UnpackInversion",
             display_name="Unpack Inversion",
             category="BlendSwap/swap",
+            **aliases("ddim inversion", "unsampler", "null-text", "inverted noise"),
             description="What a stock sampler needs to sample an inversion: noise as latent_image with add_noise "
             "disabled, null as negative, and the sigmas (euler). For an inversion from a file; NullTextInvert gives "
             "the first two itself.",
@@ -401,6 +406,7 @@ class SaveInversion(io.ComfyNode):
             node_id="SaveInversion",
             display_name="Save Inversion",
             category="BlendSwap/swap",
+            **aliases("ddim inversion", "save noise", "store inversion"),
             description="Writes an inversion into output/inversions, as one safetensors file. LoadInversion lists it.",
             inputs=[
                 InversionIO.Input("inversion", tooltip="From NullTextInvert."),
@@ -437,6 +443,7 @@ class LoadInversion(io.ComfyNode):
             node_id="LoadInversion",
             display_name="Load Inversion",
             category="BlendSwap/swap",
+            **aliases("ddim inversion", "load noise", "open inversion"),
             description="Opens an inversion from output/inversions. UnpackInversion makes it fit for a stock sampler.",
             inputs=[io.Combo.Input("file", options=folders.model_names(FOLDER), tooltip="A file of SaveInversion.")],
             outputs=[

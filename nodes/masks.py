@@ -6,6 +6,8 @@ import torch
 from comfy_api.latest import io, ui
 from torch.nn import functional as F
 
+from .inputs import aliases
+
 
 class ShrinkingMask(io.ComfyNode):
     """Show how a small mask is dilated at first and shrinks to the true one."""
@@ -16,6 +18,7 @@ class ShrinkingMask(io.ComfyNode):
             node_id="ShrinkingMask",
             display_name="Shrinking Mask (preview)",
             category="BlendSwap/masks",
+            **aliases("grow mask", "dilate mask", "mask schedule", "tiny mask", "small mask"),
             description=(
                 "Shows the masks that CLIPBlendSampler works with from its first step to its last: in a mask of a few "
                 "pixels neither CLIP nor the model sees anything, so a small mask begins dilated and shrinks."

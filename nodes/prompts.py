@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_api.latest import io, ui
 
+from .inputs import aliases
 from .sockets import SwapTokensIO
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ class SwapPrompts(io.ComfyNode):
             node_id="SwapPrompts",
             display_name="Swap Prompts",
             category="BlendSwap/swap",
+            **aliases(
+                "photoswap", "prompt-to-prompt", "p2p", "clip text encode", "align words", "replace word",
+                "attention reweighting",
+            ),
             description=(
                 "Encodes the source's prompt and the target's, and says which words correspond, so that a swap knows "
                 "whose cross-attention a new word takes. The target's prompt is best the source's with the subject "

@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .convert import mask_for, to_bchw
+from .inputs import aliases
 from .sockets import AugmentIO, ClipGuideIO
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class RankCandidates(io.ComfyNode):
             node_id="RankCandidates",
             display_name="Rank Candidates",
             category="BlendSwap/measure",
+            **aliases("clip score", "sort images", "best of n", "select best"),
             description=(
                 "Orders the candidates of an edit, best first: CLIP in the edited region, CLIP in the whole picture, "
                 "and how visible the mask's border is. Naming what a failed edit looks like helps most (contrasts)."

@@ -13,6 +13,7 @@ from ..demo import files
 from . import folders
 from .convert import mask_for, split_alpha
 from .frame import Frame
+from .inputs import aliases
 from .sockets import ClipGuideIO
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class EditReport(io.ComfyNode):
             node_id="EditReport",
             display_name="Edit Report",
             category="BlendSwap/measure",
+            **aliases("psnr", "ssim", "lpips", "compare images", "clip score", "difference", "metrics"),
             description=(
                 "Measures edits: largest difference and share of identical pixels outside the mask (as saved "
                 "in 8 bits), PSNR, SSIM and LPIPS there, CLIP similarity before and after, and a picture "

@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..blending.paste import plain_mask
 from .frame import Frame, exact_background
-from .inputs import match_border_input
+from .inputs import aliases, match_border_input
 from .sockets import AttentionIO, SwapSettingsIO, SwapSubjectsIO, SwapTokensIO
 from .swap_run import Attention, Progress, Target, as_latent, edit_mask, frame_of
 from .swap_settings import NOT_GIVEN, OF_50, amount, unit_input
@@ -33,6 +33,9 @@ class AttentionSwapSampler(io.ComfyNode):
             node_id="AttentionSwapSampler",
             display_name="Attention Swap Sampler (Photoswap)",
             category="BlendSwap/swap",
+            **aliases(
+                "prompt-to-prompt", "p2p", "masactrl", "plug and play", "replace object", "subject swap",
+            ),
             description=(
                 "Photoswap (NeurIPS 2023): samples the target from the source's noise, taking self-attention outputs, "
                 "self- and cross-attention maps from the source, so that pose, layout and background are the source's "
@@ -162,6 +165,7 @@ class SwapSubject(io.ComfyNode):
             node_id="SwapSubject",
             display_name="Swap Subject",
             category="BlendSwap/swap",
+            **aliases("photoswap", "second subject", "several subjects", "swap region"),
             description=(
                 "One subject of a swap: its words in the two prompts, where it is, and λ's of its own. Chain several, "
                 "one for each subject; give them to AttentionCapture too where they have λ's of their own. Where "

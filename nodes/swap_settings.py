@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from .inputs import dial
+from .inputs import aliases, dial
 from .sockets import SwapLayersIO, SwapSettingsIO
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class SwapSettings(io.ComfyNode):
             node_id="SwapSettings",
             display_name="Swap Settings",
             category="BlendSwap/swap",
+            **aliases("photoswap", "prompt-to-prompt", "masactrl", "plug and play", "swap presets"),
             description=(
                 "How long a swap takes self-attention outputs (φ), self-attention maps (M) and cross-attention maps "
                 "(A) from the source (Photoswap, Gu et al. 2023). Connect one to AttentionCapture, and the capture "
@@ -191,6 +192,7 @@ class SwapLayers(io.ComfyNode):
             node_id="SwapLayers",
             display_name="Swap Layers",
             category="BlendSwap/swap",
+            **aliases("photoswap", "unet blocks", "attention layers", "block weights"),
             description="Narrows one of the swaps of SwapSettings down to some layers. All conditions count together; "
             "the report of a swap names the layers that were left.",
             inputs=[

@@ -13,7 +13,7 @@ from ..blending.paste import plain_mask, prepare_mask
 from . import folders
 from .convert import split_alpha
 from .frame import Frame
-from .inputs import dial
+from .inputs import aliases, dial
 from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import AttentionIO, ClipGuideIO, SwapSettingsIO, SwapSubjectsIO, SwapTokensIO
 from .swap_run import Attention, Progress, Target, as_latent, frame_of, whole_frame
@@ -44,6 +44,7 @@ class AttentionSwapSweep(io.ComfyNode):
             node_id="AttentionSwapSweep",
             display_name="Attention Swap Sweep",
             category="BlendSwap/swap",
+            **aliases("xy plot", "grid", "parameter search", "contact sheet", "photoswap"),
             description=(
                 "Swaps once for each combination of the λ's and shows all on a sheet, with scores that do not come "
                 "from the MODEL: what happened to the background, how much of the outline is kept, how well the "

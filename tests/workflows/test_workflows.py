@@ -6,6 +6,7 @@ import importlib.util
 import io
 import itertools
 import re
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 import torch
 from blendswap.demo import edits, files, world
 from blendswap.demo.server import ComfyServer
-from blendswap.demo.workflow import ui_to_api
+from blendswap.demo.workflow import DOWNLOADS, SHOWN_ONLY, stamp, ui_to_api
+from blendswap.run import PREFERRED
 from PIL import Image
 
 from .conftest import (
-    NAMES, QUICK, ROOT, arrays, assert_edited, needs_text_model, patch, read, run_quickly, text
+    NAMES, QUICK, ROOT, arrays, assert_edited, needs_text_model, patch, read, run_quickly, text, titled
 )
 
 WANTED = {"blend_replace_object", "blend_latent", "blend_candidates_report", "blend_baseline",
@@ -74,6 +76,8 @@ def test_every_link_joins_sockets_of_one_type_as_the_nodes_declare_them(any_serv
     for number, origin, slot, target, place, kind in workflow["links"]:
         socket, widget = nodes[origin]["outputs"][slot], nodes[target]["inputs"][place]
         assert number in socket["links"] and widget["link"] == number
+        if nodes[target]["type"] in SHOWN_ONLY - set(info):
+            continue
         assert info[nodes[origin]["type"]]["output"][slot] == kind == socket["type"]
         declared = {**info[nodes[target]["type"]]["input"].get("required", {}),
                     **info[nodes[target]["type"]]["input"].get("optional", {})}
@@ -106,6 +110,75 @@ def test_a_note_tells_a_newcomer_what_to_do(name):
     assert read(name)["groups"]
     for note in notes:
         assert not re.search(r"https?://", note["widgets_values"][0])
+
+
+def pack_version() -> str:
+    return re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_says_which_pack_and_version_it_is_of_and_loaders_where_their_file_is_to_be_had(name):
+    """Where this fails, the version has changed: `blendswap.demo.workflow.stamp_all` writes it anew."""
+    own = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
+    workflow, expected = read(name), read(name)
+    stamp(expected, own, pack_version(), PREFERRED)
+    assert workflow == expected
+    for node in workflow["nodes"]:
+        assert node["properties"]["cnr_id"] == ("blendswap" if node["type"] in own else "comfy-core")
+        loads = [value for value in node.get("widgets_values", []) if value in DOWNLOADS]
+        assert [model["name"] for model in node["properties"].get("models", [])] == loads
+
+
+def test_files_are_fetched_from_where_the_page_does_and_land_where_their_loader_looks(server):
+    folders = set(server.get_json("/models"))
+    for name, model in DOWNLOADS.items():
+        address = urllib.parse.urlparse(model["url"])
+        assert address.scheme == "https" and address.netloc in ("huggingface.co", "civitai.com")
+        assert Path(address.path).name == name and Path(name).suffix in (".safetensors", ".sft", ".ckpt", ".pth", ".pt")
+        assert model["directory"] in folders
+
+
+def test_the_nodes_of_the_workflows_that_are_ours_are_the_packs_and_no_others(server):
+    info = server.object_info()
+    for name in NAMES:
+        for node in read(name)["nodes"]:
+            if node["type"] in info:
+                ours = info[node["type"]]["python_module"] == "custom_nodes.blendswap"
+                assert ours == (node["properties"]["cnr_id"] == "blendswap")
+            else:
+                assert node["type"] == "MarkdownNote"  # of the page itself
+
+
+def test_the_oldest_comfyui_lacks_nothing_but_the_comparison_of_two_pictures(floor_server):
+    info = floor_server.object_info()
+    types = {node["type"] for name in NAMES for node in read(name)["nodes"]}
+    assert types - set(info) == {"MarkdownNote", "ImageCompare"} and SHOWN_ONLY == {"ImageCompare"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_with_a_before_and_an_after_compares_them_at_its_end(name):
+    nodes = {node["id"]: node for node in read(name)["nodes"]}
+    links = {link[0]: link for link in read(name)["links"]}
+    compared = [node for node in nodes.values() if node["type"] == "ImageCompare"]
+    assert bool(compared) == (name not in ("swap_pictures", "swap_sweep"))  # which show attention, and a sheet
+    feeds = {}
+    for node in nodes.values():
+        if node["type"] == "SaveImage":
+            feeds[node["title"]] = links[node["inputs"][0]["link"]][1:3]
+    for node in compared:
+        before, after = (links[slot["link"]][1:3] for slot in node["inputs"][:2])
+        made = [title for title, feed in feeds.items() if feed == after]
+        assert [title.split(":")[0] for title in made] in (["Result"], ["By KSampler"])
+        assert before == feeds.get("Source", before) or name == "blend_extrapolate"
+        assert before != after and node["pos"][0] > nodes[after[0]]["pos"][0]
+
+
+def test_the_comparison_shows_the_source_and_the_result(server):
+    run_of = run_quickly(server, "blend_replace_object")
+    shown = run_of[1][titled(run_of[0], "Before and after")]
+    for key, title in (("a_images", edits.SOURCE), ("b_images", edits.RESULT)):
+        (picture,) = [edits.to_array(server.fetch_image(info)) for info in shown[key]]
+        assert (picture == arrays(server, run_of, title)[0]).all()
 
 
 # -- on a server, with the demo models
