@@ -164,6 +164,11 @@ class Tape:
         self._kept.clear()
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is kept."""
+        return tuple(self._kept.values())
+
+    @property
     def bytes(self) -> int:
         """Memory of the tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._kept.values())

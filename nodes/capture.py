@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 NOISE_SHARE = 0.3
 """A latent with less of the first σ than this is no noise."""
 
+FREE_SHARE, MOST = 0.25, 8 * 2**30
+"""Of free main memory, and in bytes: what a tape may take where nothing is said. It is held long after the run, and a
+workflow may have several."""
+
+RELEASE = "until ComfyUI drops this node's output (Edit, Unload Models and Execution Cache does)"
+
 
 class AttentionCapture(io.ComfyNode):
     """Run a source, and keep what a swap needs of its attention."""
@@ -61,7 +67,8 @@ class AttentionCapture(io.ComfyNode):
                     "memory_gib.",
                 ),
                 io.Float.Input("memory_gib", default=0.0, min=0.0, max=4096.0, step=0.5,
-                               tooltip="Main memory that a tape may take, in GiB; 0 for half of what is free."),
+                               tooltip="Main memory that a tape may take, in GiB; 0 for a quarter of what is free, and "
+                               "at most 8. It is held until ComfyUI drops this node's output."),
                 dial(io.Boolean.Input("for_sweep", default=False,
                                       tooltip="Keep what every smaller λ needs too, so that AttentionSwapSweep can "
                                       "run a grid up to the settings' λ's from one tape.")),
@@ -105,8 +112,8 @@ class AttentionCapture(io.ComfyNode):
         else:
             source = made_up(model, latent, seed, steps, scheduler, cfg, said)
         negative = negative_for(negative, positive, cfg, inversion)
-        budget, of_free = _budget(memory_gib)
-        said.append(f"memory for a tape: {_size(budget)}" + (" (half of what is free)" if of_free else ""))
+        budget, why = _budget(memory_gib)
+        said.append(f"memory for a tape: {_size(budget)}{why}")
         node_id = running_node(cls)
 
         def estimated(line: str) -> None:
@@ -123,9 +130,7 @@ class AttentionCapture(io.ComfyNode):
             said.append(f"note: {made.facts['note']}")
         said.append(describe(settings))
         text = "\n".join(said)
-        attention = Attention(
-            made, settings, positive, negative, seed, model if made.storage == "replay" else None
-        )
+        attention = Attention.of(made, settings, positive, negative, seed, model)
         result = as_latent(model, made.latents) if made.sampled else ExecutionBlocker(
             "AttentionCapture did not sample the source: switch sample_source on for its latent."
         )
@@ -215,12 +220,14 @@ def negative_for(negative, positive, cfg: float, inversion: Inversion | None):
     raise ValueError("negative is not connected: connect an (empty) CLIPTextEncode, or set cfg to 1.")
 
 
-def _budget(gib: float) -> tuple[int, bool]:
+def _budget(gib: float) -> tuple[int, str]:
+    """Bytes that a tape may take, and why so many, where nobody has said."""
     import comfy.model_management
 
     if gib > 0:
-        return int(gib * 2**30), False
-    return int(comfy.model_management.get_free_memory(torch.device("cpu")) // 2), True
+        return int(gib * 2**30), ""
+    share = int(comfy.model_management.get_free_memory(torch.device("cpu")) * FREE_SHARE)
+    return (share, " (a quarter of what is free)") if share < MOST else (MOST, " (the most without memory_gib)")
 
 
 def _size(count: int) -> str:
@@ -261,5 +268,5 @@ def check_null(host: TextHost, source: Any) -> None:
 def _kept(made: Capture, storage: str) -> str:
     chosen = f"storage: {made.storage}" + (f" ({storage})" if storage != made.storage else "")
     if made.tape is None:
-        return f"{chosen}; the source runs again beside each target"
-    return f"{chosen}; {_size(made.tape.bytes)} kept"
+        return f"{chosen}; the source runs again beside each target, and its MODEL is held {RELEASE}"
+    return f"{chosen}; {_size(made.tape.bytes)} of main memory are held {RELEASE}"

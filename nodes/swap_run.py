@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from ..hosts.attention import TextHost
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Attention:
+class Attention(NamedTuple):
     """A source's run, and what it was run with.
 
-    `model` is None where the capture is a tape: then it is not needed again.
+    A tuple, because ComfyUI's cache looks into those alone for what an output holds, when main memory runs short.
+
+    model: None where the capture is a tape: then it is not needed again, nor what `positive` has beside its text.
+    held: the tape's tensors.
     """
 
     capture: Capture
@@ -33,6 +35,15 @@ class Attention:
     negative: Any
     seed: int
     model: Any | None
+    held: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, capture: Capture, settings: SwapSettings, positive, negative, seed: int, model: Any) -> Attention:
+        """What a swap will need of a run, and no more."""
+        if capture.tape is None:
+            return cls(capture, settings, positive, negative, seed, model, ())
+        texts = [[entry[0], {}] for entry in positive]  # ControlNets and the like are the source's own
+        return cls(capture, settings, texts, negative, seed, None, capture.tape.tensors)
 
 
 class Progress:

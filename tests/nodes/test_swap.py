@@ -244,7 +244,7 @@ def test_a_capture_of_another_family_is_refused(kit, taped):
     family = dataclasses.replace(capture, facts={**capture.facts, "model": "SDXL"})
     for wrong, message in ((channels, "of 4 latent channels, MODEL is"), (family, "captured with a SDXL")):
         with pytest.raises(ValueError, match=message):
-            kit.swap(dataclasses.replace(taped[0], capture=wrong))
+            kit.swap(taped[0]._replace(capture=wrong))
 
 
 @pytest.mark.parametrize(("words", "more", "message"), [
