@@ -83,6 +83,16 @@ def test_words_can_be_chosen_and_a_threshold_gives_black_and_white(words):
     assert (hard[soft > 0.65] == 1).all()
 
 
+def test_words_of_other_scripts_have_maps_and_what_stands_for_a_letter_that_no_font_has_is_explained(kit, words):
+    from blendswap.blending.lettering import legend
+
+    source, _, pair, _ = kit.prompts("a 红猫 on a звезда café", "a 红猫 on a звезда café")
+    pictures, masks, names, report = words(positive=source, tokens=pair, words="猫，звезда、café", latent=latent())
+    assert names.splitlines() == ["猫", "звезда", "café"] and len(pictures) == len(masks) == 3
+    assert legend(["猫"]) in report and "звезда: at most" in report
+    assert not torch.equal(*(one[masks.shape[1]:] for one in pictures[:2]))  # the strips with the words
+
+
 def test_masks_are_those_of_the_other_host(kit, words):
     from blendswap.attention_swap.pictures import word_masks
     from blendswap.attention_swap.watch import watch

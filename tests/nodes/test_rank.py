@@ -54,6 +54,15 @@ def test_what_is_lost_of_a_prompt_is_said_beside_the_scores(ranked, candidates):
     assert "tokens are dropped" in ranked(*candidates, prompt="a blue star " * 9)[2]
 
 
+def test_an_edit_report_says_what_of_its_prompt_was_not_read(guide, candidates):
+    from blendswap.nodes.report import EditReport
+
+    images, mask = candidates
+    with torch.inference_mode():
+        text = EditReport.execute(images[:1], images[2:], mask, prompt="a (blue:1.4) star " * 9, clip_guide=guide).args[0]
+    assert "reads no weights" in text and "tokens are dropped" in text
+
+
 @pytest.mark.parametrize("changes", [{}, {"contrasts": GROUNDS}, {"whole": 0.0}, {"seam": 0.1}])
 def test_the_asked_object_comes_first_and_the_pictures_come_back_as_they_were(ranked, candidates, changes):
     images, mask = candidates
