@@ -15,7 +15,7 @@ from torch import Tensor
 from ..blending.guidance import Guidance
 from ..blending.paste import latent_mask
 from ..blending.sampler import guided_estimate
-from .comfy_host import GRADIENT_MEMORY, ComfyHost, ordinary, refuse_partial_load
+from .comfy_host import ComfyHost, memory_needed, ordinary, refuse_partial_load
 
 REFUSED: dict[str, str] = {
     "cfg_pp": "it re-noises along the unconditional estimate, which has neither the source nor the guidance in it, so the "
@@ -83,7 +83,7 @@ class BlendGuider(comfy.samplers.CFGGuider):
         self._check_size(noise)
         # SamplerCustomAdvanced calls in inference mode, whose tensors autograd refuses.
         with torch.inference_mode(False), torch.no_grad():
-            needed = self.model_patcher.memory_required([len(noise) * 2, *noise.shape[1:]]) * GRADIENT_MEMORY
+            needed = memory_needed(self.model_patcher, noise.shape, True)
             comfy.model_management.load_models_gpu(
                 [self.model_patcher, *self.patchers], memory_required=needed, force_full_load=True
             )

@@ -248,7 +248,7 @@ def run(
             return torch.zeros_like(noise)
 
         shape = list(noise.shape)
-        needed = private.memory_required([shape[0] * 2, *shape[1:]]) * (GRADIENT_MEMORY if gradients else 1)
+        needed = memory_needed(private, shape, gradients)
         patchers = [private, *([] if vae is None else [vae.patcher]), *beside]
         comfy.model_management.load_models_gpu(patchers, memory_required=needed, force_full_load=gradients)
         sigmas = private.get_model_object("model_sampling").sigmas.flip(0)[:2].detach().clone()
@@ -262,6 +262,19 @@ def run(
                 comfy.sampler_helpers.cleanup_models(guider.conds, guider.loaded_models)
             raise
         return results[0]
+
+
+def memory_needed(patcher: Any, shape: Sequence[int], gradients: bool) -> float:
+    """Bytes that an evaluation at latents of `shape` [B, C, h, w] takes beside the MODEL's weights, guidance included.
+
+    ComfyUI's reckoning for the network; a dynamic patcher's own would add a reserve to it.
+    """
+    batch, *rest = shape
+    needed = patcher.model.memory_required(input_shape=[batch * 2, *rest])
+    if not gradients:
+        return needed
+    # Under dynamic VRAM a graph holds copies of the weights.
+    return needed * GRADIENT_MEMORY + (patcher.model_size() if is_dynamic(patcher) else 0)
 
 
 def _downscale(vae: Any | None) -> int:

@@ -15,6 +15,7 @@ import comfy.model_management
 from torch import Tensor
 
 from .attention import Branch
+from .comfy_host import memory_needed
 from .comfy_text import ComfyTextHost, run_text, same_weights
 
 Result = TypeVar("Result")
@@ -58,7 +59,7 @@ class HostInTurn:
     def __init__(self, host: ComfyTextHost, other: ComfyTextHost, noise: Tensor) -> None:
         self._host, self._noise = host, noise
         self._patcher, self._other = host.guider.model_patcher, other.guider.model_patcher
-        self._memory = self._patcher.memory_required([2 * len(noise), *noise.shape[1:]])
+        self._memory = memory_needed(self._patcher, noise.shape, False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)

@@ -203,7 +203,8 @@ def _load_unet(
     by_v = schedule.get("prediction_type", "epsilon") == "v_prediction"
     model = comfy.model_base.BaseModel(config, model_type=kind.V_PREDICTION if by_v else kind.EPS)
     names = comfy.utils.unet_to_diffusers(built)
-    renamed = {names.get(name, name): weight for name, weight in weights.items()}
+    # Under dynamic VRAM ComfyUI's layers keep the dtype of what they are given.
+    renamed = {names.get(name, name): weight.to(dtype) for name, weight in weights.items()}
     _load_strictly(model.diffusion_model, renamed, folder / WEIGHTS)
     _set_groups(model.diffusion_model, published.get("norm_num_groups", 32))
     model.diffusion_model.eval().requires_grad_(False)

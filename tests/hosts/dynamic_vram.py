@@ -7,12 +7,16 @@ was used is overwritten at once. Buffers are raw memory, which a copy of their o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 DEVICE = torch.device("cpu", 0)
@@ -89,9 +93,11 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> bool:
     """Dynamic VRAM for the time of a test; False, and nothing done, where this ComfyUI has none."""
     import comfy.model_management
     import comfy.model_patcher
+    import comfy.utils
 
     if not hasattr(comfy.model_patcher, "ModelPatcherDynamic"):
         return False
+    import comfy.memory_management
     import comfy_aimdo.host_buffer
     import comfy_aimdo.model_vbar
     import comfy_aimdo.torch
@@ -100,7 +106,13 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", HostBuffer)
     monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", Buffer)
     monkeypatch.setattr(comfy_aimdo.torch, "aimdo_to_tensor", lambda alloc, _: Buffer.view(*alloc))
+    # The library maps files into memory; what comes of them are the same tensors.
+    monkeypatch.setattr(comfy.utils, "load_safetensors", lambda path: (load_file(path), {}))
     monkeypatch.setattr(args, "disable_pinned_memory", True)
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
+    for name in ("get_torch_device", "text_encoder_device"):
+        monkeypatch.setattr(comfy.model_management, name, lambda: DEVICE)
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda _: False)
     known = {DEVICE: torch.float32, torch.device("cpu"): torch.float32}
     monkeypatch.setattr(comfy.model_management, "LORA_COMPUTE_DTYPES", known)
@@ -108,20 +120,30 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def whole_layers() -> Iterator[None]:
+    """Layers are built with weights in them, to be filled; under dynamic VRAM they wait for a file's."""
+    management = sys.modules.get("comfy.memory_management")
+    with pytest.MonkeyPatch.context() as patch:
+        if management is not None:
+            patch.setattr(management, "aimdo_enabled", False, raising=False)
+        yield
+
+
 def dynamic(patcher: Any) -> Any:
-    """The patcher that dynamic VRAM has for a model, with `patcher`'s model in it, where ComfyUI has one."""
+    """The patcher that a checkpoint's loader makes under dynamic VRAM, with `patcher`'s model in it, where ComfyUI has
+    one. The demo's text model is loaded by this pack, its MODEL under an ordinary patcher."""
     import comfy.model_management
     import comfy.model_patcher
 
     kind = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
     if kind is None:
         return patcher
-    comfy.model_management.archive_model_dtypes(patcher.model)
     for module in patcher.model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and hasattr(module, "comfy_cast_weights"):
                 module._parameters[name] = StoredWeight(parameter.detach().clone(), requires_grad=False)
-    made = kind(patcher.model, load_device=DEVICE, offload_device=torch.device("cpu"))
-    made.is_clip, made.hook_mode = patcher.is_clip, patcher.hook_mode
-    made.object_patches, made.model_options = patcher.object_patches, patcher.model_options
-    return made
+    if type(patcher) is kind:
+        return patcher
+    comfy.model_management.archive_model_dtypes(patcher.model)
+    return kind(patcher.model, load_device=DEVICE, offload_device=torch.device("cpu"))

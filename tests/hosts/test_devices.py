@@ -191,6 +191,17 @@ def test_a_vae_on_the_cpu_decodes_for_a_model_on_the_device(parts, monkeypatch, 
     torch.testing.assert_close(run(parts, there), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.needs_comfy
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["--bf16-vae", "--fp16-vae"])
+def test_gradients_pass_a_vae_in_half_precision(parts, dtype):
+    expected = run(parts, slope)
+    with torch.inference_mode():
+        parts.vae.first_stage_model.to(dtype)
+        parts.vae.vae_dtype = dtype
+    made = run(parts, slope)
+    assert torch.isfinite(made).all() and torch.cosine_similarity(made.flatten(), expected.flatten(), dim=0) > 0.95
+
+
 # Out of memory ---------------------------------------------------------------------------------------------------------
 
 

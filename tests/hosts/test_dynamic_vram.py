@@ -15,7 +15,7 @@ import torch
 
 from blendswap.hosts.learning import FullWeights, LowRank, TokenVectors
 
-from .dynamic_vram import Raw, dynamic, emulate
+from .dynamic_vram import Raw, dynamic, emulate, whole_layers
 
 pytestmark = pytest.mark.needs_comfy
 
@@ -28,14 +28,11 @@ CHANGED = (
 
 def load(folder: Path, is_dynamic: bool) -> SimpleNamespace:
     """The text model, made in inference mode as ComfyUI's nodes do, with a change of weights on MODEL and CLIP."""
-    import comfy.model_management
-
     from blendswap.hosts.sd_comfy import load_demo_text_model
 
     with torch.inference_mode():
         model, clip, vae = load_demo_text_model(folder)
         if is_dynamic:
-            comfy.model_management.unload_all_models()
             model, clip.patcher, vae.patcher = (dynamic(patcher) for patcher in (model, clip.patcher, vae.patcher))
         for patcher, keys in ((model, CHANGED), (clip.patcher, changed_text(clip))):
             weights = patcher.model.state_dict()
@@ -79,6 +76,18 @@ def parts(ordinary, text_model: Path, monkeypatch: pytest.MonkeyPatch) -> Simple
     comfy.model_management.unload_all_models()
 
 
+def test_the_demos_text_model_is_loaded_in_one_dtype_whatever_the_files(text_model, monkeypatch, comfy):
+    """Under dynamic VRAM ComfyUI's layers take a file's tensors as they are, to be cast at their use."""
+    import comfy.model_management
+
+    from blendswap.hosts.sd_comfy import load_demo_text_model
+
+    emulate(monkeypatch)
+    with torch.inference_mode():
+        model, *_ = load_demo_text_model(text_model)
+    assert {tensor.dtype for tensor in model.model.diffusion_model.parameters()} == {model.model.get_dtype()}
+
+
 def run(parts: SimpleNamespace, body, *, cfg: float = 2.0, gradients: bool = True):
     from blendswap.hosts import comfy_host
 
@@ -100,6 +109,10 @@ def predict(host) -> torch.Tensor:
 def slope(host) -> torch.Tensor:
     """Through VAE and MODEL, after the VAE was used for something else, as in a node."""
     host.encode(torch.zeros(1, 3, 64, 64))
+    return slope_of_what_is_loaded(host)
+
+
+def slope_of_what_is_loaded(host) -> torch.Tensor:
     with torch.enable_grad():
         leaf = noisy().requires_grad_()
         return torch.autograd.grad(host.decode(host.predict(leaf, 2.0).x0).square().mean(), leaf)[0]
@@ -154,6 +167,69 @@ def test_the_gradient_of_a_text_embedding_is_the_same(ordinary, parts):
     assert_near(null_gradient(parts), null_gradient(ordinary))
 
 
+def test_gradients_through_a_controlnet_are_the_same(ordinary, parts):
+    assert_near(run(controlled(parts, True), slope), run(controlled(ordinary, False), slope))
+
+
+def controlled(of: SimpleNamespace, is_dynamic: bool) -> SimpleNamespace:
+    """The parts with a ControlNet of random weights in `positive`."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+
+    config = {key: value for key, value in of.model.model.model_config.unet_config.items() if key != "out_channels"}
+    config.pop("transformer_depth_output")  # of its UNet half, of no use to it
+    generator = torch.Generator().manual_seed(2)
+    with torch.inference_mode():
+        with whole_layers():
+            network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3).eval()
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        control = comfy.controlnet.ControlNet(network, load_device=of.model.load_device)
+        if is_dynamic:
+            control.control_model_wrapped = dynamic(control.control_model_wrapped)
+        control.set_cond_hint(torch.rand(1, 3, 64, 64, generator=generator), 1.0, (0.0, 1.0))
+        positive = [
+            [tensor, {**options, "control": control, "control_apply_to_uncond": True}]
+            for tensor, options in of.positive
+        ]
+    return SimpleNamespace(**{**vars(of), "positive": positive})
+
+
+def test_gradients_through_weights_that_stayed_behind_are_the_same(ordinary):
+    """As ComfyUI loads a part, without dynamic VRAM: such weights are brought for one use, LoRA on them included."""
+    from blendswap.hosts.comfy_host import is_partly_loaded
+
+    expected = run(ordinary, slope)
+
+    def partly(host):
+        for patcher in (ordinary.model, ordinary.vae.patcher):
+            with torch.inference_mode():
+                patcher.unpatch_model(torch.device("cpu"))
+                patcher.load(torch.device("cpu"), lowvram_model_memory=1)
+            assert is_partly_loaded(patcher)
+        return slope_of_what_is_loaded(host)
+
+    assert_near(run(ordinary, partly), expected)
+
+
+def test_a_graph_keeps_one_copy_of_a_weight_however_often_it_is_used():
+    from blendswap.hosts.gradients import OrdinaryCopy
+
+    with torch.inference_mode():
+        weight = torch.randn(8, 8)
+    function, x = OrdinaryCopy(), torch.randn(2, 8, requires_grad=True)
+    copied = function(weight)
+    place = copied.data_ptr()
+    answer = torch.nn.functional.linear(x, copied)
+    del copied
+    again = torch.nn.functional.linear(answer, function(weight))
+    assert function(weight).data_ptr() == place != weight.data_ptr()
+    (gradient,) = torch.autograd.grad(again.sum(), x)
+    torch.testing.assert_close(gradient, torch.ones(2, 8) @ weight @ weight)
+    with torch.no_grad():
+        assert function(weight) is weight
+
+
 def test_a_run_with_gradients_leaves_the_model_as_it_was(parts):
     before = run(parts, predict, gradients=False)
     run(parts, slope)
@@ -180,7 +256,7 @@ def learned_gradients(of: SimpleNamespace, learned) -> dict[str, torch.Tensor]:
     x, target = torch.randn(2, *SHAPE, generator=generator)
     with torch.inference_mode(), open_learner(of.model, of.clip, of.vae, learned, size=64) as learner:
         with torch.no_grad():
-            for parameter in learner.parameters.values():
+            for _, parameter in sorted(learner.parameters.items()):
                 # LoRA begins where half of its gradients are zero.
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
         latent = learner.encode(torch.zeros(1, 3, 64, 64))
