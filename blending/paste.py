@@ -15,9 +15,9 @@ BLACK = 0.02
 """Values of a mask below this count as black, everywhere: up to 5 of 255 levels.
 
 What JPEG, a resize or a VAE leaves of a mask's black lies below it (most often at 1 to 5 of 255), and would let an edit
-change the whole picture. A feather loses no more than its last fiftieth: a step of 0.02 of what the edit changes there is
-5 of 255 levels where it turns black into white, and 2 or less where it changes a colour by half of its range, which nobody
-sees (compare `ranking.INVISIBLE`).
+change the whole picture. A feather loses no more than its last fiftieth: a step of 0.02 of what the edit changes there
+is 5 of 255 levels where it turns black into white, and 2 or less where it changes a colour by half of its range, which
+nobody sees (compare `ranking.INVISIBLE`).
 """
 
 
@@ -98,26 +98,29 @@ def plain_mask(mask: Tensor, name: str = "mask", said: list[str] | None = None) 
     Raises:
         ValueError: not a mask's shape, NaN or infinite values.
     """
-    given = tuple(mask.shape)
+    shape = tuple(mask.shape)
     if mask.ndim == 2:
         mask = mask[None]
     if mask.ndim == 3:
         mask = mask[:, None]
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.numel() == 0:
         raise ValueError(
-            f"{name} has the shape {given}; a mask is [height, width], [count, height, width] or [count, 1, height, width]."
+            f"{name} has the shape {shape}; a mask is [height, width], [count, height, width] or "
+            "[count, 1, height, width]."
         )
     mask = mask.float()
     if not torch.isfinite(mask).all():
         raise ValueError(f"{name} holds NaN or infinite values: check the node that made it.")
     if mask.min() < 0 or mask.max() > 1:
-        _say(f"{name} has values from {mask.min():.3g} to {mask.max():.3g}; they are clamped to 0..1", said, logging.WARNING)
+        values = f"{name} has values from {mask.min():.3g} to {mask.max():.3g}"
+        _say(f"{values}; they are clamped to 0..1", said, logging.WARNING)
         mask = mask.clamp(0, 1)
     dirt = (mask > 0) & (mask < BLACK)
     if dirt.any():
         highest = mask[dirt].max()
         _say(
-            f"{name}: {_share(dirt)} of the picture had values up to {highest:.3g}, taken as black (all below {BLACK} are)",
+            f"{name}: {_share(dirt)} of the picture had values up to {highest:.3g}, taken as black "
+            f"(all below {BLACK} are)",
             said, logging.INFO,
         )  # fmt: skip
         mask = torch.where(dirt, 0, mask)
@@ -161,7 +164,8 @@ def prepare_mask(
         _say(f"{which} is empty: nothing is marked in its picture", said, logging.WARNING)
     if mask.shape[-2:] != (height, width):
         _say(
-            f"{name} is {mask.shape[-1]}×{mask.shape[-2]} (width×height), the picture {width}×{height}: the mask is resized",
+            f"{name} is {mask.shape[-1]}×{mask.shape[-2]} (width×height), the picture {width}×{height}: "
+            "the mask is resized",
             said, logging.WARNING,
         )  # fmt: skip
         mask = resize_mask(mask, height, width)

@@ -28,8 +28,8 @@ MOST_PARTS = 256
 """Parts of a mask that are looked at one by one; a mask of more is a pattern, not places to edit."""
 FAINT = 0.25
 SPECK = 0.001
-"""A part of a mask is a speck where its largest value is below `FAINT` of the mask's, or the sum of its values below `SPECK`
-of the heaviest part's: what a blur or JPEG leaves, or a hot pixel."""
+"""A part of a mask is a speck where its largest value is below `FAINT` of the mask's, or the sum of its values below
+`SPECK` of the heaviest part's: what a blur or JPEG leaves, or a hot pixel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,9 @@ def window_for(mask: Tensor, mode: str, context: float, size: int) -> Window:
 
     The window is square where the picture allows, has `context` of the mask's longer side around the mask to every
     side (less at the picture's edges, more at the opposite ones), and is at least as large that it need not be enlarged
-    more than `LARGEST_SCALE` times to a shorter side of `size` pixels. Where that square would take the whole picture, the
-    window has, along either side, `context` of the mask's extent along that side, and is up to `LONGER` times as long as
-    wide.
+    more than `LARGEST_SCALE` times to a shorter side of `size` pixels. Where that square would take the whole picture,
+    the window has, along either side, `context` of the mask's extent along that side, and is up to `LONGER` times as
+    long as wide.
 
     "off": the whole picture. "auto": the whole picture where its shorter side is at most `size` and the mask is not so
     narrow (`shrink.SMALL`) that a model would hardly see it there. "on": always a window, which is the whole picture
@@ -111,8 +111,9 @@ def windows_for(masks: Sequence[Tensor], mode: str, context: float, size: int) -
     """The windows that `masks` [1, 1, H, W], one per region, are edited in, in reading order, and what to say of them.
 
     Mostly the one of `window_for`, around all of them. Where it would show a part of a mask narrower than a model sees
-    (`shrink.SMALL` of the window's shorter side), parts far from each other have windows of their own; those whose windows
-    would overlap share one. A mask's specks (see `SPECK`) do not count; what of them is outside the windows is not edited.
+    (`shrink.SMALL` of the window's shorter side), parts far from each other have windows of their own; those whose
+    windows would overlap share one. A mask's specks (see `SPECK`) do not count; what of them is outside the windows is
+    not edited.
     """
     given = editable(masks)
     if not _wanted(given, mode, context, size):
@@ -134,15 +135,15 @@ def windows_for(masks: Sequence[Tensor], mode: str, context: float, size: int) -
         window.cut(outside).fill_(False)
     if outside.any():
         notes.append(
-            f"{int(outside.sum())} pixels of the mask, faint or few and far from the rest, are taken for specks and left as they "
-            "are; to edit there, give them a run or a Blend Region of their own"
+            f"{int(outside.sum())} pixels of the mask, faint or few and far from the rest, are taken for specks and "
+            "left as they are; to edit there, give them a run or a Blend Region of their own"
         )
     return windows, notes
 
 
 def narrowest(mask: Tensor) -> int | None:
-    """Width in pixels of the narrowest of the parts of `mask` [1, 1, H, W] but its specks; None where it is in one piece, or
-    in more than `MOST_PARTS`."""
+    """Width in pixels of the narrowest of the parts of `mask` [1, 1, H, W] but its specks; None where it is in one
+    piece, or in more than `MOST_PARTS`."""
     parts = _parts(_without_specks(mask))
     return min(map(_width, parts)) if 1 < len(parts) <= MOST_PARTS else None
 

@@ -138,8 +138,8 @@ def _check(images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
             raise ValueError(f"reference {number} has the shape {list(image.shape)}; it must be [3, height, width]")
         if image.shape[0] in (2, 4):
             raise ValueError(
-                f"reference {number} has {image.shape[0]} channels, the last of them alpha: take it off, and give it as the "
-                "mask (1 where the subject is), or put the picture on a plain ground"
+                f"reference {number} has {image.shape[0]} channels, the last of them alpha: take it off, and give "
+                "it as the mask (1 where the subject is), or put the picture on a plain ground"
             )
         if image.shape[0] == 1:
             raise ValueError(f"reference {number} is grey, with 1 channel: repeat it to the 3 of RGB")

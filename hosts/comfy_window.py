@@ -1,7 +1,8 @@
-"""CONDITIONING that was made for a whole picture, brought to the working canvas of an edit: a window of it, or all of it at
-another size.
+"""CONDITIONING that was made for a whole picture, brought to the working canvas of an edit: a window of it, or all of
+it at another size.
 
-ComfyUI lays an area, a mask or a ControlNet's picture over whatever is sampled. On a window that would be the wrong place.
+ComfyUI lays an area, a mask or a ControlNet's picture over whatever is sampled. On a window that would be the wrong
+place.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ LAID_OVER = {
     "noise_concat": "a latent to concatenate",
     "reference_latents": "reference latents",
 }
-"""What a conditioning may hold for each place of the picture that cannot be cut here (latents do not resize), in words."""
+"""What a conditioning may hold for each place of the picture that cannot be cut here (latents do not resize), in
+words."""
 
 
 def fit_conditioning(canvas: Canvas, downscale: int, **conditionings: Any) -> tuple[dict[str, Any], list[str]]:
     """CONDITIONINGs (or None) by name as they are to be used on `canvas`, and what to say of what stays as it is.
 
-    Areas, masks, ControlNets' pictures and GLIGEN's boxes are cut and resized with the picture; entries whose area or mask
-    lies outside of the canvas are left out. The caller's entries and ControlNets stay as they are: what is changed is a
-    copy, one for all that share it, for ComfyUI runs positive and negative together where their ControlNet is one object.
-    Where the canvas is the picture itself, they come back as they came.
+    Areas, masks, ControlNets' pictures and GLIGEN's boxes are cut and resized with the picture; entries whose area or
+    mask lies outside of the canvas are left out. The caller's entries and ControlNets stay as they are: what is changed
+    is a copy, one for all that share it, for ComfyUI runs positive and negative together where their ControlNet is one
+    object. Where the canvas is the picture itself, they come back as they came.
 
     downscale: pixels of the picture per latent cell, in which ComfyUI counts areas.
 
@@ -57,8 +59,8 @@ class _Fitting:
         entries = [[entry[0], options] for entry in given if (options := self._options(name, entry[1])) is not None]
         if not entries:
             raise ValueError(
-                f"{name} has areas or masks alone that lie outside of what is edited ({self.canvas.words()}): add an entry for "
-                "the whole picture (ConditioningCombine), or set window to off."
+                f"{name} has areas or masks alone that lie outside of what is edited ({self.canvas.words()}): add "
+                "an entry for the whole picture (ConditioningCombine), or set window to off."
             )
         if len(entries) < len(given):
             self._say(f"{name}: {len(given) - len(entries)} of {len(given)} entries lie outside of the window")
@@ -89,15 +91,15 @@ class _Fitting:
 
     def _laid_over(self, name: str, words: str) -> None:
         self._say(
-            f"{name} holds {words} for the whole picture, laid over what is edited as it is: set window to off if the places "
-            "matter"
+            f"{name} holds {words} for the whole picture, laid over what is edited as it is: set window to off if "
+            "the places matter"
         )
 
     def _say(self, words: str) -> None:
         if words not in self.said:
             self.said.append(words)
 
-    # Boxes, in latent cells ---------------------------------------------------------------------------------------------
+    # Boxes, in latent cells -----------------------------------------------------------------------------------------
 
     def _area(self, name: str, area: Sequence[Any]) -> tuple[Any, ...] | None:
         """ComfyUI's (height, width, y, x), in cells or as ("percentage", …) of the picture, in cells of the canvas."""
@@ -141,7 +143,7 @@ class _Fitting:
                 kept.append((embedding, *found))
         return (kind, model, kept) if kept else None
 
-    # Pictures -----------------------------------------------------------------------------------------------------------
+    # Pictures -------------------------------------------------------------------------------------------------------
 
     def _mask(self, mask: Tensor) -> Tensor:
         """[h, w] or [M, h, w] of any size → [M, H, W] of the canvas."""
@@ -152,7 +154,8 @@ class _Fitting:
         return self._placed(mask, lambda cut, height, width: F.interpolate(cut, (height, width), mode="area"))[:, 0]
 
     def _placed(self, whole: Tensor, resize: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-        """[B, C, H, W] at the picture's size → [B, C, h, w] as it lies on the canvas, its border repeated in the padding."""
+        """[B, C, H, W] at the picture's size → [B, C, h, w] as it lies on the canvas, its border repeated in the
+        padding."""
         cut, inner = self.canvas.window.cut(whole), self.canvas.inner
         if tuple(cut.shape[-2:]) != tuple(inner):
             cut = resize(cut, *inner)
@@ -178,7 +181,8 @@ class _Fitting:
         return self.controls[id(control)]
 
     def _hint(self, hint: Tensor, algorithm: str) -> Tensor:
-        """A picture for the whole picture [B, C, h, w] on the canvas; of another shape, its middle, as ComfyUI takes it."""
+        """A picture for the whole picture [B, C, h, w] on the canvas; of another shape, its middle, as ComfyUI takes
+        it."""
         window = self.canvas.window
         if tuple(hint.shape[-2:]) != (window.height, window.width):
             hint = comfy.utils.common_upscale(hint, window.width, window.height, algorithm, "center")

@@ -55,8 +55,8 @@ class CLIPBlendSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="A pixel-space prior (GuidedDiffusionLoader) or SD 1.x, SD 2.x, SDXL."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the MODEL; the loader of a prior gives one too."),
                 io.Image.Input("image", tooltip="The picture to edit, of any size. A batch is edited one by one."),
-                io.Mask.Input("mask", tooltip="White is changed, black (below 0.02) stays exactly as it is. One, or one per "
-                              "picture."),
+                io.Mask.Input("mask", tooltip="White is changed, black (below 0.02) stays exactly as it is. One, or "
+                              "one per picture."),
                 ClipGuideIO.Input("clip_guide", tooltip="The CLIP that steers (CLIPGuideLoader)."),
                 io.String.Input(
                     "prompt", multiline=True, default="", dynamic_prompts=True,
@@ -143,8 +143,8 @@ class CLIPBlendSampler(io.ComfyNode):
                 dial(io.Combo.Input("window", options=["off", "auto", "on"], default="auto", optional=True,
                                     tooltip="Edit the part of the picture around the mask at the MODEL's own size, and "
                                     "paste it back. auto: where the picture's shorter side is larger than that size, or "
-                                    "the mask is a few pixels wide; on: always; off: the whole picture. Narrow parts far apart "
-                                    "have windows of their own.")),
+                                    "the mask is a few pixels wide; on: always; off: the whole picture. Narrow "
+                                    "parts far apart have windows of their own.")),
                 dial(io.Float.Input("context", default=0.5, min=0.0, max=16.0, step=0.05, optional=True,
                                     tooltip="Room around the mask that a window takes in, to every side, as a fraction "
                                     "of the mask's longer side.")),
@@ -269,8 +269,8 @@ class _Progress:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One window of an edit: its canvas, its regions by their number in the node's list, with their masks [1, 1, H, W] in
-    the window alone, and the conditioning as it lies on the canvas."""
+    """One window of an edit: its canvas, its regions by their number in the node's list, with their masks [1, 1, H, W]
+    in the window alone, and the conditioning as it lies on the canvas."""
 
     canvas: Canvas
     masks: dict[int, torch.Tensor]
@@ -335,7 +335,8 @@ class _Job:
         return [number for number, request in enumerate(self.requests) if request.prompt.strip()]
 
     def plan(self, image: torch.Tensor, masks: list[torch.Tensor]) -> _Edit | None:
-        """The edit of one picture [1, H, W, C] within its regions' masks [1, 1, H, W]; None where all of them are empty."""
+        """The edit of one picture [1, H, W, C] within its regions' masks [1, 1, H, W]; None where all of them are
+        empty."""
         from ..blending.canvas import Canvas
         from ..blending.paste import editable
         from ..blending.shrink import SMALL
@@ -360,7 +361,8 @@ class _Job:
                 if width is not None and width < SMALL * side:
                     cure = "set window to on" if canvas.window.whole else "edit it in a run of its own"
                     self._say(
-                        f"a part of the mask is only {width} of {side} pixels wide at work, so little may happen in it: {cure}"
+                        f"a part of the mask is only {width} of {side} pixels wide at work, so little may happen in "
+                        f"it: {cure}"
                     )
                 parts.append(_Part(canvas, inside, *self._conditioning(canvas)))
             mask = editable([one for part in parts for one in part.masks.values()])
@@ -372,8 +374,8 @@ class _Job:
         with torch.inference_mode(False), torch.no_grad():
             for number, part in enumerate(edit.parts, start=1):
                 made, losses = self._candidates(part, seeds, progress)
-                restored = part.canvas.restore(made)
-                results = restored if results is None else part.canvas.window.put(results, part.canvas.window.cut(restored))
+                restored, window = part.canvas.restore(made), part.canvas.window
+                results = restored if results is None else window.put(results, window.cut(restored))
                 which = f"window {number}: " if len(edit.parts) > 1 else ""
                 history.append([{f"{which}{name}": values for name, values in step.items()} for step in losses])
             pasted = paste_into(edit.image.clone(), results, edit.mask, self.match_border)

@@ -60,9 +60,9 @@ class ConceptReferences(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="Pictures of the subject, one or a batch."),
                 io.Mask.Input("masks", optional=True,
-                              tooltip="Where the subject is (white): one for each picture, or one for all. The rest is not "
-                              "learned. Without it the alpha of images with 4 channels. Load Image's and Split Image with "
-                              "Alpha's mask is white where a picture is transparent: put InvertMask between."),
+                              tooltip="Where the subject is (white): one for each picture, or one for all. The rest is "
+                              "not learned. Without it the alpha of images with 4 channels. Load Image's and Split "
+                              "Image with Alpha's mask is white where a picture is transparent: put InvertMask between."),
                 ConceptReferencesIO.Input("references", optional=True, tooltip="The Concept References before this."),
             ],
             outputs=[ConceptReferencesIO.Output(display_name="references",
@@ -83,8 +83,8 @@ def reference_inputs() -> list[Any]:
                        "through Concept References."),
         io.Mask.Input("masks", optional=True,
                       tooltip="Where the subject is in images (white): one for each, or one for all. Only there is it "
-                      "learned. Without it the alpha of images with 4 channels. Load Image's and Split Image with Alpha's "
-                      "mask is white where a picture is transparent: put InvertMask between."),
+                      "learned. Without it the alpha of images with 4 channels. Load Image's and Split Image with "
+                      "Alpha's mask is white where a picture is transparent: put InvertMask between."),
         ConceptReferencesIO.Input("references", optional=True,
                                   tooltip="References of any sizes (Concept References), beside images or instead."),
     ]  # fmt: skip

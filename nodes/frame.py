@@ -49,7 +49,8 @@ class Frame:
     def words(self) -> str:
         """For a report."""
         (height, width), (inner, across) = self.size, self.inner
-        return f"the result of {across}×{inner} pixels lies at ({self.left}, {self.top}) of {width}×{height}, as a VAE cuts it"
+        place = f"({self.left}, {self.top}) of {width}×{height}"
+        return f"the result of {across}×{inner} pixels lies at {place}, as a VAE cuts it"
 
     def cut(self, mask: Tensor) -> Tensor:
         """The part of a mask [..., H, W] at the source's size that the model sees; one of another size as it is."""
@@ -84,8 +85,8 @@ class Frame:
 
 
 def exact_background(image: Tensor, decoded: Tensor, masks: Tensor, frame: Frame, match_border: bool = False) -> Tensor:
-    """`decoded` [B, h, w, C] in 0..1 pasted into `image` [1 or B, H, W, C]: outside of `masks` each pixel is the image's, bit
-    for bit; `match_border` keeps the border from showing.
+    """`decoded` [B, h, w, C] in 0..1 pasted into `image` [1 or B, H, W, C]: outside of `masks` each pixel is the
+    image's, bit for bit; `match_border` keeps the border from showing.
 
     masks: [1 or B, 1, H, W] in 0..1, of the image's size.
 

@@ -111,7 +111,9 @@ class CLIPBlendGuider(io.ComfyNode):
             source = to_bchw(frame.view(image.clone())).clone()
             masks = [frame.cut(one).clone() for one in masks_for(image, requests)]
         if not any(one.any() for one in masks):
-            raise ValueError("mask marks nothing of what the VAE keeps of the picture: paint the region to change white.")
+            raise ValueError(
+                "mask marks nothing of what the VAE keeps of the picture: paint the region to change white."
+            )
 
         def guidance_of_run(device: torch.device, seeds: Sequence[int]) -> Guidance:
             made = []
@@ -171,8 +173,10 @@ class ExactPaste(io.ComfyNode):
             ),
             inputs=[
                 io.Image.Input("source", tooltip="The picture before. One, or one per result."),
-                io.Image.Input("result", tooltip="The picture after, of the same size, or cut by a VAE to its multiple."),
-                io.Mask.Input("mask", tooltip="White takes the result. One, or one per result. An empty one gives the source."),
+                io.Image.Input("result",
+                               tooltip="The picture after, of the same size, or cut by a VAE to its multiple."),
+                io.Mask.Input("mask", tooltip="White takes the result. One, or one per result. An empty one gives the "
+                              "source."),
                 match_border_input(False, optional=True),
             ],
             outputs=[io.Image.Output(display_name="image")],

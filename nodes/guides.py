@@ -101,8 +101,8 @@ class RegionRequest:
 def masks_for(
     image: torch.Tensor, requests: Sequence[RegionRequest], said: list[str] | None = None
 ) -> list[torch.Tensor]:
-    """The masks of `requests`, [B, 1, H, W] each, for `image` [B, H, W, C]; errors, and what is added to `said`, name the
-    region (1 is the node's own)."""
+    """The masks of `requests`, [B, 1, H, W] each, for `image` [B, H, W, C]; errors, and what is added to `said`, name
+    the region (1 is the node's own)."""
     return [
         mask_for(image, request.mask, "mask" if number == 1 else f"mask of region {number}", said)
         for number, request in enumerate(requests, start=1)

@@ -256,8 +256,8 @@ def _fitted(image: torch.Tensor, bound: torch.Tensor, vae) -> torch.Tensor:
     frame = Frame.cut_from(size, decoded, vae.spacial_compression_encode())
     if frame is None:
         raise ValueError(
-            f"image is {size[1]}×{size[0]} (width×height), but latent decodes to {decoded[1]}×{decoded[0]}: connect the "
-            "picture that latent was encoded from."
+            f"image is {size[1]}×{size[0]} (width×height), but latent decodes to {decoded[1]}×{decoded[0]}: connect "
+            "the picture that latent was encoded from."
         )
     return frame.view(image)
 

@@ -136,7 +136,7 @@ class EditReport(io.ComfyNode):
             size, made = source.shape[1:3], result.shape[1:3]
             cure = "resize one to the other before reporting."
             if Frame.cut_from(tuple(size), tuple(made)) is not None:
-                cure = "a VAE cut it to its multiple. Exact Paste lays it where it was in the source; report on what it gives."
+                cure = "a VAE cut it. Exact Paste lays it where it was in the source: report on what that gives."
             raise ValueError(f"source is {size[1]}×{size[0]} (width×height), result {made[1]}×{made[0]}: {cure}")
         if len(source) not in (1, count):
             raise ValueError(

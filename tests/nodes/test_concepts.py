@@ -348,7 +348,8 @@ def test_a_full_disk_is_said_no_half_file_is_left_and_the_next_run_goes_on(dream
 
 @pytest.mark.parametrize(("changes", "message"), [
     (lambda _: {"images": None}, "no reference picture: connect 3 to 20"),
-    (lambda pictures: {"images": torch.cat([pictures, torch.zeros_like(pictures[..., :1])], -1)}, "mask of reference 1 is empty"),
+    (lambda pictures: {"images": torch.cat([pictures, torch.zeros_like(pictures[..., :1])], -1)},
+     "mask of reference 1 is empty"),
     (lambda pictures: {"masks": torch.ones(2, 64, 64)}, r"masks is \[2, 64, 64\]: give one for all of the 3"),
     (lambda pictures: {"masks": torch.zeros(1, 64, 64)}, "mask of reference 1 is empty"),
     (lambda pictures: {"class_pictures": with_alpha(pictures)}, "class_pictures has 4 channels.*Split Image"),

@@ -177,7 +177,8 @@ def test_positive_and_negative_keep_sharing_their_controlnet(kit, network):
     from blendswap.hosts.comfy_window import fit_conditioning
 
     positive, negative = controlled(kit, network, picture())
-    canvas = Canvas.make(torch.rand(1, 3, 128, 160), torch.ones(1, 1, 128, 160), 32, 64, Window(8, 72, 16, 80, 128, 160))
+    window = Window(8, 72, 16, 80, 128, 160)
+    canvas = Canvas.make(torch.rand(1, 3, 128, 160), torch.ones(1, 1, 128, 160), 32, 64, window)
     fitted, said = fit_conditioning(canvas, CELL, positive=positive, negative=negative)
     controls = [fitted[name][0][1]["control"] for name in ("positive", "negative")]
     assert controls[0] is controls[1] is not positive[0][1]["control"] and not said
@@ -197,8 +198,10 @@ def test_places_fall_where_the_pictures_pixels_do_on_an_enlarged_and_padded_canv
     rows, columns = place.any(1).nonzero().flatten(), place.any(0).nonzero().flatten()
     edges = (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)  # cells that the box touches
     text = torch.zeros(1, 77, 8)
-    given = [[text, {"area": (5, 10, 5, 10)}], [text, {"area": ("percentage", 0.2, 40 / 130, 0.2, 40 / 130)}],
-             [text, {"mask": box[0]}], [text, {"gligen": ("position", None, [(text, 5, 10, 5, 10), (text, 1, 1, 24, 32)])}]]
+    boxes = [(text, 5, 10, 5, 10), (text, 1, 1, 24, 32)]
+    places = [{"area": (5, 10, 5, 10)}, {"area": ("percentage", 0.2, 40 / 130, 0.2, 40 / 130)}, {"mask": box[0]},
+              {"gligen": ("position", None, boxes)}]
+    given = [[text, options] for options in places]
     fitted = fit_conditioning(canvas, 4, positive=given)[0]["positive"]
     areas = [fitted[0][1]["area"], fitted[1][1]["area"], fitted[3][1]["gligen"][2][0][1:]]
     for height, width, top, left in areas:

@@ -281,7 +281,9 @@ def test_a_paste_takes_the_drift_around_the_mask_out_of_what_is_inside_where_ask
     assert torch.equal(matched[0][~inside], source[0][~inside])
 
 
-@pytest.mark.parametrize(("source", "result"), [((67, 101), (64, 100)), ((67, 101), (64, 96)), ((1085, 33), (1080, 32))])
+@pytest.mark.parametrize(
+    ("source", "result"), [((67, 101), (64, 100)), ((67, 101), (64, 96)), ((1085, 33), (1080, 32))]
+)
 def test_a_result_that_a_vae_cut_is_pasted_where_it_was_cut_and_it_is_said(comfy, source, result):
     import comfy.sd
     import math
@@ -322,7 +324,8 @@ def test_a_report_on_what_a_vae_cut_names_the_node_that_puts_it_back():
     from blendswap.nodes.report import EditReport
 
     with pytest.raises(ValueError, match="source is 101×67 .*result 100×64: a VAE cut it.*Exact Paste"):
-        run(EditReport, source=torch.zeros(1, 67, 101, 3), result=torch.zeros(1, 64, 100, 3), mask=torch.ones(1, 64, 100))
+        source, result = torch.zeros(1, 67, 101, 3), torch.zeros(1, 64, 100, 3)
+        run(EditReport, source=source, result=result, mask=torch.ones(1, 64, 100))
 
 
 def test_a_paste_of_another_size_is_refused():

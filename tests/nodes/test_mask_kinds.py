@@ -93,13 +93,14 @@ def test_so_it_is_with_the_guider_and_its_paste(parts):
     made = {}
     for dirt in (0.0, 2 / 255):
         mask = clean.clamp(min=dirt)
-        (guider,) = run(CLIPBlendGuider, model=model, vae=vae, image=image, mask=mask, clip_guide=guide, prompt="a red star",
-                        guidance=300.0, augment=ExtendingAugmentations(copies=2))
+        (guider,) = run(CLIPBlendGuider, model=model, vae=vae, image=image, mask=mask, clip_guide=guide,
+                        prompt="a red star", guidance=300.0, augment=ExtendingAugmentations(copies=2))
         with torch.inference_mode():
             sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)[1:]
             samples = run(
                 custom.SamplerCustomAdvanced, noise=run(custom.RandomNoise, noise_seed=3)[0], guider=guider,
-                sampler=comfy.samplers.sampler_object("euler"), sigmas=sigmas, latent_image={"samples": vae.encode(image)},
+                sampler=comfy.samplers.sampler_object("euler"), sigmas=sigmas,
+                latent_image={"samples": vae.encode(image)},
             )[0]["samples"]
             made[dirt] = run(ExactPaste, source=image, result=vae.decode(samples), mask=mask)[0]
         assert torch.equal(made[dirt][0][clean[0] == 0], image[0][clean[0] == 0])
@@ -147,8 +148,8 @@ def test_every_shape_is_taken_by_every_node_that_takes_a_mask(kit, parts):
     nodes = {
         "ExactPaste": lambda mask: run(ExactPaste, source=image, result=result, mask=mask)[0],
         "ShrinkingMask": lambda mask: run(ShrinkingMask, mask=mask, frames=3)[0],
-        "RankCandidates": lambda mask: run(RankCandidates, images=torch.cat([image, result]), mask=mask, clip_guide=parts[2],
-                                           prompt="a red star")[0],
+        "RankCandidates": lambda mask: run(RankCandidates, images=torch.cat([image, result]), mask=mask,
+                                           clip_guide=parts[2], prompt="a red star")[0],
         "EditReport": lambda mask: run(EditReport, source=image, result=result, mask=mask)[2],
         "ConceptReferences": lambda mask: run(ConceptReferences, images=image, masks=mask)[0][0][1],
         "AttentionSwapSampler": lambda mask: kit.swap(taped, mask=mask)[0]["samples"],
