@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-Kind = Literal["type", "call", "override", "attribute", "key"]
+Kind = Literal["type", "call", "override", "attribute", "mark", "key"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Name:
         call        called with `arguments`
         override    called by ComfyUI with `arguments`; `ours` answers instead, or in front of it
         attribute   read or set: of a class, or one that it sets on itself; of a module
+        mark        what the module puts on networks that it loads
         key         of a dictionary that ComfyUI makes or reads
     users: modules of hosts/ and nodes/ that use it.
     why: what for.
     arguments: as a signature: those by position, then * and those by name.
     returns: how many values may come back, where they are taken apart; none where what comes is handed on as it is.
     ours: of an override, module.Class.method.
+    since: the version that brought it, where that is newer than the oldest that the pack takes.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Name:
     arguments: str = ""
     returns: tuple[int, ...] = ()
     ours: str = ""
+    since: str = ""
 
 
 def _type(name: str, users: str, why: str) -> Name:
@@ -55,9 +58,15 @@ def _attribute(name: str, users: str, why: str) -> Name:
     return Name(name, "attribute", tuple(users.split()), why)
 
 
+def _mark(name: str, users: str, why: str, since: str = "") -> Name:
+    return Name(name, "mark", tuple(users.split()), why, since=since)
+
+
 def _key(name: str, users: str, why: str) -> Name:
     return Name(name, "key", tuple(users.split()), why)
 
+
+DYNAMIC_VRAM = "0.33.0"  # it came between 0.8.0 and this; not tried on those between
 
 _MANAGEMENT = "comfy.model_management"
 _PATCHER = "comfy.model_patcher.ModelPatcher"
@@ -181,6 +190,9 @@ CALLS: tuple[Name, ...] = (
     _call(f"{_PATCHER}.memory_required", "input_shape", "comfy_guider comfy_host comfy_pair", "how much to make free"),
     _call(f"{_PATCHER}.model_size", "", "comfy_host comfy_learner", "whether all of it was loaded"),
     _call(f"{_PATCHER}.loaded_size", "", "comfy_host comfy_learner", "whether all of it was loaded"),
+    Name(f"{_PATCHER}.is_dynamic", "call", ("comfy_host",), "whether weights come one at a time", since=DYNAMIC_VRAM),
+    Name(f"{_PATCHER}.patch_weight_to_device", "call", ("comfy_learner_weights",), "a weight with a LoRA on it",
+         "key, device_to, *, return_weight", since=DYNAMIC_VRAM),
     _call(f"{_PATCHER}.clean_hooks", "", "comfy_pair", "weights that a conditioning's hooks changed are put back"),
     _call(f"{_BASE}.get_dtype", "", "adm_comfy comfy_text", "whether gradients need scaling"),
     _call(f"{_BASE}.process_latent_in", "latent", "capture comfy_host comfy_learner invert", "the model's scale"),
@@ -219,6 +231,7 @@ CALLS: tuple[Name, ...] = (
     _call("comfy.sd.VAE.encode", "pixel_samples", "comfy_host comfy_learner", "picture to latent"),
     _call("comfy.sd.VAE.decode", "samples_in", "attention_pictures comfy_learner concept_score invert swap sweep",
           "latent to picture"),
+    _call("comfy.sd.VAE.spacial_compression_encode", "", "blend guider invert", "what it cuts a picture's sides to"),
     _call("comfy.sd.VAE.spacial_compression_decode", "", "comfy_learner comfy_learner_memory sd_comfy swap_run",
           "pixels of a cell"),
     # CLIP
@@ -260,6 +273,10 @@ CALLS: tuple[Name, ...] = (
     _call("comfy.utils.weight_dtype", "sd", "sd_comfy", "dtype of the demo's model"),
     _call("comfy.utils.unet_to_diffusers", "unet_config", "sd_comfy", "names of the demo's weights"),
     _call("comfy.utils.repeat_to_batch_size", "tensor, batch_size", "comfy_text", "rows of a conditioning"),
+    _call("comfy.utils.common_upscale", "samples, width, height, upscale_method, crop", "comfy_window",
+          "a ControlNet's picture in a window"),
+    _call("comfy.controlnet.ControlNet.copy", "", "comfy_window", "the caller's stays as it is"),
+    _call("comfy.controlnet.ControlBase.set_previous_controlnet", "controlnet", "comfy_window", "a chain in a window"),
     # Folders and the page
     _call("folder_paths.add_model_folder_path", "folder_name, full_folder_path", "folders", "the pack's own folders"),
     _call("folder_paths.get_filename_list", "folder_name", "folders", "what can be chosen"),
@@ -270,6 +287,7 @@ CALLS: tuple[Name, ...] = (
 )
 
 ATTRIBUTES: tuple[Name, ...] = (
+    Name(f"{_MANAGEMENT}.is_oom", "call", ("comfy_host",), "whether an error is an out-of-memory", "e", since=DYNAMIC_VRAM),
     _attribute(f"{_MANAGEMENT}.current_loaded_models", "comfy_pair", "whether a MODEL's weights are in place"),
     _attribute(f"{_MANAGEMENT}.LoadedModel.model", "comfy_pair", "whose weights are in place"),
     # MODEL
@@ -280,10 +298,11 @@ ATTRIBUTES: tuple[Name, ...] = (
     _attribute(f"{_PATCHER}.patches_uuid", "comfy_text", "whether two MODELs have the same weights"),
     _attribute(f"{_PATCHER}.injections", "comfy_text", "whether two MODELs have the same weights"),
     _attribute(f"{_PATCHER}.object_patches", "comfy_text", "whether two MODELs have the same weights"),
-    _attribute(f"{_PATCHER}.model.model_lowvram", "comfy_host comfy_learner", "whether a part is left off the device"),
-    _attribute(f"{_PATCHER}.model.lowvram_patch_counter", "comfy_host", "whether a part is left off the device"),
+    _attribute(f"{_PATCHER}.model.model_lowvram", "comfy_host", "whether a part is left off the device"),
+    _attribute(f"{_PATCHER}.patches", "comfy_learner_weights", "whether a LoRA is on a weight"),
+    _attribute(f"{_PATCHER}.backup", "comfy_learner_weights", "whether it is in the stored weight already"),
     _attribute(f"{_BASE}.current_patcher", "comfy_pair", "of two MODELs of one network, the one whose turn it is"),
-    _attribute(f"{_BASE}.diffusion_model", "adm_comfy attention_comfy comfy_guider comfy_host comfy_learner sd_comfy",
+    _attribute(f"{_BASE}.diffusion_model", "adm_comfy attention_comfy comfy_host comfy_learner sd_comfy",
                "the network itself"),
     _attribute(f"{_BASE}.manual_cast_dtype", "adm_comfy comfy_text", "the dtype that is computed in"),
     _attribute(f"{_BASE}.model_config", "comfy_host concept_training sd_comfy", "the family"),
@@ -315,17 +334,22 @@ ATTRIBUTES: tuple[Name, ...] = (
     _attribute("comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL", "attention_comfy", "around the network"),
     # VAE
     _attribute("comfy.sd.VAE.patcher", "blend comfy_guider comfy_host comfy_learner guider", "loads it"),
-    _attribute("comfy.sd.VAE.first_stage_model", "comfy_guide comfy_guider comfy_host comfy_learner_memory sd_comfy",
-               "decodes with gradients"),
-    _attribute("comfy.sd.VAE.vae_dtype", "comfy_guide comfy_host", "decodes with gradients"),
+    _attribute("comfy.sd.VAE.first_stage_model", "comfy_host comfy_learner_memory sd_comfy", "decodes with gradients"),
+    _attribute("comfy.sd.VAE.vae_dtype", "comfy_host", "decodes with gradients"),
     _attribute("comfy.sd.VAE.latent_channels", "comfy_guide comfy_host sd_comfy", "whether it belongs to a MODEL"),
     _attribute("comfy.sd.VAE.downscale_ratio", "comfy_guide comfy_guider comfy_host sd_comfy", "pixels of a cell"),
     _attribute("comfy.sd.VAE.upscale_ratio", "sd_comfy", "pixels of a cell"),
+    # ControlNets
+    _attribute("comfy.controlnet.ControlBase.previous_controlnet", "comfy_window", "those in front of it"),
+    _attribute("comfy.controlnet.ControlBase.cond_hint_original", "comfy_window", "its picture"),
+    _attribute("comfy.controlnet.ControlBase.extra_concat_orig", "comfy_window", "its masks"),
+    _attribute("comfy.controlnet.ControlBase.upscale_algorithm", "comfy_window", "how its picture is resized"),
     # CLIP
     _attribute("comfy.sd.CLIP.patcher", "comfy_learner", "loads it"),
     _attribute("comfy.sd.CLIP.cond_stage_model",
                "comfy_learner_checks comfy_learner_text comfy_learner_weights sd_comfy", "the encoders"),
     _attribute("comfy.sd.CLIP.tokenizer", "comfy_learner comfy_learner_text prompts", "the tokenizers"),
+    _attribute(f"{_TOKENIZER}.embedding_size", "prompts", "whether a file is an embedding for this encoder"),
     _attribute("comfy.sd.CLIP.layer_idx", "comfy_learner", "CLIP skip"),
     _attribute(f"{_ENCODER}.transformer", "comfy_learner_memory comfy_learner_text sd_comfy", "the network"),
     _attribute(f"{_TOKENIZER}.tokenizer", "comfy_learner_text sd_comfy", "a word's tokens"),
@@ -365,6 +389,22 @@ ATTRIBUTES: tuple[Name, ...] = (
     _attribute("server.PromptServer.instance", "invert", "a line under the node"),
 )
 
+MARKS: tuple[Name, ...] = (
+    *(
+        _mark(f"{module}.{name}", "comfy_learner_weights", "raw memory of a loaded weight, which no copy may have", DYNAMIC_VRAM)
+        for module, marks in (
+            ("comfy.model_patcher", "_v _v_signature _v_block _pins _pin_state dynamic_vbars dynamic_pins dynamic_patchers"),
+            ("comfy.ops", "_v_weight _v_bias _prefetch"), ("comfy.model_prefetch", "_v_block_faulted _comfy_graph"),
+        )
+        for name in marks.split()
+    ),
+    _mark("comfy.model_patcher.weight_function", "comfy_learner_weights gradients", "weight patches, and a copy for gradients"),
+    _mark("comfy.model_patcher.bias_function", "comfy_learner_weights gradients", "weight patches, and a copy for gradients"),
+    _mark("comfy.model_patcher._lowvram_function", "comfy_learner_weights", "weight patches, for weight and for bias", DYNAMIC_VRAM),
+    _mark("comfy.ops._layout_cls", "comfy_learner_checks", "how a quantised weight is stored, to name it"),
+    _mark("comfy.model_patcher.prev_comfy_cast_weights", "gradients", "a weight that is brought for one use"),
+)  # fmt: skip
+
 KEYS: tuple[Name, ...] = (
     # transformer_options
     _key(f"{_ATTENTION}[optimized_attention_override]", "attention_comfy comfy_host", "in front of every attention"),
@@ -401,7 +441,9 @@ KEYS: tuple[Name, ...] = (
     _key("comfy.samplers[uuid]", "comfy_text", "tells conditionings apart in a pass"),
     _key("comfy.samplers[timestep_start]", "comfy_text", "whether a conditioning is active"),
     _key("comfy.samplers[timestep_end]", "comfy_text", "whether a conditioning is active"),
-    _key("comfy.samplers[control]", "comfy_text", "whether two runs can share a pass"),
+    _key("comfy.samplers[control]", "comfy_text comfy_window", "whether two runs share a pass; its picture in a window"),
+    _key("comfy.samplers[area]", "comfy_window", "where a conditioning holds"),
+    _key("comfy.samplers[gligen]", "comfy_window", "boxes for words"),
     _key("comfy.samplers[hooks]", "comfy_text", "whether two runs can share a pass"),
     _key("comfy.model_base[cross_attn]", "comfy_text", "what the text was before"),
     _key("comfy.sd[pooled_output]", "comfy_text", "what the text was before"),
@@ -418,4 +460,4 @@ KEYS: tuple[Name, ...] = (
     _key("comfy.sd1_clip[{}_model_config]", "sd_comfy", "the demo's text encoder; {} is clip_l"),
 )
 
-NAMES: tuple[Name, ...] = (*OVERRIDES, *TYPES, *CALLS, *ATTRIBUTES, *KEYS)
+NAMES: tuple[Name, ...] = (*OVERRIDES, *TYPES, *CALLS, *ATTRIBUTES, *MARKS, *KEYS)
