@@ -372,9 +372,11 @@ def from_transformers(tokenizer: Any, prompt: str) -> TokenisedPrompt:
     return TokenisedPrompt(tuple(ids), tuple(reader.words), length)
 
 
-def embeddings_in(prompt: str) -> list[str]:
-    """Names of the embeddings that a prompt asks ComfyUI for ("embedding:name"), in order."""
-    return re.findall(rf"(?:^|[\s(]){_EMBEDDING}([^\s,():<\[]+)", prompt)
+def embeddings_in(prompt: str, taught: Iterable[str] = ()) -> list[str]:
+    """The embeddings that a prompt asks ComfyUI for, in order: "embedding:name", and words in `taught`, which a CLIP has
+    learned as such."""
+    kinds = [rf"(?:(?<=[\s(])|^){_EMBEDDING}[^\s,():<\[]+", *(rf"(?i:(?<![\w:]){re.escape(word)}(?!\w))" for word in taught)]
+    return re.findall("|".join(kinds), prompt)
 
 
 def from_comfy(
@@ -387,8 +389,8 @@ def from_comfy(
         whose words stand where those of the others do.
     pieces: the vocabulary's text of a token ("dog</w>"), as the tokenizer's `inv_vocab` has it.
     prompt: the text itself, for words as they were typed.
-    embeddings: names of those whose vectors are among the tokens, in order; ComfyUI leaves out what it does not find.
-        None: all that the prompt names.
+    embeddings: what stands in the prompt for the vectors among the tokens, in order; ComfyUI leaves out what it does
+        not find. None: all of `embeddings_in`.
 
     ComfyUI gives one word id to a whole run of text, so words are told apart by their pieces; an embedding has an id
     of its own and is one word ("embedding:cat"), however many vectors it has.
@@ -406,8 +408,8 @@ def from_comfy(
     vectors = list(dict.fromkeys(entry[2] for entry in entries if not _is_token(entry[0])))
     names = list(embeddings_in(prompt) if embeddings is None else embeddings)
     if len(names) != len(vectors):  # written in a way that is not known here: numbered, then
-        names = [str(number + 1) for number in range(len(vectors))]
-    named = {identity: _EMBEDDING + name for identity, name in zip(vectors, names)}
+        names = [f"{_EMBEDDING}{number + 1}" for number in range(len(vectors))]
+    named = dict(zip(vectors, names))
 
     ids: list[int | str] = []
     counts: dict[int, int] = {}

@@ -102,14 +102,14 @@ def encoded(clip: Any, prompt: str) -> tuple[Any, TokenisedPrompt, list[str]]:
             "Diffusion's: connect the CLIP of an SD 1.x, SD 2.x or SDXL checkpoint"
         )
     first = next(iter(tokens))
-    width = getattr(clip.tokenizer, f"clip_{first}", tokenizers[0]).embedding_size
-    found, notes = [], []
-    for name in embeddings_in(prompt):
-        vectors = _vectors(clip.tokenize(f"embedding:{name}", return_word_ids=True)[first])
+    tokenizer = getattr(clip.tokenizer, f"clip_{first}", tokenizers[0])
+    width, found, notes = tokenizer.embedding_size, [], []
+    for name in embeddings_in(prompt, getattr(tokenizer, "concepts", ())):
+        vectors = _vectors(clip.tokenize(name, return_word_ids=True)[first])
         if not vectors:
-            notes.append(f"embedding:{name} is not in ComfyUI's embeddings folder, and is left out")
+            notes.append(f"{name} is not in ComfyUI's embeddings folder, and is left out")
         elif vectors[0].shape[-1] != width:
-            notes.append(f"embedding:{name} was made for another kind of model ({vectors[0].shape[-1]} numbers a vector, "
+            notes.append(f"{name} was made for another kind of model ({vectors[0].shape[-1]} numbers a vector, "
                          f"this one takes {width}), and is left out")  # fmt: skip
         else:
             found.append(name)

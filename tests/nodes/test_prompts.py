@@ -202,6 +202,16 @@ def test_an_embedding_that_is_left_out_does_not_rename_the_others_and_is_named(k
         assert torch.allclose(stock[:, :8], alone[:, :8])
 
 
+def test_a_word_that_a_clip_was_taught_is_named_by_itself_beside_an_embedding(kit, embeddings):
+    from blendswap.hosts.comfy_learner_text import with_token
+
+    knowing = with_token(kit.clip, "sks", {"clip_l": torch.ones(3, 96)})
+    *_, pair, words = kit.prompts("a red heart", "a Sks on a embedding:missing embedding:good sky", target_clip=knowing,
+                                  source_subject="heart", target_subject="sks")
+    assert [word.text for word in pair.target.words] == ["a", "Sks", "on", "a", "embedding:good", "sky"]
+    assert len(pair.align().target_positions("sks")) == 3 and "heart → Sks" in words
+
+
 def test_no_word_of_a_long_prompt_is_lost(kit):
     """ComfyUI encodes it in pieces of 75 tokens."""
     long = "a red star on a blue sky background, " * 12 + "a green heart"
