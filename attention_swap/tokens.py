@@ -375,8 +375,8 @@ def from_transformers(tokenizer: Any, prompt: str) -> TokenisedPrompt:
 def embeddings_in(prompt: str, taught: Iterable[str] = ()) -> list[str]:
     """The embeddings that a prompt asks ComfyUI for, in order: "embedding:name", and words in `taught`, which a CLIP has
     learned as such."""
-    kinds = [rf"(?:(?<=[\s(])|^){_EMBEDDING}[^\s,():<\[]+", *(rf"(?i:(?<![\w:]){re.escape(word)}(?!\w))" for word in taught)]
-    return re.findall("|".join(kinds), prompt)
+    words = [rf"(?i:(?<![\w:]){re.escape(word)}(?!\w))" for word in taught]
+    return re.findall("|".join([rf"(?:(?<=[\s(])|^){_EMBEDDING}[^\s,():<\[]+", *words]), prompt)
 
 
 def from_comfy(

@@ -20,6 +20,7 @@ from PIL import ImageDraw, ImageFont, features
 BASE = "DejaVu Sans"
 _INVISIBLE = regex.compile(r"[\p{Cf}\p{Cc}\uFE0E\uFE0F]")
 _RIGHT_TO_LEFT = regex.compile(r"[\p{bc=R}\p{bc=AL}](?:[\p{bc=R}\p{bc=AL}\p{Mn}\s]*[\p{bc=R}\p{bc=AL}\p{Mn}])?")
+_SOUND = re.compile(r".*(?:LETTER|SYLLABLE|VOWEL SIGN|CHARACTER)(?: SMALL| CAPITAL| SARA)* ([A-Z]+)(?: [A-Z]+)?")
 _PILLOW_SHAPES = features.check("raqm")
 _MATPLOTLIB_SHAPES = tuple(map(int, re.findall(r"\d+", matplotlib.__version__)[:2])) >= (3, 11)
 
@@ -129,7 +130,7 @@ def _spelled(letter: str) -> str:
     if bare and bare != letter and not _rare(bare):
         return bare
     name = unicodedata.name(letter, "")
-    sound = re.fullmatch(r".*(?:LETTER|SYLLABLE|VOWEL SIGN|CHARACTER)(?: SMALL| CAPITAL| SARA)* ([A-Z]+)(?: [A-Z]+)?", name)
+    sound = _SOUND.fullmatch(name)
     if sound:
         return sound[1].lower()
     if unicodedata.combining(letter) or unicodedata.category(letter).startswith("M"):

@@ -28,8 +28,8 @@ class WorkflowError(ValueError):
 def ui_to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[str, Any]:
     """Converts a UI-format workflow to the API prompt format.
 
-    Muted nodes, notes, and of `SHOWN_ONLY` those that the server does not have are left out, bypassed nodes and reroutes are replaced by what feeds them, and
-    primitives by their value, as the canvas does.
+    Muted nodes and notes are left out, bypassed nodes and reroutes are replaced by what feeds them, and
+    primitives by their value, as the canvas does. Of `SHOWN_ONLY` what the server does not have is left out.
 
     Args:
         workflow: the parsed .json file, with ``nodes`` and ``links``.
@@ -220,7 +220,8 @@ def stamp(workflow: dict[str, Any], own: Collection[str], version: str, comfyui:
     """
     for node in workflow["nodes"]:
         properties = node["properties"]
-        properties["cnr_id"], properties["ver"] = ("blendswap", version) if node["type"] in own else ("comfy-core", comfyui)
+        ours = node["type"] in own
+        properties["cnr_id"], properties["ver"] = ("blendswap", version) if ours else ("comfy-core", comfyui)
         chosen = [value for value in node.get("widgets_values") or () if isinstance(value, str) and value in DOWNLOADS]
         properties.pop("models", None)
         if chosen:
