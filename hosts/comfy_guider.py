@@ -16,6 +16,7 @@ from ..blending.guidance import Guidance
 from ..blending.paste import latent_mask
 from ..blending.sampler import guided_estimate
 from .comfy_host import ComfyHost, memory_needed, ordinary, refuse_partial_load
+from .gradients import without_copies
 
 REFUSED: dict[str, str] = {
     "cfg_pp": "it re-noises along the unconditional estimate, which has neither the source nor the guidance in it, so the "
@@ -87,7 +88,7 @@ class BlendGuider(comfy.samplers.CFGGuider):
             comfy.model_management.load_models_gpu(
                 [self.model_patcher, *self.patchers], memory_required=needed, force_full_load=True
             )
-            self.run = _Run(int(more.get("seed") or 0), len(noise))
+            self.run = run = _Run(int(more.get("seed") or 0), len(noise))
             try:
                 return super().sample(
                     *(tensor.detach().clone() for tensor in (noise, latent_image)), sampler, sigmas.detach().clone(),
@@ -100,6 +101,8 @@ class BlendGuider(comfy.samplers.CFGGuider):
                 raise
             finally:
                 self.run = None
+                for patcher in (self.model_patcher, *self.patchers, *run.beside):
+                    without_copies(patcher.model)
 
     def predict_noise(
         self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] = {}, seed: int | None = None
@@ -127,6 +130,7 @@ class BlendGuider(comfy.samplers.CFGGuider):
         refuse_partial_load(self.model_patcher)
         self.conds = ordinary(self.conds)
         run = self.run
+        run.beside = list(self.loaded_models)
         run.guidance = self.make_guidance(host.device, [run.seed + row for row in range(run.candidates)])
         run.source = host.encode(run.guidance.source)
 
@@ -142,12 +146,14 @@ class BlendGuider(comfy.samplers.CFGGuider):
 
 @dataclasses.dataclass
 class _Run:
-    """What belongs to one run. `source` [1, C, h, w] is in the scale that the model was trained on."""
+    """What belongs to one run. `source` [1, C, h, w] is in the scale that the model was trained on; `beside` are the
+    patchers of ControlNets and the like."""
 
     seed: int
     candidates: int
     guidance: Guidance | None = None
     source: Tensor | None = None
+    beside: Sequence[Any] = ()
 
 
 def place(sigma: float, sigmas: Tensor) -> tuple[int, int]:

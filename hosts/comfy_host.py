@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .gradients import repair_inference_tensors
+from .gradients import repair_inference_tensors, without_copies
 from .protocol import Prediction
 
 logger = logging.getLogger(__name__)
@@ -238,11 +238,14 @@ def run(
             cfg = 1.0
         guider.set_conds(ordinary(positive), ordinary(negative))
         guider.set_cfg(cfg)
+        # Conditioning with hooks makes ComfyUI take one that is not dynamic.
+        private = guider.model_patcher
         results: list[Result] = []
 
         def inside(extra_args: dict[str, Any]) -> Tensor:
             if gradients:
                 refuse_partial_load(private)
+            patchers.extend(guider.loaded_models)
             guider.conds = ordinary(guider.conds)
             results.append(body(host(guider, vae, extra_args, private.load_device, _downscale(vae))))
             return torch.zeros_like(noise)
@@ -261,6 +264,9 @@ def run(
             if hasattr(guider, "loaded_models"):
                 comfy.sampler_helpers.cleanup_models(guider.conds, guider.loaded_models)
             raise
+        finally:
+            for patcher in patchers:
+                without_copies(patcher.model)
         return results[0]
 
 

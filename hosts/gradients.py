@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import TensorWeakRef
 
 LENT = ("_v", "prev_comfy_cast_weights")
@@ -34,15 +35,18 @@ def repair_inference_tensors(module: nn.Module) -> int:
 
     Where ComfyUI lends a weight for one use (dynamic VRAM, a partial load), the place that autograd would remember is
     another weight's by the time of the backward pass, and may be an inference tensor. Such a weight is copied at each
-    use by a weight function, which is how ComfyUI's own Train LoRA comes to gradients too. See `OrdinaryCopy`.
+    use by a weight function, which is how ComfyUI's own Train LoRA comes to gradients too. See `OrdinaryCopy`. So is a
+    quantised one: a layer with a weight function computes with what the weight means, and not by a kernel for quantised
+    numbers, of which most have no backward pass and some drop the gradient without a word.
 
-    Loading a model undoes both: repair after each load. Doing so twice does no harm.
+    Loading a model undoes this: repair after each load. Doing so twice does no harm. `without_copies` takes the weight
+    functions off again.
     """
     repaired: dict[int, Tensor] = {}
     with torch.inference_mode(False), torch.no_grad():
         for part in module.modules():
             lent = any(hasattr(part, name) for name in LENT) and hasattr(part, "weight_function")
-            if lent:
+            if lent or _is_quantised(part):
                 _copy_on_use(part)
             for tensors, is_parameter in ((part._parameters, True), (part._buffers, False)):
                 for name, tensor in tensors.items():
@@ -56,6 +60,22 @@ def repair_inference_tensors(module: nn.Module) -> int:
                         )
                     tensors[name] = repaired[id(tensor)]
     return len(repaired)
+
+
+def without_copies(module: nn.Module) -> None:
+    """Takes off what `repair_inference_tensors` has put on layers: they compute as ComfyUI left them."""
+    for part in module.modules():
+        for name in ("weight_function", "bias_function"):
+            functions = part.__dict__.get(name)
+            if functions:
+                setattr(part, name, [function for function in functions if not isinstance(function, OrdinaryCopy)])
+
+
+def _is_quantised(part: nn.Module) -> bool:
+    weight = part._parameters.get("weight")
+    if weight is None or not hasattr(part, "weight_function"):
+        return False
+    return is_traceable_wrapper_subclass(weight) or weight.is_floating_point() and weight.element_size() == 1
 
 
 def _copy_on_use(part: nn.Module) -> None:

@@ -219,7 +219,10 @@ ERRORS = {
     "CPU": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
     "cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 }
-OTHERS = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), accelerator_error("CUDA error: an illegal memory access")]
+OTHERS = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"),
+    accelerator_error("CUDA error: an illegal memory access"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ERRORS)
@@ -346,6 +349,21 @@ def test_gradients_flow_through_quantised_weights(parts, kind):
     for made, whole in ((run(parts, slope), expected), (run(parts, null_slope), expected_null)):
         assert torch.isfinite(made).all()
         assert torch.cosine_similarity(made.flatten(), whole.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.needs_comfy
+@pytest.mark.parametrize("kind", ["fp8", "ComfyUI's own"])
+def test_after_a_gradient_quantised_layers_compute_as_before(parts, kind):
+    def estimate(host):
+        return host.predict(noisy(), 2.0).x0
+
+    with torch.inference_mode():
+        QUANTISED[kind](parts)
+    before = run(parts, estimate, gradients=False)
+    run(parts, slope)
+    assert torch.equal(run(parts, estimate, gradients=False), before)
+    network = parts.model.model.diffusion_model
+    assert not any(getattr(module, "weight_function", None) for module in network.modules())
 
 
 @pytest.mark.needs_comfy
