@@ -280,7 +280,7 @@ def test_every_override_of_a_comfyui_method_is_in_the_list():
 LANGUAGE = {
     "__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__static_attributes__",
     "__firstlineno__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__abstractmethods__", "_abc_impl",
-    "__parameters__", "__orig_bases__",
+    "__parameters__", "__orig_bases__", "__slotnames__",
 }  # fmt: skip
 """What Python itself puts into a class."""
 

@@ -6,7 +6,9 @@ import gc
 import logging
 import re
 import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -81,8 +83,14 @@ def bytes_alive() -> int:
     return sum(storages.values())
 
 
-def runs_alive() -> list[str]:
-    """What belongs to a run and should end with it."""
+@pytest.fixture
+def runs_alive() -> Callable[[], list[str]]:
+    """Gives what belongs to a run of this test and should have ended with it; other tests' failures keep theirs."""
+    before = {id(thing) for thing in run_objects()}
+    return lambda: [type(thing).__name__ for thing in run_objects() if id(thing) not in before]
+
+
+def run_objects() -> list[Any]:
     from blendswap.attention_swap.capture import SourceRun
     from blendswap.attention_swap.swap import Recorder
     from blendswap.hosts.attention_comfy import AttentionAccess
@@ -91,10 +99,10 @@ def runs_alive() -> list[str]:
 
     kinds = (AttentionAccess, CFGGuider, ComfyHost, Recorder, SourceRun)
     gc.collect()
-    return [type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), kinds)]
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
 
 
-def test_a_tape_holds_its_own_bytes_and_gives_them_back_at_once(kit):
+def test_a_tape_holds_its_own_bytes_and_gives_them_back_at_once(kit, runs_alive):
     kit.capture(), kit.capture()  # what is made once and kept
     before = bytes_alive()
     attention = kit.capture(latent=kit.empty(4))[0]
@@ -113,7 +121,7 @@ def test_a_tape_holds_its_own_bytes_and_gives_them_back_at_once(kit):
 
 
 @pytest.mark.parametrize("storage", ["tape", "replay"])
-def test_a_model_lives_no_longer_than_what_needs_it(kit, storage):
+def test_a_model_lives_no_longer_than_what_needs_it(kit, runs_alive, storage):
     model = kit.model.clone()
     alive = weakref.ref(model)
     attention = kit.capture(model=model, storage=storage)[0]
@@ -128,7 +136,7 @@ def test_a_model_lives_no_longer_than_what_needs_it(kit, storage):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in unet.modules())
 
 
-def test_an_inversion_holds_nothing_of_its_run(kit):
+def test_an_inversion_holds_nothing_of_its_run(kit, runs_alive):
     from blendswap.nodes.invert import NullTextInvert
 
     model = kit.model.clone()
@@ -186,7 +194,7 @@ def prompt(storage: str) -> dict:
 
 
 @pytest.mark.parametrize("storage", ["tape", "replay"])
-def test_clearing_comfyuis_cache_gives_the_memory_back(executor, storage):
+def test_clearing_comfyuis_cache_gives_the_memory_back(executor, runs_alive, storage):
     """As its page does by /free (main.py): what is cached is dropped, the models are unloaded, garbage is collected."""
     import comfy.model_management
     from blendswap.attention_swap.capture import Capture

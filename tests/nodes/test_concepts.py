@@ -352,7 +352,7 @@ def test_a_full_disk_is_said_no_half_file_is_left_and_the_next_run_goes_on(dream
      "mask of reference 1 is empty"),
     (lambda pictures: {"masks": torch.ones(2, 64, 64)}, r"masks is \[2, 64, 64\]: give one for all of the 3"),
     (lambda pictures: {"masks": torch.zeros(1, 64, 64)}, "mask of reference 1 is empty"),
-    (lambda pictures: {"class_pictures": with_alpha(pictures)}, "class_pictures has 4 channels.*Split Image"),
+    (lambda pictures: {"class_pictures": torch.cat([pictures, pictures[..., :1]], -1)}, "class_pictures has 4 channels.*Split Image"),
     (lambda pictures: {"class_pictures": ((pictures[0].movedim(-1, 0), torch.ones(64, 64)),)},
      "class_pictures has masks, which mean nothing here"),
     (lambda _: {"token": "star", "instance_prompt": "a star"}, "token 'star' is a common word"),
