@@ -18,6 +18,7 @@ BENCHMARKS = {
     "latent_seams": "what an autoencoder changes outside the mask, and whether the paste leaves a seam",
     "models": "how good the demo models are",
     "ranking": "which order of the candidates puts a good one first, published and own, on the same candidates",
+    "same": "are the pictures of the shipped workflows bit for bit those of another revision; --base REV",
     "subjects": "how good the judge of the demo subjects is",
     "swap_cost": "time and peak memory of a swap, in units of plain sampling, and their growth with tokens",
     "swaps": "is the new subject there, and did the rest stay: Photoswap and its rivals; --sweep for each λ",
