@@ -10,7 +10,7 @@ is a branch, tag or commit; without it, it is the commit at which this branch le
 Each tree runs its own workflow of a name, so that inputs may have moved to other nodes meanwhile, with few steps
 (`AT_MOST`). Those for real checkpoints run on the embedded models, those that train do so for a few steps. Whatever
 their nodes saved, previewed or said is compared by the node's title: pictures pixel by pixel, texts without seconds,
-paths, versions and the size of the machine's memory. Differing pictures are written to OUT/same.
+paths, versions and the size of the machine's memory. Differing pictures and both servers' logs are left in OUT/same.
 
 The exit code is 1 where a picture or text differs, where one is missing under its title and under any other, where a
 workflow fails in either tree, or is in REV alone. What is in the working tree alone, and what is the same under
@@ -103,7 +103,8 @@ def compare(base: Mapping[str, Outcome], tree: Mapping[str, Outcome]) -> list[Ro
 
 def _compare_workflow(name: str, base: Outcome | None, tree: Outcome | None) -> Row:
     if base is None:
-        return Row(name, remarks=["only in the working tree: nothing to compare with"])
+        fails = f"; it fails: {tree.why}" if isinstance(tree, Failure) else ""
+        return Row(name, remarks=[f"only in the working tree: nothing to compare with{fails}"])
     if tree is None:
         return Row(name, differences=["missing in the working tree"])
     if isinstance(base, Failure) or isinstance(tree, Failure):
@@ -261,11 +262,11 @@ def environment(comfy: Path, threads: int) -> dict[str, str]:
 
 
 def run_tree(
-    what: str, pack: Path, names: Collection[str], comfy: Path, variables: Mapping[str, str]
+    pack: Path, names: Collection[str], comfy: Path, variables: Mapping[str, str], log: Path
 ) -> dict[str, Outcome]:
     """Runs those workflows of `names` that the tree in `pack` has, in a server with its nodes.
 
-    what: the tree's name in what is printed. variables: see `environment`.
+    variables: see `environment`. log: where the server's log is left; its stem is the tree's name in what is printed.
     """
     names = sorted(workflow_names(pack).intersection(names), key=lambda name: (name in NEEDS, name))
     outcomes: dict[str, Outcome] = {}
@@ -276,11 +277,13 @@ def run_tree(
             # On the CPU everywhere: what accelerators add up in no fixed order differs from run to run.
             with start_server(comfy, folder, extra_args=["--cpu"], env=variables, pack=pack) as server:
                 for name in names:
-                    say(f"{what}: {name} ({len(outcomes) + 1} of {len(names)}) ...")
+                    say(f"{log.stem}: {name} ({len(outcomes) + 1} of {len(names)}) ...")
                     outcomes[name] = _run_workflow(server, pack / "workflows" / f"{name}.json")
         except (ServerDied, TimeoutError) as error:
             say(str(error))
             outcomes |= {name: Failure(str(error)) for name in names if name not in outcomes}
+        finally:
+            shutil.copy(Path(folder) / "server.log", log)
     return outcomes
 
 
@@ -295,8 +298,7 @@ def _run_workflow(server: ComfyServer, path: Path) -> Outcome:
 
 
 def write_differing(base: Mapping[str, Outcome], tree: Mapping[str, Outcome], out: Path) -> None:
-    """Writes both of each two pictures that differ to the folder `out`, which is emptied first."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Writes both of each two pictures that differ to the folder `out`."""
     for name in base.keys() & tree.keys():
         one, other = base[name], tree[name]
         if isinstance(one, Failure) or isinstance(other, Failure):
@@ -304,7 +306,6 @@ def write_differing(base: Mapping[str, Outcome], tree: Mapping[str, Outcome], ou
         for title in one.keys() & other.keys():
             for number, pair in enumerate(zip(one[title].pictures, other[title].pictures, strict=False), start=1):
                 if picture_difference(*pair):
-                    out.mkdir(parents=True, exist_ok=True)
                     stem = re.sub(r"\W+", "_", f"{name}_{title}_{number}")
                     for where, pixels in zip(("base", "tree"), pair, strict=True):
                         Image.fromarray(pixels).save(out / f"{stem}_{where}.png")
@@ -330,7 +331,10 @@ def _git(*arguments: str) -> str:
 def revision(asked: str | None) -> str:
     """The commit to compare with; raises NoRevision where it is not there."""
     if asked:
-        return _git("rev-parse", "--verify", f"{asked}^{{commit}}")
+        try:
+            return _git("rev-parse", "--verify", f"{asked}^{{commit}}")
+        except NoRevision as error:
+            raise NoRevision(f"--base {asked} is no branch, tag or commit of this repository ({error})") from error
     if _git("branch", "--list", "main"):
         return _git("merge-base", "main", "HEAD")
     return _git("rev-parse", "HEAD")
@@ -367,11 +371,14 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"unknown workflow {', '.join(sorted(unknown))}; choose of {', '.join(sorted(known))}")
         names = set(options.names or known)
         names |= {NEEDS[name] for name in names if name in NEEDS}
+        out = options.out / "same"
+        shutil.rmtree(out, ignore_errors=True)  # an earlier run's pictures would be taken for this one's
+        out.mkdir()
         say(f"base {_git('log', '-1', '--format=%h %s', commit)}; ComfyUI {comfy_version(comfy)}")
-        base = run_tree("base", pack, names, comfy, variables)
-    tree = run_tree("working tree", PACK, names, comfy, variables)
+        base = run_tree(pack, names, comfy, variables, out / "base.log")
+    tree = run_tree(PACK, names, comfy, variables, out / "tree.log")
     rows = compare(base, tree)
-    write_differing(base, tree, options.out / "same")
+    write_differing(base, tree, out)
     differing = sum(bool(row.differences) for row in rows)
     say(f"\n{table(rows)}\n\n{differing} of {len(rows)} workflows differ.")
     sys.exit(1 if differing else 0)

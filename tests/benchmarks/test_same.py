@@ -109,6 +109,9 @@ def test_a_workflow_that_is_lost_is_a_difference_and_a_new_one_is_not():
     assert lost.differences == ["missing in the working tree"]
     assert not new.differences
     assert "only in the working tree" in new.remarks[0]
+    (new,) = same.compare({}, {"new": Failure("no node")})
+    assert not new.differences
+    assert "it fails: no node" in new.remarks[0]
 
 
 def test_the_table_names_each_workflow_with_what_was_found():
@@ -174,6 +177,6 @@ def test_a_change_of_the_scenes_is_found_where_they_are_used_and_nowhere_else(
     assert results["swap_real_image"][2:] == ["DIFFERS"]
     assert any(line.startswith("    'Source': picture 1 differs by up to ") for line in lines)
     assert "1 of 2 workflows differ." in lines
-    written = {path.name for path in (tmp_path / "out" / "same").iterdir()}
+    written = {path.name for path in (tmp_path / "out" / "same").glob("*.png")}
     assert {"swap_real_image_Source_1_base.png", "swap_real_image_Source_1_tree.png"} <= written
     assert not any(name.startswith("swap_synthetic") for name in written)
