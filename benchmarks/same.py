@@ -14,7 +14,7 @@ paths, versions and the size of the machine's memory. Differing pictures and bot
 
 The exit code is 1 where a picture or text differs, where one is missing under its title and under any other, where a
 workflow fails in either tree, or is in REV alone. What is in the working tree alone, and what is the same under
-another title, is only said. All workflows take about ten minutes, one about half a minute.
+another title, is only said. All workflows take some minutes, one about half a minute.
 """
 
 from __future__ import annotations
