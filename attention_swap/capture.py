@@ -1,7 +1,7 @@
 """The source's run: its path, and what a swap needs of its attention, kept or made again.
 
-    tape    what is needed is kept in main memory while the source is sampled once
-    replay  nothing is kept; the source runs again beside the target, one step at a time
+tape    what is needed is kept in main memory while the source is sampled once
+replay  nothing is kept; the source runs again beside the target, one step at a time
 """
 
 from __future__ import annotations
@@ -315,8 +315,18 @@ def _start(host: TextHost, source: Inversion | Noise) -> Capture:
         path, null, method, facts = noise.detach().float().cpu()[None], None, "noise", {}
         sigmas = sigmas.detach().float().cpu()
     return Capture(
-        sigmas, path, None, null, float(host.cfg), method, "replay", nothing, Needs({}), None,
-        estimate(Needs({}), nothing, 0), facts,
+        sigmas,
+        path,
+        None,
+        null,
+        float(host.cfg),
+        method,
+        "replay",
+        nothing,
+        Needs({}),
+        None,
+        estimate(Needs({}), nothing, 0),
+        facts,
     )
 
 

@@ -136,7 +136,11 @@ class Inversion:
             )
         try:
             made = cls(
-                tensors["sigmas"], tensors["trajectory"], tensors.get("null"), about["method"], float(about["cfg"]),
+                tensors["sigmas"],
+                tensors["trajectory"],
+                tensors.get("null"),
+                about["method"],
+                float(about["cfg"]),
                 dict(about["facts"]),
             )
         except (KeyError, TypeError, ValueError) as error:

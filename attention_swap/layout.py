@@ -44,9 +44,12 @@ class LayerInfo:
     def bytes(self, what: What) -> int:
         """Of one picture's tensor."""
         count = {
-            "q": self.tokens * self.width, "out": self.tokens * self.width, "k": self.context * self.width,
-            "v": self.context * self.width, "map": self.tokens * self.context,
-        }  # fmt: skip
+            "q": self.tokens * self.width,
+            "out": self.tokens * self.width,
+            "k": self.context * self.width,
+            "v": self.context * self.width,
+            "map": self.tokens * self.context,
+        }
         return count[what] * self.itemsize
 
 
@@ -213,10 +216,13 @@ class Needs:
     def missing(self, kept: Needs) -> str:
         """What is not among `kept`, for people; empty where all is there."""
         names = {
-            ("self", "out"): "self-attention outputs (φ)", ("self", "q"): "self-attention maps (M)",
-            ("cross", "q"): "cross-attention maps (A)", ("self", "v"): "self-attention keys and values",
-            ("feature", "h"): "decoder features", ("cross", "map"): "the words' maps for the local blend",
-        }  # fmt: skip
+            ("self", "out"): "self-attention outputs (φ)",
+            ("self", "q"): "self-attention maps (M)",
+            ("cross", "q"): "cross-attention maps (A)",
+            ("self", "v"): "self-attention keys and values",
+            ("feature", "h"): "decoder features",
+            ("cross", "map"): "the words' maps for the local blend",
+        }
         lacking: dict[str, set[int]] = {}
         for (kind, index, branch, what), steps in self.steps.items():
             absent = steps - kept.steps.get((kind, index, branch, what), frozenset())

@@ -57,7 +57,11 @@ class WordBlend:
     """
 
     def __init__(
-        self, layers: Sequence[LayerInfo], source: Sequence[Sequence[int]], target: Sequence[Sequence[int]], start: int,
+        self,
+        layers: Sequence[LayerInfo],
+        source: Sequence[Sequence[int]],
+        target: Sequence[Sequence[int]],
+        start: int,
         threshold: float,
     ) -> None:
         self.layers = frozenset(info.layer.index for info in layers)
@@ -69,11 +73,11 @@ class WordBlend:
         """source: the source's map [B, N, L]. target: the target's columns [B, N, P] at `target_positions`."""
         made, start = [], 0
         for ours, theirs in zip(self.source, self.target):
-            columns = target[..., start:start + len(theirs)]
+            columns = target[..., start : start + len(theirs)]
             start += len(theirs)
-            made.append(tuple(
-                part.float().sum(2).unflatten(1, size)[:, None] for part in (source[..., list(ours)], columns)
-            ))
+            made.append(
+                tuple(part.float().sum(2).unflatten(1, size)[:, None] for part in (source[..., list(ours)], columns))
+            )
         if self._sums is None:
             self._sums = made
         else:

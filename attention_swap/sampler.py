@@ -22,6 +22,7 @@ from .steps import StepReport, check_finite
 from .swap import Region, Swapper, Together, planned
 from .tokens import Alignment
 
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
     """A subject that is replaced.
@@ -112,7 +113,13 @@ def attention_swap(
         if on_step is not None:
             on_step(StepReport("target", index, total, x, x0, None, len(branches_of(host)) * len(x)))
     report = swap_report(
-        capture, run.regions, run.swapper.touched, branches_of(host), alignment, run.kept, run.source.evaluations,
+        capture,
+        run.regions,
+        run.swapper.touched,
+        branches_of(host),
+        alignment,
+        run.kept,
+        run.source.evaluations,
         run.notes,
     )
     end = levels[-1]
@@ -183,8 +190,14 @@ class _Run:
 
 
 def _prepare(
-    host: TextHost, capture: Capture, settings: SwapSettings, alignment: Alignment | None,
-    subjects: tuple[Subject, ...], source_host: TextHost | None, mask: Tensor | None, outside: bool,
+    host: TextHost,
+    capture: Capture,
+    settings: SwapSettings,
+    alignment: Alignment | None,
+    subjects: tuple[Subject, ...],
+    source_host: TextHost | None,
+    mask: Tensor | None,
+    outside: bool,
 ) -> _Run:
     notes = [str(capture.facts["note"])] if "note" in capture.facts else []
     _check_host(host, capture, notes)
@@ -203,9 +216,7 @@ def _prepare(
             raise ValueError("the mask covers everything, so nothing may change outside of it: draw a smaller one")
     regions = _regions(capture, settings, subjects, masks, branches_of(host))
     _check_reach(regions, settings, alignment, host, notes)
-    by_word = [
-        subject for subject, own in zip(subjects, masks) if own is None and settings.local_blend
-    ]
+    by_word = [subject for subject, own in zip(subjects, masks) if own is None and settings.local_blend]
     words = _word_blend(capture, settings, alignment, by_word, bool(subjects), limit)
     needs = Needs({})
     for region in regions:
@@ -277,17 +288,19 @@ def _fit(mask: Tensor, name: str, size: tuple[int, int], downscale: int, batch: 
     picture = (size[0] * downscale, size[1] * downscale)
     given = tuple(mask.shape[-2:])
     if given not in (size, picture):
-        notes.append(
-            f"{name} is {given[1]}×{given[0]}, the picture {picture[1]}×{picture[0]}: it was resized"
-        )
+        notes.append(f"{name} is {given[1]}×{given[0]}, the picture {picture[1]}×{picture[0]}: it was resized")
     return resize_mask(mask, *size)
 
 
 def _regions(
-    capture: Capture, settings: SwapSettings, subjects: tuple[Subject, ...], masks: list[Tensor | None],
+    capture: Capture,
+    settings: SwapSettings,
+    subjects: tuple[Subject, ...],
+    masks: list[Tensor | None],
     branches: Sequence[Branch],
 ) -> list[Region]:
     """The settings everywhere, but a subject's own within its mask. Where masks overlap they share."""
+
     def plan(chosen: SwapSettings) -> Plan:
         return chosen.plan(capture.layout, capture.steps, branches)
 
@@ -328,7 +341,11 @@ def _check_reach(
 
 
 def _word_blend(
-    capture: Capture, settings: SwapSettings, alignment: Alignment | None, subjects: list[Subject], any_subject: bool,
+    capture: Capture,
+    settings: SwapSettings,
+    alignment: Alignment | None,
+    subjects: list[Subject],
+    any_subject: bool,
     mask: Tensor | None,
 ) -> WordBlend | None:
     if not settings.local_blend:
@@ -348,9 +365,11 @@ def _word_blend(
                 "name them, or give a mask"
             )
     return WordBlend(
-        blend_layers(capture.layout), [alignment.source_positions(subject.source_word) for subject in subjects],
+        blend_layers(capture.layout),
+        [alignment.source_positions(subject.source_word) for subject in subjects],
         [alignment.target_positions(subject.target_word) for subject in subjects],
-        settings.blend_start(capture.steps), settings.blend_threshold,
+        settings.blend_start(capture.steps),
+        settings.blend_threshold,
     )
 
 

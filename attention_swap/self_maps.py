@@ -91,7 +91,7 @@ class MeanMap:
         rows = max(1, AT_ONCE // (q.shape[0] * heads * width * q.shape[2]))
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
-            part = (q[:, :, top * width:bottom * width] @ k).softmax(-1).mean(1)
+            part = (q[:, :, top * width : bottom * width] @ k).softmax(-1).mean(1)
             self._put(part, size, top, bottom)
         self.count += 1
 
@@ -130,7 +130,7 @@ class MeanMap:
         (height, width), (gh, gw) = size, self.grid
         if height * width <= gh * gw:
             total = self._sum(size, part)
-            total[:, top * width:bottom * width] += part
+            total[:, top * width : bottom * width] += part
             return
         keys = [_axis(*pair, part.device, keys=True) for pair in ((height, gh), (width, gw))]
         down, across = (_axis(*pair, part.device) for pair in ((height, gh), (width, gw)))

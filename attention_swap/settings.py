@@ -77,10 +77,8 @@ class Where:
     def layers(self, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
         """Those of `layers`, all of one kind, that are meant."""
         last = math.inf if self.last is None else self.last
-        found = [
-            info for info in layers if info.layer.place in self.places and self.first <= info.layer.index <= last
-        ]
-        found = found[int(len(found) * self.skip + 1e-6):]
+        found = [info for info in layers if info.layer.place in self.places and self.first <= info.layer.index <= last]
+        found = found[int(len(found) * self.skip + 1e-6) :]
         most = math.inf if self.max_tokens is None else self.max_tokens
         return [info for info in found if self.min_tokens <= info.tokens <= most]
 
@@ -179,9 +177,11 @@ class SwapSettings:
         """These settings on one model. branches: those that run; without guidance "cond" alone."""
         spans = self.spans(steps)
         places = {
-            "self_output": (self.output_where, "self"), "self_map": (self.map_where, "self"),
-            "self_kv": (self.kv_where, "self"), "cross_map": (self.cross_where, "cross"),
-        }  # fmt: skip
+            "self_output": (self.output_where, "self"),
+            "self_map": (self.map_where, "self"),
+            "self_kv": (self.kv_where, "self"),
+            "cross_map": (self.cross_where, "cross"),
+        }
         layers = {
             name: frozenset(info.layer.index for info in where.layers(layout.of(kind)))
             for name, (where, kind) in places.items()
@@ -258,15 +258,19 @@ PRESETS: dict[str, SwapSettings] = {
     "photoswap": SwapSettings(),
     # The published Photoswap code; λ's of its notebook's first example (A 0.6, φ 0.8, M 0).
     "official": SwapSettings(
-        self_output=0.8, self_map=0.0, cross_map=0.6, map_where=_SMALL, cross_where=_COND, local_blend=True,
-        alignment="tokens", published=True,
+        self_output=0.8,
+        self_map=0.0,
+        cross_map=0.6,
+        map_where=_SMALL,
+        cross_where=_COND,
+        local_blend=True,
+        alignment="tokens",
+        published=True,
     ),
     # Hertz et al. 2022 with their code's λ's for real pictures (null_text_w_ptp): cross 0.8, self 0.4 up to 32² tokens.
     "p2p": SwapSettings(self_output=0.0, self_map=0.4, cross_map=0.8, map_where=_SMALL, cross_where=_COND),
     # Tumanyan et al. 2023: q and k of all decoder layers but the first of nine for half the steps; features for 80 %.
-    "pnp": SwapSettings(
-        **{**_OFF, "self_map": 0.5}, features=0.8, map_where=Where(places=("up",), skip=1 / 9)
-    ),
+    "pnp": SwapSettings(**{**_OFF, "self_map": 0.5}, features=0.8, map_where=Where(places=("up",), skip=1 / 9)),
     # Cao et al. 2023: from layer 10 of 16 on, the decoder without its first three layers of nine; after step 4 of 50.
     "masactrl": SwapSettings(**_OFF, self_kv_from=0.08, kv_where=Where(places=("up",), skip=1 / 3)),
 }

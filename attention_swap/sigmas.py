@@ -33,9 +33,7 @@ def ddim_grid(train_sigmas: Tensor, steps: int, scheduler: str = "ddim_uniform")
     if scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler is {scheduler!r}; choose one of {', '.join(SCHEDULERS)}")
     if not 1 <= steps < total:
-        raise ValueError(
-            f"steps is {steps}, but this model was trained on {total} timesteps: use 1 to {total - 1}"
-        )
+        raise ValueError(f"steps is {steps}, but this model was trained on {total} timesteps: use 1 to {total - 1}")
     if scheduler == "simple":
         taken = [total - 1 - int(i * (total / steps)) for i in range(steps)]
     else:

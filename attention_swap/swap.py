@@ -270,8 +270,10 @@ class Swapper:
     def active(self) -> bool:
         """Whether any call of this step is to be seen."""
         reweights = self.alignment is not None and self.alignment.reweights
-        return self.blend is not None or reweights or any(
-            self.step in span for region in self.regions for span in region.plan.spans.values()
+        return (
+            self.blend is not None
+            or reweights
+            or any(self.step in span for region in self.regions for span in region.plan.spans.values())
         )
 
     def attention(self, call: AttentionCall) -> Tensor:
@@ -391,7 +393,8 @@ class Swapper:
             own = word_map(_pick(call.q, rows), _pick(call.k, rows), call.heads, positions, words.length)
         self.blend.add(
             source.unflatten(2, (-1, words.source_length)).sum(2),
-            words.columns(own, source if swap else None, positions), call.size,
+            words.columns(own, source if swap else None, positions),
+            call.size,
         )
 
     def _source(self, kind: Part, index: int, branch: Branch, what: What, like: Tensor, count: int) -> Tensor:
@@ -518,13 +521,13 @@ def _sum_terms(part: Tensor | list[int], outputs: list[Tensor]) -> Tensor:
 def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
     """Rows of a tensor, as a view where they follow one another."""
     if len(rows) == rows[-1] - rows[0] + 1:
-        return tensor[rows[0]:rows[-1] + 1]
+        return tensor[rows[0] : rows[-1] + 1]
     return tensor[rows]
 
 
 def _place(result: Tensor, rows: list[int], value: Tensor) -> None:
     if len(rows) == rows[-1] - rows[0] + 1:
-        result[rows[0]:rows[-1] + 1] = value
+        result[rows[0] : rows[-1] + 1] = value
     else:
         result[rows] = value
 

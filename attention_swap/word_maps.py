@@ -35,9 +35,12 @@ def chosen_words(prompt: TokenisedPrompt, phrases: Sequence[str] = ()) -> list[W
                 f"the word {phrase!r} is not in the prompt, which has "
                 f"{', '.join(repr(word.text) for word in prompt.words)}: name it as it stands there"
             )
-        found.append(Word(phrase, tuple(
-            position for place in places for index in place for position in prompt.words[index].positions
-        )))
+        found.append(
+            Word(
+                phrase,
+                tuple(position for place in places for index in place for position in prompt.words[index].positions),
+            )
+        )
     return found
 
 

@@ -50,7 +50,7 @@ def joined(texts: Sequence[str]) -> str:
     """Words as one writes them: with spaces, but none between characters that are words of their own."""
     whole = ""
     for text in texts:
-        tight = not whole or _is_alone(text) and _is_alone(regex.findall(r"\X", whole)[-1])
+        tight = not whole or (_is_alone(text) and _is_alone(regex.findall(r"\X", whole)[-1]))
         whole += text if tight else f" {text}"
     return whole
 

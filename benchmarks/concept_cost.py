@@ -166,8 +166,12 @@ def comfyui(options: argparse.Namespace) -> dict:
                 "train_lora": train_lora(node, model, clip, vae, settings, phrase, learned.rank, checkpointing),
             }
             one = found[str(checkpointing)] = compare(runs, options.rounds, options.device)
-        print(f"| {'on' if checkpointing else 'off'} | " + " | ".join(ratio(one, "train_lora", key) for key in UNITS)
-              + " |", flush=True)  # fmt: skip
+        print(
+            f"| {'on' if checkpointing else 'off'} | "
+            + " | ".join(ratio(one, "train_lora", key) for key in UNITS)
+            + " |",
+            flush=True,
+        )
     return found
 
 
@@ -201,11 +205,23 @@ def train_lora(node, model, clip, vae, settings: TrainSettings, phrase: str, ran
         latents = {"samples": vae.encode(pictures().movedim(1, -1) / 2 + 0.5)}
         positive = clip.encode_from_tokens_scheduled(clip.tokenize(f"a {phrase}"))
     inputs = {
-        "batch_size": settings.batch, "grad_accumulation_steps": 1, "learning_rate": settings.lr, "rank": rank,
-        "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32",
-        "algorithm": "LoRA", "gradient_checkpointing": checkpointing, "existing_lora": "[None]", "bucket_mode": False,
-        "model": model, "latents": latents, "positive": positive,
-    }  # fmt: skip
+        "batch_size": settings.batch,
+        "grad_accumulation_steps": 1,
+        "learning_rate": settings.lr,
+        "rank": rank,
+        "optimizer": "AdamW",
+        "loss_function": "MSE",
+        "seed": 0,
+        "training_dtype": "fp32",
+        "lora_dtype": "fp32",
+        "algorithm": "LoRA",
+        "gradient_checkpointing": checkpointing,
+        "existing_lora": "[None]",
+        "bucket_mode": False,
+        "model": model,
+        "latents": latents,
+        "positive": positive,
+    }
 
     def run(steps: int, tick: Callable[[], None]) -> None:
         comfy.utils.set_progress_bar_global_hook(lambda *_, **__: tick())

@@ -52,9 +52,7 @@ class Tally:
     def row(self, name: str, unit: float) -> str:
         low, high = wilson(self.successes, self.asked)
         rate = self.successes / max(self.asked, 1)
-        return (
-            f"| {name} | {self.seconds / unit:.2f} | {rate:.2f} | {low:.2f}–{high:.2f} | {self.worst} |"
-        )
+        return f"| {name} | {self.seconds / unit:.2f} | {rate:.2f} | {low:.2f}–{high:.2f} | {self.worst} |"
 
 
 def speed_variants(model: str, side: int = 1) -> dict[str, Variant]:
@@ -107,9 +105,7 @@ class Regions:
     def run(self, picture: Tensor, wanted: list[tuple[np.ndarray, str]], seeds: list[int]) -> Tensor:
         """One run over `wanted` regions (mask and prompt of each), after the paste, [N, 3, H, W] in -1..1."""
         masks = [torch.from_numpy(mask)[None, None].float() for mask, _ in wanted]
-        regions = tuple(
-            Region(mask, terms_for(self.bench.guide, prompt)) for mask, (_, prompt) in zip(masks, wanted)
-        )
+        regions = tuple(Region(mask, terms_for(self.bench.guide, prompt)) for mask, (_, prompt) in zip(masks, wanted))
         augment = ExtendingAugmentations(copies=8)
         guidance = Guidance(METHOD, regions, picture, augment, augment.generators(seeds))
         return exact_paste(picture, blended_diffusion(self.host, guidance, seeds, METHOD), editable(masks))
@@ -136,8 +132,12 @@ def compare_regions(count: int, candidates: int) -> dict[str, Tally]:
             tally = tallies[name]
             tally.seconds += time.process_time() - begun
             count_successes(tally, pictures, source, list(zip(masks, pair)))
-        logger.info("case %d/%d: %s", number + 1, count,
-                    ", ".join(f"{name} {tally.successes}/{tally.asked}" for name, tally in tallies.items()))
+        logger.info(
+            "case %d/%d: %s",
+            number + 1,
+            count,
+            ", ".join(f"{name} {tally.successes}/{tally.asked}" for name, tally in tallies.items()),
+        )
     return tallies
 
 
@@ -151,8 +151,12 @@ def compare_speed(count: int, candidates: int, model: str, table: dict[str, Vari
             tally = tallies[name]
             tally.seconds += time.process_time() - begun
             count_successes(tally, as_pixels(made), source, [(mask, case)])
-        logger.info("case %d/%d: %s", number + 1, count,
-                    ", ".join(f"{name} {tally.successes}/{tally.asked}" for name, tally in tallies.items()))
+        logger.info(
+            "case %d/%d: %s",
+            number + 1,
+            count,
+            ", ".join(f"{name} {tally.successes}/{tally.asked}" for name, tally in tallies.items()),
+        )
     return tallies
 
 
@@ -194,7 +198,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--model", choices=("prior", "text"), default="prior", help="for speed")
     parser.add_argument("--only", default="all", help="ways to compare for speed, the first of them the unit")
-    parser.add_argument("--side", type=int, default=1, help="of the pictures in scenes, one of which is edited, for speed")
+    parser.add_argument(
+        "--side", type=int, default=1, help="of the pictures in scenes, one of which is edited, for speed"
+    )
     parser.add_argument("--plot", type=Path, help="where to draw time against success")
     options = parser.read(arguments)
     if options.what == "regions":
@@ -207,8 +213,10 @@ def main(arguments: list[str] | None = None) -> None:
     unit = next(iter(tallies.values())).seconds
     lines = [tally.row(name, unit) for name, tally in tallies.items()]
     print("| way | time | success | 95 % | max background Δ |\n|---|---|---|---|---|\n" + "\n".join(lines))
-    write_json(options.out / f"controls_{options.what}_{options.model}_{options.side}.json",
-               {name: dataclasses.asdict(tally) for name, tally in tallies.items()})
+    write_json(
+        options.out / f"controls_{options.what}_{options.model}_{options.side}.json",
+        {name: dataclasses.asdict(tally) for name, tally in tallies.items()},
+    )
     if options.plot:
         plot(tallies, options.plot)
 

@@ -35,13 +35,24 @@ from .options import Parser, processor
 
 def network(size: int, width: int) -> GuidedDiffusionUNet:
     """An ADM network in the published layout: three levels, attention at the lowest, learned variance."""
-    return GuidedDiffusionUNet({
-        "sample_size": size, "in_channels": 3, "out_channels": 6, "layers_per_block": 2,
-        "block_out_channels": (width, 2 * width, 4 * width),
-        "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
-        "attention_head_dim": 64, "resnet_time_scale_shift": "scale_shift", "norm_num_groups": 32,
-    }).eval().requires_grad_(False)
+    return (
+        GuidedDiffusionUNet(
+            {
+                "sample_size": size,
+                "in_channels": 3,
+                "out_channels": 6,
+                "layers_per_block": 2,
+                "block_out_channels": (width, 2 * width, 4 * width),
+                "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+                "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
+                "attention_head_dim": 64,
+                "resnet_time_scale_shift": "scale_shift",
+                "norm_num_groups": 32,
+            }
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def peak_memory(action: Callable[[], object], device: str) -> int:
@@ -97,20 +108,24 @@ def main(arguments: list[str] | None = None) -> None:
     count = sum(p.numel() for p in unet.parameters()) / 1e6
     print(f"{where}; model {count:.1f} M parameters at {options.size} px, guide {guide.name} at {guide.image_size} px")
     print("time in units of a plain forward pass of the same batch; memory likewise\n")
-    print("| batch | copies | ours | two forwards | direct | memory ours | memory two forwards | memory direct |\n"
-          "|---|---|---|---|---|---|---|---|")
+    print(
+        "| batch | copies | ours | two forwards | direct | memory ours | memory two forwards | memory direct |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
     for batch in (int(n) for n in options.batches.split(",")):
         source = torch.zeros(1, 3, options.size, options.size, device=device)
         mask = torch.zeros(1, 1, options.size, options.size, device=device)
-        mask[..., options.size // 4:-options.size // 4, options.size // 4:-options.size // 4] = 1
+        mask[..., options.size // 4 : -options.size // 4, options.size // 4 : -options.size // 4] = 1
         x = torch.randn(batch, 3, options.size, options.size, device=device)
         for copies in (int(n) for n in options.copies.split(",")):
+
             def step(gradient: str, again: bool = False) -> Tensor:
                 settings = BlendSettings(gradient=gradient)
                 augment = ExtendingAugmentations(copies=copies)
                 target = torch.nn.functional.normalize(torch.ones(guide.embed_dim, device=device), dim=0)
-                guidance = Guidance(settings, (Region.of(mask, guide, target),), source, augment,
-                                    augment.generators(range(batch)))
+                guidance = Guidance(
+                    settings, (Region.of(mask, guide, target),), source, augment, augment.generators(range(batch))
+                )
                 if again:
                     _plain_prediction(host, plain, schedule, x, index)
                 return _guided_prediction(host, guidance, settings, schedule, x, index)[2]

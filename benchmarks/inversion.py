@@ -68,8 +68,10 @@ def main(arguments: list[str] | None = None) -> None:
     where = processor(options.device)
     bound = statistics.mean(bounds)
     print(f"\n{where}; {options.count} pictures, {options.steps} steps; VAE's round trip {bound:.2f} dB\n")
-    print("| cfg | method | PSNR | below the bound, mean (worst) | reached | forward | backward | runs | time |\n"
-          "|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        "| cfg | method | PSNR | below the bound, mean (worst) | reached | forward | backward | runs | time |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
     for (cfg, name), measured in rows.items():
         print(row(cfg, name, measured, rows.get((cfg, REFERENCE)), bounds))
     figures = {f"{name}, cfg {cfg:g}": measured for (cfg, name), measured in rows.items()}
@@ -93,8 +95,10 @@ def measure(
     with torch.no_grad():
         quality = psnr(host.decode(inverted.reconstruction), picture)
     return {
-        "psnr": quality, "forward": inverted.inversion.steps + sum(step.forwards for step in inverted.steps),
-        "backward": sum(step.backwards for step in inverted.steps), "seconds": seconds,
+        "psnr": quality,
+        "forward": inverted.inversion.steps + sum(step.forwards for step in inverted.steps),
+        "backward": sum(step.backwards for step in inverted.steps),
+        "seconds": seconds,
     }
 
 

@@ -54,8 +54,11 @@ CELL = 4
 """Pixels of a latent cell of the demo model."""
 
 OFF = SwapSettings(self_output=0.0, self_map=0.0, cross_map=0.0)
-SWEPT = {"self_output": "λ_φ, self-attention output", "self_map": "λ_M, self-attention map",
-         "cross_map": "λ_A, cross-attention map"}  # fmt: skip
+SWEPT = {
+    "self_output": "λ_φ, self-attention output",
+    "self_map": "λ_M, self-attention map",
+    "cross_map": "λ_A, cross-attention map",
+}
 SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -134,7 +137,8 @@ def cases(count: int) -> list[Case]:
         options = {"shape": world.SHAPES, "colour": tuple(world.COLOURS), "pattern": world.PATTERNS}
         changes = {
             name: str(rng.choice([value for value in values if value != getattr(thing, name)]))
-            for name, values in options.items() if name in kind
+            for name, values in options.items()
+            if name in kind
         }
         made.append(Case(kind, scene, scene.replace(0, **changes)))
     return made
@@ -170,8 +174,11 @@ def background_psnr(source: np.ndarray, picture: np.ndarray, objects: np.ndarray
 def judged(case: Case, source: np.ndarray, picture: np.ndarray) -> Judged:
     """`picture` and the source [H, W, 3] uint8."""
     wanted, found = case.target.things[0], judge.judge(picture, world.edit_mask(case.target))
-    right = {"shape": found.shape == wanted.shape, "colour": found.palette == wanted.colour,
-             "pattern": found.pattern == wanted.pattern}  # fmt: skip
+    right = {
+        "shape": found.shape == wanted.shape,
+        "colour": found.palette == wanted.colour,
+        "pattern": found.pattern == wanted.pattern,
+    }
     pose = overlap(silhouette(world.object_mask(case.target)), silhouette(judge.outline(picture)))
     asked = all(right[name] for name in case.changed)
     things = world.object_mask(case.source) | world.object_mask(case.target)
@@ -203,8 +210,14 @@ class Bench:
         row = self.prompts.index(scene.caption())
         context, parts = self.parts.context, self.parts
         return DiffusersTextHost(
-            parts.unet, context[row:row + 1], context[:1], parts.alphas_cumprod, cfg=self.cfg,
-            prediction=parts.prediction, vae=parts.vae, device=self.device,
+            parts.unet,
+            context[row : row + 1],
+            context[:1],
+            parts.alphas_cumprod,
+            cfg=self.cfg,
+            prediction=parts.prediction,
+            vae=parts.vae,
+            device=self.device,
         )
 
     @torch.no_grad()
@@ -290,8 +303,10 @@ def cell(figure: dict, places: int = 2) -> str:
 
 
 def table(found: dict[str, list[Judged]], first: str = "method") -> str:
-    lines = [f"| {first} | subject | asked | shape | colour | pattern | pose IoU | background dB | overall |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"| {first} | subject | asked | shape | colour | pattern | pose IoU | background dB | overall |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, ones in found.items():
         figures = summary(ones)
         cells = [cell(figures["subject"]), cell(figures["asked"])]
@@ -305,8 +320,10 @@ def kinds_table(found: dict[str, list[Judged]], chosen: Sequence[Case]) -> str:
     """Rate of subjects as asked by kind of change."""
     kinds = [kind for kind in KINDS if any(case.kind == kind for case in chosen)]
     counts = [sum(case.kind == kind for case in chosen) for kind in kinds]
-    lines = ["| subject as asked | " + " | ".join(f"{kind} ({count})" for kind, count in zip(kinds, counts)) + " |",
-             "|---" * (len(kinds) + 1) + "|"]  # fmt: skip
+    lines = [
+        "| subject as asked | " + " | ".join(f"{kind} ({count})" for kind, count in zip(kinds, counts)) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
     for name, ones in found.items():
         cells = [
             f"{np.mean([one.subject for one, case in zip(ones, chosen) if case.kind == kind]):.2f}" for kind in kinds
@@ -359,7 +376,9 @@ def sweep_methods(corrected: bool) -> dict[tuple[str, float], Method]:
     """A swap for each λ and value, the others 0. All λ 0 is one and the same."""
     return {
         (name, value): Method(dataclasses.replace(OFF, **{name: value}), corrected)
-        for name in SWEPT for value in SWEEP if value or name == next(iter(SWEPT))
+        for name in SWEPT
+        for value in SWEEP
+        if value or name == next(iter(SWEPT))
     }
 
 
@@ -421,17 +440,22 @@ def run_methods(bench: Bench, chosen: Sequence[Case], methods: dict[str, Method]
     written = "\n\n".join(parts)
     print(written, flush=True)
     (out / "swaps.md").write_text(written + "\n", encoding="utf-8")
-    write_json(out / "swaps.json", {
-        **settled, "seconds": bench.seconds,
-        "methods": {name: summary(ones) for name, ones in found.items()},
-        "by case": [
-            {
-                "words": case.words, "kind": case.kind,
-                **{name: dataclasses.asdict(one) for name, one in zip(found, said)},
-            }
-            for case, _, said in rows
-        ],
-    })
+    write_json(
+        out / "swaps.json",
+        {
+            **settled,
+            "seconds": bench.seconds,
+            "methods": {name: summary(ones) for name, ones in found.items()},
+            "by case": [
+                {
+                    "words": case.words,
+                    "kind": case.kind,
+                    **{name: dataclasses.asdict(one) for name, one in zip(found, said)},
+                }
+                for case, _, said in rows
+            ],
+        },
+    )
 
 
 def run_sweep(bench: Bench, chosen: Sequence[Case], corrected: bool, settled: dict, out: Path) -> None:
@@ -443,9 +467,14 @@ def run_sweep(bench: Bench, chosen: Sequence[Case], corrected: bool, settled: di
     stem = "swaps_sweep" if corrected else "swaps_sweep_uncorrected"
     plot(lines, out / f"{stem}.png")
     (out / f"{stem}.md").write_text(written + "\n", encoding="utf-8")
-    write_json(out / f"{stem}.json", {
-        **settled, "corrected": corrected, "sweep": {name: summary(ones) for name, ones in named.items()},
-    })
+    write_json(
+        out / f"{stem}.json",
+        {
+            **settled,
+            "corrected": corrected,
+            "sweep": {name: summary(ones) for name, ones in named.items()},
+        },
+    )
 
 
 if __name__ == "__main__":

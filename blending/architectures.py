@@ -132,15 +132,11 @@ def preprocessing(architecture: str, path: Path) -> dict:
     Where they depend on the weights (ViT-L-14 of LAION-2B, ViT-H-14 of DFN), the tag named in the file's or
     its folder's name decides, else the first tag, and the log says so.
     """
-    configs = {
-        tag: get_pretrained_cfg(architecture, tag) for tag in list_pretrained_tags_by_model(architecture)
-    }
+    configs = {tag: get_pretrained_cfg(architecture, tag) for tag in list_pretrained_tags_by_model(architecture)}
     if not configs:
         return DEFAULT_PREPROCESS
     named = [config for tag, config in configs.items() if tag.split("_")[0] in _hints(path)]
-    kinds = {
-        (tuple(config["mean"]), tuple(config["std"]), config["resize_mode"]) for config in configs.values()
-    }
+    kinds = {(tuple(config["mean"]), tuple(config["std"]), config["resize_mode"]) for config in configs.values()}
     if len(kinds) > 1 and not named:
         logger.warning(
             "%s: the preprocessing of %s depends on its weights (%s). Name the file or its folder after "

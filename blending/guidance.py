@@ -177,9 +177,7 @@ class Guidance:
                 leaf = seen.detach().requires_grad_()
                 views = self.augment.apply(leaf * mask, parameters, part, guide.image_size)
                 vectors = guide.embed_image(views)
-                shares = [
-                    distance(vectors, term.target).to(leaf).view(-1, count).sum(0) / copies for term in terms
-                ]
+                shares = [distance(vectors, term.target).to(leaf).view(-1, count).sum(0) / copies for term in terms]
                 pull = sum(term.weight * share.sum() for term, share in zip(terms, shares))
                 gradient += torch.autograd.grad(pull, leaf)[0]
             values += torch.stack(shares).detach()

@@ -309,9 +309,7 @@ def _published_guide(path: Path, weights: dict[str, Tensor], architecture: str) 
             "ViT-B-16, ViT-L-14 or ViT-H-14."
         )
     model = _build(config, architecture, weights, path)
-    return _guide(
-        model, open_clip.get_tokenizer(architecture), architecture, preprocessing(architecture, path)
-    )
+    return _guide(model, open_clip.get_tokenizer(architecture), architecture, preprocessing(architecture, path))
 
 
 def _folder_guide(folder: Path) -> ClipGuide:
@@ -326,9 +324,7 @@ def _folder_guide(folder: Path) -> ClipGuide:
             f"{folder} is no open_clip model folder: {FOLDER_CONFIG} is missing or damaged ({error}). "
             "Download the folder again, or choose the weights file itself."
         ) from error
-    path = next(
-        (folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), folder / FOLDER_WEIGHTS[0]
-    )
+    path = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), folder / FOLDER_WEIGHTS[0])
     if text.get("hf_model_name"):
         raise ValueError(
             f"{folder}: its text side is '{text['hf_model_name']}' of Transformers, which open_clip would "
@@ -336,8 +332,7 @@ def _folder_guide(folder: Path) -> ClipGuide:
         )
     if text.get("hf_tokenizer_name") and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(
-            f"{folder} lacks its tokenizer: put tokenizer.json and tokenizer_config.json of the same model "
-            "into it."
+            f"{folder} lacks its tokenizer: put tokenizer.json and tokenizer_config.json of the same model into it."
         )
     weights, _ = _plain_state_dict(path, _read_clip_file(path)[0])
     preprocess = {**DEFAULT_PREPROCESS, **description.get("preprocess_cfg", {})}
@@ -359,9 +354,7 @@ def _read_clip_file(path: Path) -> tuple[dict, dict[str, str]]:
         )
     cure = "Download the file again; the weights of an open_clip or OpenAI CLIP are needed."
     if path.stat().st_size < 1024:
-        raise ValueError(
-            f"{path} is only {path.stat().st_size} bytes long (a placeholder, or truncated). {cure}"
-        )
+        raise ValueError(f"{path} is only {path.stat().st_size} bytes long (a placeholder, or truncated). {cure}")
     return read_weights(path, cure)
 
 
@@ -370,9 +363,7 @@ def _plain_state_dict(path: Path, weights: dict) -> tuple[dict[str, Tensor], boo
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(
-            f"{path} does not hold a state dict (names with tensors), so it is no CLIP weights file."
-        )
+        raise ValueError(f"{path} does not hold a state dict (names with tensors), so it is no CLIP weights file.")
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
     if any(key.startswith(("vision_model.", "text_model.")) for key in weights):
         raise ValueError(

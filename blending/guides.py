@@ -14,8 +14,8 @@ class CombinedGuide:
     """CLIPs with weights, as one that scores by their weighted mean similarity.
 
     Its vectors are the members' one after another, each scaled by the square root of its weight: of two such vectors
-    the product is the weighted mean of the members' cosines. A run that steers asks the `members` one by one instead, so
-    that only one of them is in memory's way at a time, and each looks at its own size.
+    the product is the weighted mean of the members' cosines. A run that steers asks the `members` one by one instead,
+    so that only one of them is in memory's way at a time, and each looks at its own size.
 
     Attributes:
         members: (guide, weight), weights above 0 that add up to 1.

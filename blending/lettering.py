@@ -1,8 +1,8 @@
 """Letters in pictures: which font has them, and what stands for those that no font here has.
 
-matplotlib brings DejaVu Sans (Latin, Greek, Cyrillic, Hebrew, Arabic and more); further scripts are looked for among the
-fonts of the system. A letter that none of them has is written out in plain ones: "ね" as "ne", "🐶" as "[dog face]"; a
-Chinese one by its number, "[U+732B]", which `legend` explains.
+matplotlib brings DejaVu Sans (Latin, Greek, Cyrillic, Hebrew, Arabic and more); further scripts are looked for among
+the fonts of the system. A letter that none of them has is written out in plain ones: "ね" as "ne", "🐶" as
+"[dog face]"; a Chinese one by its number, "[U+732B]", which `legend` explains.
 """
 
 from __future__ import annotations
@@ -35,12 +35,17 @@ def written(text: str) -> str:
 def legend(texts: Iterable[str]) -> str:
     """What stands for letters that pictures cannot show by more than a number; empty where there are none."""
     strange = dict.fromkeys(
-        letter for text in texts for letter in unicodedata.normalize("NFC", text)
+        letter
+        for text in texts
+        for letter in unicodedata.normalize("NFC", text)
         if letter in _lacking(text) and _spelled(letter) == _numbered(letter)
     )
-    return "no font here has these letters of the labels: " + ", ".join(
-        f"{_numbered(letter)} is {letter}" for letter in strange
-    ) if strange else ""
+    return (
+        "no font here has these letters of the labels: "
+        + ", ".join(f"{_numbered(letter)} is {letter}" for letter in strange)
+        if strange
+        else ""
+    )
 
 
 def for_matplotlib(text: str) -> tuple[str, dict]:
@@ -99,9 +104,12 @@ def _fonts(letters: frozenset[str]) -> dict[str, tuple[str, str]]:
     if not letters:
         return found
     upright = sorted(
-        {(one.style != "normal", one.weight not in (400, "normal", "regular"), one.name, one.fname)
-         for one in fontManager.ttflist if "LastResort" not in one.fname}
-    )  # fmt: skip
+        {
+            (one.style != "normal", one.weight not in (400, "normal", "regular"), one.name, one.fname)
+            for one in fontManager.ttflist
+            if "LastResort" not in one.fname
+        }
+    )
     for *_, name, path in upright:
         missing = letters - found.keys()
         if not missing:

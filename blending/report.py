@@ -154,9 +154,7 @@ def _outside_measures(
         "identical_outside": float((difference.max(axis=-1) == 0).mean()),
         "max_abs_outside_float": float(np.abs(kept - kept_after).max() * 255),
         "mse_outside": mse,
-        "psnr_outside": math.inf
-        if mse == 0
-        else float(peak_signal_noise_ratio(kept, kept_after, data_range=1.0)),
+        "psnr_outside": math.inf if mse == 0 else float(peak_signal_noise_ratio(kept, kept_after, data_range=1.0)),
         "ssim_outside": _ssim(source[0].numpy(), result[0].numpy(), outside),
     }
     if perceptual is not None:

@@ -68,7 +68,9 @@ def blended_diffusion(
         FloatingPointError: the model, or the guide, gave NaN or infinite values.
     """
     if settings.clamp and host.downscale != 1:
-        raise ValueError("clamp keeps x̂0 within a picture's range, which latents do not have; switch it off for a latent MODEL")
+        raise ValueError(
+            "clamp keeps x̂0 within a picture's range, which latents do not have; switch it off for a latent MODEL"
+        )
     guidance.begin()
     schedule = Schedule.respaced(host.train_sigmas, settings.steps)
     noise = CandidateNoise(seeds, host.device)
@@ -144,8 +146,14 @@ def _in_range(x0: Tensor, settings: BlendSettings) -> Tensor:
 
 
 def _guided_prediction(
-    host: DiffusionHost, guidance: Guidance, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int,
-    progress: float = 1.0, factor: float = 1.0,
+    host: DiffusionHost,
+    guidance: Guidance,
+    settings: BlendSettings,
+    schedule: Schedule,
+    x: Tensor,
+    index: int,
+    progress: float = 1.0,
+    factor: float = 1.0,
 ):
     """One forward pass that serves both the step and the gradient ∂L/∂x_t, and at most one backward pass.
 
@@ -184,7 +192,12 @@ def _guided_prediction(
 
 
 def guided_estimate(
-    host: DiffusionHost, guidance: Guidance, settings: BlendSettings, x: Tensor, sigma: float, progress: float,
+    host: DiffusionHost,
+    guidance: Guidance,
+    settings: BlendSettings,
+    x: Tensor,
+    sigma: float,
+    progress: float,
     factor: float,
 ) -> Tensor:
     """x̂0 [B, C, h, w] moved by the guidance, for samplers that know no gradient.
@@ -202,9 +215,7 @@ def guided_estimate(
     if not guidance.active or factor == 0:
         x0, variance, gradient, _ = _plain_prediction(host, settings, schedule, x, 0)
     else:
-        x0, variance, gradient, _ = _guided_prediction(
-            host, guidance, settings, schedule, x, 0, progress, factor
-        )
+        x0, variance, gradient, _ = _guided_prediction(host, guidance, settings, schedule, x, 0, progress, factor)
     _check_finite(x0, variance, gradient, 0)
     return x0 if gradient is None else x0 - gradient * ((1 - alpha) / alpha**0.5)
 

@@ -41,8 +41,8 @@ class BlendSettings:
         background_loss: "paper", λ·½(MSE + LPIPS) of both backgrounds; "official", λ·(10·MSE + LPIPS) of the
             masked result against the unmasked source.
         clamp: keep x̂0 within -1..1, for the step and for CLIP (guided-diffusion's clip_denoised); in pixel space only.
-            Off in the paper's code. It tames a prior whose estimates overshoot at high noise, as small ones do; the range
-            loss is 0 then.
+            Off in the paper's code. It tames a prior whose estimates overshoot at high noise, as small ones do; the
+            range loss is 0 then.
         guide_decode: what of a latent estimate is decoded for CLIP: "whole", or the "window" around the mask (see
             `decode_for_guide`); the range loss then holds within it.
         chunk: copies that CLIP sees at once; 0 for all. Only memory depends on it.
@@ -87,8 +87,7 @@ class BlendSettings:
             raise ValueError(f"steps is {self.steps}; it must be 1 to 1000")
         if not 0 <= self.start < self.steps:
             raise ValueError(
-                f"start is {self.start} of {self.steps} steps, which leaves none to run; choose 0 to "
-                f"{self.steps - 1}"
+                f"start is {self.start} of {self.steps} steps, which leaves none to run; choose 0 to {self.steps - 1}"
             )
         for name in ("guidance", "range_weight", "background_weight", "chunk"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -109,8 +108,17 @@ class Preset:
 _PAPER: dict[str, object] = {
     name: BlendSettings.__dataclass_fields__[name].default
     for name in (
-        "steps", "start", "sampler", "range_weight", "distance", "guided_input", "gradient", "blend",
-        "background_level", "background_weight", "clamp",
+        "steps",
+        "start",
+        "sampler",
+        "range_weight",
+        "distance",
+        "guided_input",
+        "gradient",
+        "blend",
+        "background_level",
+        "background_weight",
+        "clamp",
     )
 }
 

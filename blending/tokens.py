@@ -16,7 +16,8 @@ _EMBEDDING = re.compile(r"(?:^|(?<=\s))embedding:[^\s,<\[]+")
 
 def plain_words(prompt: str) -> str:
     """A prompt as ComfyUI's text encoders take it, without what only they can do: weights, as in "(blue:1.4)" or
-    "(blue)", leave the word alone, "embedding:name" goes. Brackets that are meant are written as there: "\\(" and "\\)".
+    "(blue)", leave the word alone, "embedding:name" goes. Brackets that are meant are written as there: "\\("
+    and "\\)".
     """
     text = prompt.replace("\\)", "\0\1").replace("\\(", "\0\2")
     while (unwrapped := _BRACKETS.sub(lambda found: _without_weight(found[1]), text)) != text:

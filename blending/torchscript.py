@@ -78,9 +78,7 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
                 if key not in storages:
                     # A copy, because the bytes of an archive are read-only.
                     content = bytearray(archive.read(f"{folder}/{key}"))
-                    storages[key] = (
-                        torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-                    )
+                    storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
                 return storages[key]
 
         with archive.open(data) as file:

@@ -44,7 +44,7 @@ class Window:
     width: int
 
     @classmethod
-    def of(cls, picture: Tensor) -> "Window":
+    def of(cls, picture: Tensor) -> Window:
         """All of `picture` [B, C, H, W]."""
         height, width = picture.shape[-2:]
         return cls(0, height, 0, width, height, width)
@@ -75,7 +75,7 @@ class Window:
         """What of `mask` [B, 1, H, W] lies in the window; 0 outside of it."""
         return self.put(torch.zeros_like(mask), self.cut(mask))
 
-    def overlaps(self, other: "Window") -> bool:
+    def overlaps(self, other: Window) -> bool:
         return (
             self.top < other.bottom and other.top < self.bottom and self.left < other.right and other.left < self.right
         )
@@ -216,9 +216,7 @@ def _around(spans: Spans, context: float, size: int, picture: tuple[int, int]) -
     if side >= max(picture):
         own = [min(max(math.ceil(extent * (1 + 2 * context)), least), limit) for extent, limit in zip(extents, picture)]
         sides = [max(each, math.ceil(max(own) / LONGER)) for each in own]
-    (top, bottom), (left, right) = (
-        _interval(*span, each, limit) for span, each, limit in zip(spans, sides, picture)
-    )
+    (top, bottom), (left, right) = (_interval(*span, each, limit) for span, each, limit in zip(spans, sides, picture))
     return Window(top, bottom, left, right, *picture)
 
 

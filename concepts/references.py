@@ -148,8 +148,9 @@ def _check(images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
         if mask is None:
             continue
         if mask.ndim != 2 and not (mask.ndim == 3 and mask.shape[0] == 1):
-            raise ValueError(f"the mask of reference {number} has the shape {list(mask.shape)}; "
-                             "it must be [height, width]")
+            raise ValueError(
+                f"the mask of reference {number} has the shape {list(mask.shape)}; it must be [height, width]"
+            )
         if not torch.isfinite(mask).all():
             raise ValueError(f"the mask of reference {number} has NaN or infinite values")
         if not (mask > 0).any():
@@ -172,11 +173,14 @@ def _mask(mask: Tensor, image: Tensor, shape: tuple[int, int], downscale: int, n
 
 def _count_notes(count: int) -> list[str]:
     if count == 1:
-        return ["One reference alone: what surrounds the subject, and its pose, will be learned with it. 3 to 5 "
-                "pictures on different grounds are better; failing that, give a mask."]
+        return [
+            "One reference alone: what surrounds the subject, and its pose, will be learned with it. 3 to 5 "
+            "pictures on different grounds are better; failing that, give a mask."
+        ]
     if count > MANY:
-        return [f"{count} references: DreamBooth was published with 3 to 5 (faces: about 20). More of them need more "
-                "steps."]
+        return [
+            f"{count} references: DreamBooth was published with 3 to 5 (faces: about 20). More of them need more steps."
+        ]
     return []
 
 

@@ -41,7 +41,8 @@ TOLERANCE = {"fp32": 1.0, "fp16": 3.0, "bf16": 16.0}
 QUICK: dict[str, dict[str, Any]] = {
     "CLIPBlendSampler": {"steps": 4, "start": 1, "candidates": 1, "batch_size": 1},
     # Few steps with much guidance overshoot, and what overshoots grows every rounding.
-    "CLIPBlendGuider": {"guidance": 5.0}, "BasicScheduler": {"steps": 8},
+    "CLIPBlendGuider": {"guidance": 5.0},
+    "BasicScheduler": {"steps": 8},
     "ExtendingAugment": {"copies": 2},
     **{name: {"steps": 4} for name in ("NullTextInvert", "AttentionCapture", "AttentionSVD", "WordMaps")},
     "LearnConceptDreamBooth": {"steps": 3, "class_images": 2},
@@ -60,11 +61,16 @@ class Case:
 
 
 CASES = (
-    Case("blend_replace_object"), Case("blend_latent"), Case("blend_guider"),
-    Case("blend_candidates_report", compared=False), Case("swap_real_image"), Case("swap_pictures", compared=False),
+    Case("blend_replace_object"),
+    Case("blend_latent"),
+    Case("blend_guider"),
+    Case("blend_candidates_report", compared=False),
+    Case("swap_real_image"),
+    Case("swap_pictures", compared=False),
     # What three steps learn is noise; that they run, and what the swap keeps, is what counts.
-    Case("concept_dreambooth_swap", compared=False), Case("concept_inversion_swap", compared=False),
-)  # fmt: skip
+    Case("concept_dreambooth_swap", compared=False),
+    Case("concept_inversion_swap", compared=False),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +88,15 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         return (
-            self.what, self.dtype, self.mode, "ERROR" if self.error else "ok",
+            self.what,
+            self.dtype,
+            self.mode,
+            "ERROR" if self.error else "ok",
             "" if self.seconds is None else f"{self.seconds:.1f}",
             "" if self.peak is None else f"{self.peak / 2**20:.0f}",
-            self.background, "" if self.difference is None else f"{self.difference:.2f}",
-        )  # fmt: skip
+            self.background,
+            "" if self.difference is None else f"{self.difference:.2f}",
+        )
 
 
 HEAD = ("what", "dtype", "dynamic VRAM", "result", "seconds", "peak MiB", "background", "to the CPU")
@@ -129,7 +139,9 @@ class _Check:
                 self._published(server, mode)
             if on_gpu:
                 self._memory_given_back(server, started, mode)
-            ours = {name for name, node in server.object_info().items() if node["python_module"] == "custom_nodes.blendswap"}
+            ours = {
+                name for name, node in server.object_info().items() if node["python_module"] == "custom_nodes.blendswap"
+            }
         if dynamic:
             # One dtype tells whether the other way to hold weights works.
             with self._server("not dynamic", "--disable-dynamic-vram") as server:
@@ -140,13 +152,16 @@ class _Check:
             before = list(self.rows)
             with self._server("cpu", "--cpu") as server:
                 self._cases(server, cases, ["fp32"], "CPU")
-            reference = {row.what: self.pictures[row] for row in self.rows if row not in before and row in self.pictures}
+            reference = {
+                row.what: self.pictures[row] for row in self.rows if row not in before and row in self.pictures
+            }
         compared = {case.workflow for case in cases if case.compared}
         self.rows = [
             _compared(row, self.pictures[row], reference[row.what])
-            if row in self.pictures and row.what in reference and row.what in compared else row
+            if row in self.pictures and row.what in reference and row.what in compared
+            else row
             for row in self.rows
-        ]  # fmt: skip
+        ]
         return {**facts, "nodes of the pack that were run": f"{len(ours & self.seen)} of {len(ours)}"}
 
     @contextlib.contextmanager
@@ -169,10 +184,15 @@ class _Check:
         info = server.object_info()
         for case in cases:
             for dtype in dtypes:
-                self._add(*self._row(
-                    server, case.workflow, dtype, mode, lambda case=case, dtype=dtype: quick(
-                        edits.load_workflow(case.workflow, info), dtype)
-                ))  # fmt: skip
+                self._add(
+                    *self._row(
+                        server,
+                        case.workflow,
+                        dtype,
+                        mode,
+                        lambda case=case, dtype=dtype: quick(edits.load_workflow(case.workflow, info), dtype),
+                    )
+                )
 
     def _row(
         self, server: ComfyServer, what: str, dtype: str, mode: str, make: Callable[[], Prompt]
@@ -199,9 +219,12 @@ class _Check:
         info = server.object_info()
         for kind, name in server.get_json(f"{ROUTE}/own").items():
             row, _ = self._row(
-                server, f"{kind} of yours", "default", mode,
+                server,
+                f"{kind} of yours",
+                "default",
+                mode,
                 lambda kind=kind, name=name: quick(published(kind, name, info), "default"),
-            )  # fmt: skip
+            )
             self._add(dataclasses.replace(row, error=row.error.replace(name, f"the {kind} file")))
 
     def _memory_given_back(self, server: ComfyServer, before: int, mode: str) -> None:
@@ -249,9 +272,10 @@ def _computing_in(prompt: Prompt, dtype: str) -> Prompt:
                 key: [between, 0] if value == [number, 0] else value for key, value in other["inputs"].items()
             }
         made[between] = {
-            "class_type": "ModelComputeDtype", "inputs": {"model": [number, 0], "dtype": dtype},
+            "class_type": "ModelComputeDtype",
+            "inputs": {"model": [number, 0], "dtype": dtype},
             "_meta": {"title": "dtype"},
-        }  # fmt: skip
+        }
     return made
 
 
@@ -266,9 +290,12 @@ def published(kind: str, name: str, info: Mapping[str, Any]) -> Prompt:
     else:
         prompt = edits.load_workflow("blend_replace_object", info)
         changes = {
-            "ADM": {"GuidedDiffusionLoader": {"checkpoint": name}, "CLIPBlendSampler": {"window": "off", "clamp": False}},
+            "ADM": {
+                "GuidedDiffusionLoader": {"checkpoint": name},
+                "CLIPBlendSampler": {"window": "off", "clamp": False},
+            },
             "CLIP": {"CLIPGuideLoader": {"clip_name": name}},
-        }[kind]  # fmt: skip
+        }[kind]
     for node in prompt.values():
         node["inputs"] |= changes.get(node["class_type"], {})
     return prompt
@@ -324,14 +351,20 @@ def report(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     failed = [row for row in rows if row.error]
     lines = [
         "BlendSwap's self-test",
-        *(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in facts.items()),
-        "", *table, "",
+        *(
+            f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in facts.items()
+        ),
+        "",
+        *table,
+        "",
         "to the CPU: mean difference to the CPU's float32 picture where it may change, of 255 levels; tolerated: "
         f"{tolerated}",
         f"{len(rows) - len(failed)} of {len(rows)} are ok, outside of every mask each pixel is the source's"
-        if not failed else f"{len(failed)} of {len(rows)} failed:",
+        if not failed
+        else f"{len(failed)} of {len(rows)} failed:",
         *(f"- {row.what}, {row.dtype or 'default'}: {row.error}" for row in failed),
-    ]  # fmt: skip
+    ]
     return without_names("\n".join(lines)) + "\n"
 
 

@@ -30,12 +30,18 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 24, 48, 72, 96)
-        self.body = nn.Sequential(*[
-            layer
-            for before, after in zip(widths, widths[1:])
-            for layer in (nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after),
-                          nn.SiLU(), nn.MaxPool2d(2))
-        ])
+        self.body = nn.Sequential(
+            *[
+                layer
+                for before, after in zip(widths, widths[1:])
+                for layer in (
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.SiLU(),
+                    nn.MaxPool2d(2),
+                )
+            ]
+        )
         self.name = nn.Sequential(nn.Linear(widths[-1] * 9, 96), nn.SiLU(), nn.Linear(96, len(NAMES)))
 
     def forward(self, crops: Tensor) -> Tensor:

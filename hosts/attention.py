@@ -69,12 +69,15 @@ class AttentionCall:
     occurrence: int
     attend: Attend
 
-
     def part(self, rows: Sequence[int]) -> AttentionCall:
         """The call of some of its rows, which follow one another."""
         start, end = rows[0], rows[-1] + 1
         return dataclasses.replace(
-            self, q=self.q[start:end], k=self.k[start:end], v=self.v[start:end], rows=self.rows[start:end],
+            self,
+            q=self.q[start:end],
+            k=self.k[start:end],
+            v=self.v[start:end],
+            rows=self.rows[start:end],
             attend=PartAttend(self.attend, rows),
         )
 
@@ -126,10 +129,12 @@ def layer_table(parts: Sequence[tuple[Place, Sequence[int]]]) -> list[tuple[Laye
         for transformer, depth in enumerate(depths):
             for block in range(depth):
                 name = f"{place} {transformer}.{block}"
-                table.append((
-                    Layer("self", len(table), place, f"{name} self"),
-                    Layer("cross", len(table), place, f"{name} cross"),
-                ))
+                table.append(
+                    (
+                        Layer("self", len(table), place, f"{name} self"),
+                        Layer("cross", len(table), place, f"{name} cross"),
+                    )
+                )
     return table
 
 

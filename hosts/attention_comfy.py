@@ -60,10 +60,13 @@ class Obstacle:
 SKIPPERS = tuple(
     Obstacle(pattern, name, "leaves passes of the UNet out")
     for pattern, name in (
-        (r"lazycache", "LazyCache"), (r"easycache", "EasyCache"), (r"teacache", "TeaCache"),
-        (r"fbcache|first_?block_?cache|wavespeed", "First Block Cache"), (r"deepcache", "DeepCache"),
+        (r"lazycache", "LazyCache"),
+        (r"easycache", "EasyCache"),
+        (r"teacache", "TeaCache"),
+        (r"fbcache|first_?block_?cache|wavespeed", "First Block Cache"),
+        (r"deepcache", "DeepCache"),
         (r"cache_?dit|dbcache", "Cache-DiT"),
-    )  # fmt: skip
+    )
 )
 RESHAPERS = (
     Obstacle(r"hypertile", "HyperTile", "cuts the tokens into tiles"),
@@ -110,9 +113,9 @@ def _refuse(obstacles: Sequence[Obstacle], model: Any) -> None:
 def _attached(model_options: Mapping[str, Any], wrappers: Mapping[str, Any] | None = None) -> list[str]:
     """The names of all functions that other packs have put into a model's options, with their modules."""
     inner = model_options.get("transformer_options", {})
-    found = [
-        ("", function) for functions in inner.get("patches", {}).values() for function in functions
-    ] + [("", function) for slot in inner.get("patches_replace", {}).values() for function in slot.values()]
+    found = [("", function) for functions in inner.get("patches", {}).values() for function in functions] + [
+        ("", function) for slot in inner.get("patches_replace", {}).values() for function in slot.values()
+    ]
     for kinds in (wrappers or {}, inner.get("wrappers", {})):
         for keyed in kinds.values():
             found += [(key, function) for key, functions in keyed.items() for function in functions]
@@ -137,10 +140,12 @@ def layers_of(unet: UNetModel) -> dict[tuple[Kind, Block], Layer]:
     found = [
         (part, block, [module for module in blocks if isinstance(module, SpatialTransformer)])
         for part, blocks_of in (
-            ("input", unet.input_blocks), ("middle", [unet.middle_block or []]), ("output", unet.output_blocks)
+            ("input", unet.input_blocks),
+            ("middle", [unet.middle_block or []]),
+            ("output", unet.output_blocks),
         )
         for block, blocks in enumerate(blocks_of)
-    ]  # fmt: skip
+    ]
     addresses, parts = [], []
     for part, place in PARTS.items():
         transformers = [(block, module) for where, block, modules in found if where == part for module in modules]
@@ -155,11 +160,7 @@ def layers_of(unet: UNetModel) -> dict[tuple[Kind, Block], Layer]:
                 addresses.append((part, block, index))
     if not addresses:
         raise UnsupportedModel(f"The MODEL has no attention layers. {METHOD} needs them: load {MODELS}.")
-    return {
-        (layer.kind, address): layer
-        for address, layers in zip(addresses, layer_table(parts))
-        for layer in layers
-    }
+    return {(layer.kind, address): layer for address, layers in zip(addresses, layer_table(parts)) for layer in layers}
 
 
 # One run -----------------------------------------------------------------------------------------------------------
@@ -231,7 +232,8 @@ class AttentionAccess:
         wrappers = dict(inner.get("wrappers", {}))
         # Last among the wrappers is next to the network: it sees what the others have made of the pass.
         wrappers[WrappersMP.DIFFUSION_MODEL] = {
-            **wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), WRAPPER_KEY: [self._forward]
+            **wrappers.get(WrappersMP.DIFFUSION_MODEL, {}),
+            WRAPPER_KEY: [self._forward],
         }
         inner["wrappers"] = wrappers
         yield {**model_options, "transformer_options": inner}
@@ -246,17 +248,25 @@ class AttentionAccess:
             logger.warning(
                 "%d of %d passes of the UNet were another pack's, with a conditioning or options of its own; their "
                 "attention is left as it is. On the MODEL are: %s",
-                self._runs - self._shown, self._runs, _list(_attached(model_options)),
-            )  # fmt: skip
+                self._runs - self._shown,
+                self._runs,
+                _list(_attached(model_options)),
+            )
 
     def _count(self, module: nn.Module, args: tuple) -> None:
         self._runs += 1
 
     def _forward(
-        self, executor: Callable, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
-        y: Tensor | None = None, control: Any = None, transformer_options: dict[str, Any] | None = None,
+        self,
+        executor: Callable,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         options = {} if transformer_options is None else transformer_options
         if self._pass is not None:
             raise RuntimeError("the UNet was run from within its own forward pass")
@@ -319,10 +329,11 @@ class AttentionAccess:
                 **replaced,
                 **{
                     slot: {block: self._replaced(function) for block, function in replaced[slot].items()}
-                    for slot in SLOTS if slot in replaced
+                    for slot in SLOTS
+                    if slot in replaced
                 },
             },
-        }  # fmt: skip
+        }
         before = {key: options[key] for key in changes if key in options}
         options.update(changes)
         try:
@@ -405,9 +416,13 @@ class AttentionAccess:
             if not group.known:
                 results.append(attend(*part, rows=group.rows))
                 continue
-            results.append(self.handler.attention(AttentionCall(
-                layer, *part, heads, size, group.branches, group.occurrence, PartAttend(attend, group.rows)
-            )))
+            results.append(
+                self.handler.attention(
+                    AttentionCall(
+                        layer, *part, heads, size, group.branches, group.occurrence, PartAttend(attend, group.rows)
+                    )
+                )
+            )
         return _in_order(results, current.groups)
 
     def _feature(self, index: int) -> Callable:
@@ -419,11 +434,15 @@ class AttentionAccess:
                 group = current.groups[0]
                 result = self.handler.feature(FeatureCall(index, output, group.branches, group.occurrence))
             else:
-                result = _in_order([
-                    self.handler.feature(FeatureCall(index, output[group.rows], group.branches, group.occurrence))
-                    if group.known else output[group.rows]
-                    for group in current.groups
-                ], current.groups)  # fmt: skip
+                result = _in_order(
+                    [
+                        self.handler.feature(FeatureCall(index, output[group.rows], group.branches, group.occurrence))
+                        if group.known
+                        else output[group.rows]
+                        for group in current.groups
+                    ],
+                    current.groups,
+                )
             # FreeU and its like scale it in place; the handler may have kept it.
             return result.clone() if "output_block_patch" in current.options.get("patches", {}) else result
 

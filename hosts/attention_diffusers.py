@@ -69,9 +69,15 @@ class DiffusersTextHost(DiffusersHost):
         """
         parts = load_pipeline(folder, [prompt, negative], device)
         return cls(
-            parts.unet, parts.context[:1], parts.context[1:], parts.alphas_cumprod, cfg=cfg,
-            prediction=parts.prediction, vae=parts.vae, device=device,
-        )  # fmt: skip
+            parts.unet,
+            parts.context[:1],
+            parts.context[1:],
+            parts.alphas_cumprod,
+            cfg=cfg,
+            prediction=parts.prediction,
+            vae=parts.vae,
+            device=device,
+        )
 
     def branch(self, x: Tensor, sigma: float, branch: Branch, embedding: Tensor | None = None) -> Tensor:
         """See `TextHost.branch`."""
@@ -150,9 +156,7 @@ class DiffusersTextHost(DiffusersHost):
             }
         if self._seen is not None:
             self._seen.rows = tuple(branch for branch in embeddings for _ in range(batch))
-        output = self.unet(
-            x.repeat(count, 1, 1, 1).to(dtype), t.repeat(count), context, added_cond_kwargs=added
-        ).sample
+        output = self.unet(x.repeat(count, 1, 1, 1).to(dtype), t.repeat(count), context, added_cond_kwargs=added).sample
         return output.float().chunk(count)
 
 
@@ -206,15 +210,18 @@ class _Processor:
     layer: Layer
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None, temb: Tensor | None = None, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         seen = self.seen
-        call = AttentionCall(
-            self.layer, q, k, v, attn.heads, seen.size, seen.rows, 0, _Attend(attn.heads, len(q))
-        )
+        call = AttentionCall(self.layer, q, k, v, attn.heads, seen.size, seen.rows, 0, _Attend(attn.heads, len(q)))
         return attn.to_out[1](attn.to_out[0](seen.handler.attention(call)))
 
 
@@ -246,9 +253,9 @@ def _transformers(unet: UNet2DConditionModel) -> list[tuple[str, list[nn.Module]
 
 def _layers(transformers: list[tuple[str, list[nn.Module]]]) -> list[tuple[Layer, nn.Module]]:
     """Every attention module with its name, in the order they run."""
-    table = layer_table([
-        (place, [len(module.transformer_blocks) for module in modules]) for place, modules in transformers
-    ])
+    table = layer_table(
+        [(place, [len(module.transformer_blocks) for module in modules]) for place, modules in transformers]
+    )
     blocks = [block for _, modules in transformers for module in modules for block in module.transformer_blocks]
     return [
         (layer, attention)
@@ -267,7 +274,9 @@ def _check_plain(layers: list[tuple[Layer, nn.Module]]) -> None:
                 "AttnProcessor2_0 alone: unet.set_attn_processor(AttnProcessor2_0())"
             )
         parts = (attention.group_norm, attention.spatial_norm, attention.norm_cross, attention.norm_q, attention.norm_k)
-        if any(part is not None for part in parts) or attention.residual_connection or (
-            attention.rescale_output_factor != 1
+        if (
+            any(part is not None for part in parts)
+            or attention.residual_connection
+            or (attention.rescale_output_factor != 1)
         ):
             raise ValueError(f"the attention layer {layer.name} is none of Stable Diffusion's: use SD 1.x, 2.x, SDXL")

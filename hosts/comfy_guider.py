@@ -19,8 +19,8 @@ from .comfy_host import ComfyHost, memory_needed, ordinary, refuse_partial_load
 from .gradients import without_copies
 
 REFUSED: dict[str, str] = {
-    "cfg_pp": "it re-noises along the unconditional estimate, which has neither the source nor the guidance in it, so the "
-    "guidance adds up from step to step and overshoots",
+    "cfg_pp": "it re-noises along the unconditional estimate, which has neither the source nor the guidance in it, so "
+    "the guidance adds up from step to step and overshoots",
     "dpm_fast": "it ends before the noise is gone, so the background ends noisy, and its few large steps overshoot",
     "dpm_adaptive": "it ends before the noise is gone, so the background ends noisy",
     "unipc": "its last step goes beyond the last estimate, so the background ends a little off the source",
@@ -91,7 +91,9 @@ class BlendGuider(comfy.samplers.CFGGuider):
             self.run = run = _Run(int(more.get("seed") or 0), len(noise))
             try:
                 return super().sample(
-                    *(tensor.detach().clone() for tensor in (noise, latent_image)), sampler, sigmas.detach().clone(),
+                    *(tensor.detach().clone() for tensor in (noise, latent_image)),
+                    sampler,
+                    sigmas.detach().clone(),
                     *(ordinary(value) for value in arguments),
                     **{key: _previewed(value) if key == "callback" else ordinary(value) for key, value in more.items()},
                 )
@@ -110,7 +112,10 @@ class BlendGuider(comfy.samplers.CFGGuider):
         with torch.inference_mode(False), torch.no_grad():
             x, sigma = x.detach().clone(), float(timestep.max())
             host = self.host_kind(
-                _Model(self), self.vae, {"model_options": model_options, "seed": seed}, x.device,
+                _Model(self),
+                self.vae,
+                {"model_options": model_options, "seed": seed},
+                x.device,
                 self.vae.downscale_ratio,
             )
             if self.run.guidance is None:
@@ -139,8 +144,8 @@ class BlendGuider(comfy.samplers.CFGGuider):
         height, width = self.source.shape[-2:]
         if noise.ndim != 4 or (noise.shape[-2] * scale, noise.shape[-1] * scale) != (height, width):
             raise ValueError(
-                f"latent_image is for a picture of {noise.shape[-1] * scale}×{noise.shape[-2] * scale} pixels, the image "
-                f"of CLIPBlendGuider has {width}×{height}: connect a VAE Encode of that same image."
+                f"latent_image is for a picture of {noise.shape[-1] * scale}×{noise.shape[-2] * scale} pixels, the "
+                f"image of CLIPBlendGuider has {width}×{height}: connect a VAE Encode of that same image."
             )
 
 

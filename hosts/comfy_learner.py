@@ -22,12 +22,28 @@ from .comfy_learner_checks import check_learnable, check_learned, prediction_of
 from .comfy_learner_memory import MemoryNeed, check_memory, memory_needed
 from .comfy_learner_text import TextEncoders, embedding_state, encoders_of, first_vectors, with_token
 from .comfy_learner_weights import (
-    StateDict, attach_low_rank, difference_state, differentiable_text, low_rank_parameters, low_rank_state, own_weights,
-    private_copy, recompute_blocks, with_weights,
-)  # fmt: skip
+    StateDict,
+    attach_low_rank,
+    difference_state,
+    differentiable_text,
+    low_rank_parameters,
+    low_rank_state,
+    own_weights,
+    private_copy,
+    recompute_blocks,
+    with_weights,
+)
 from .learning import (
-    DTYPES, FullWeights, Learned, LowRank, Precision, Prediction, Text, TokenVectors, autocast,
-)  # fmt: skip
+    DTYPES,
+    FullWeights,
+    Learned,
+    LowRank,
+    Precision,
+    Prediction,
+    Text,
+    TokenVectors,
+    autocast,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +76,8 @@ def open_learner(
     What was learned is taken out inside the block (`concept_state`). The caller's MODEL, CLIP and VAE stay as they
     are, also after an error or an interrupt.
 
-    Raises UnsupportedModel (see `check_learnable`), ValueError for settings out of range and a precision that the device
-    does not take, and torch.OutOfMemoryError where the device is too small.
+    Raises UnsupportedModel (see `check_learnable`), ValueError for settings out of range and a precision that the
+    device does not take, and torch.OutOfMemoryError where the device is too small.
     """
     check_learnable(model, clip, vae)
     check_learned(learned)
@@ -151,9 +167,7 @@ class ComfyLearner:
         if not 1 <= steps < total:
             raise ValueError(f"steps is {steps}, but this model was trained on {total} timesteps: use 1 to {total - 1}")
         shape = latent_shape(self.model, self.vae, *size)
-        noise = [
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed + row)) for row in range(len(prompts))
-        ]
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + row)) for row in range(len(prompts))]
         pictures = []
         for start in range(0, len(prompts), SAMPLE_ROWS):
             rows = slice(start, start + SAMPLE_ROWS)
@@ -173,9 +187,10 @@ class ComfyLearner:
     def _load(self, checkpointing: bool, seed: int) -> None:
         model, text = self.model.clone(), self.clip.clone().patcher
         comfy.model_management.load_models_gpu(
-            [model, text, self.vae.patcher], memory_required=self.need.trained + self.need.activations,
+            [model, text, self.vae.patcher],
+            memory_required=self.need.trained + self.need.activations,
             force_full_load=True,
-        )  # fmt: skip
+        )
         for patcher, name in ((model, "MODEL"), (text, "CLIP")):
             if is_partly_loaded(patcher):
                 raise torch.OutOfMemoryError(
@@ -266,11 +281,15 @@ class ComfyLearner:
         height, width = (side * self.downscale for side in x.shape[-2:])
         rows = [
             self.model.model.encode_adm(
-                pooled_output=pooled[None], height=own[0], width=own[1], target_height=height, target_width=width,
+                pooled_output=pooled[None],
+                height=own[0],
+                width=own[1],
+                target_height=height,
+                target_width=width,
                 device=self.device,
             ).to(self.device)
             for pooled, own in zip(text.pooled, sizes or [(height, width)] * len(x))
-        ]  # fmt: skip
+        ]
         return torch.cat(rows)
 
     def _ddim(self, x: Tensor, prompts: list[str], size: tuple[int, int], steps: int, cfg: float) -> Tensor:

@@ -49,8 +49,8 @@ def check_learnable(model: Any, clip: Any, vae: Any) -> None:
             if kind is not None:
                 raise UnsupportedModel(
                     f"The {part} is quantised: {name} is stored as {kind}. {METHOD} needs the weights themselves, in "
-                    f"float32, float16 or bfloat16: load another file of the {part} (fp16, bf16 or fp32; no fp8, int8 or "
-                    "GGUF), in Load Diffusion Model with weight_dtype default."
+                    f"float32, float16 or bfloat16: load another file of the {part} (fp16, bf16 or fp32; no fp8, int8 "
+                    "or GGUF), in Load Diffusion Model with weight_dtype default."
                 )
 
 

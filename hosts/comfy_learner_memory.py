@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from .comfy_host import ATTENTION_KEY, is_dynamic
 from .comfy_learner_text import encoders_of
 from .comfy_learner_weights import (
-    NORMS, RECOMPUTED, attach_low_rank, differentiable_text, low_rank_parameters, own_weights, private_copy,
-)  # fmt: skip
+    NORMS,
+    RECOMPUTED,
+    attach_low_rank,
+    differentiable_text,
+    low_rank_parameters,
+    own_weights,
+    private_copy,
+)
 from .learning import DTYPES, FullWeights, Learned, LowRank, Precision, TokenVectors
 
 TRAINED_BYTES = 16
@@ -52,7 +58,14 @@ class MemoryNeed:
 
 
 def memory_needed(
-    model: Any, clip: Any, vae: Any, learned: Learned, *, batch: int, size: int, checkpointing: bool,
+    model: Any,
+    clip: Any,
+    vae: Any,
+    learned: Learned,
+    *,
+    batch: int,
+    size: int,
+    checkpointing: bool,
     precision: Precision,
 ) -> MemoryNeed:
     """What learning `learned` from `batch` pictures of size × size pixels at a time takes."""

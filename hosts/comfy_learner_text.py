@@ -115,7 +115,7 @@ class _Taught:
         return super().tokenize_with_weights(text, *args, **kwargs)
 
     def _try_get_embedding(self, embedding_name: str) -> tuple[Any, ...]:
-        """The embedding first, the text behind its name last. What is between is ComfyUI's, and grows with its versions."""
+        """The embedding first, the text behind its name last; what is between is ComfyUI's, and grows with versions."""
         _, *between, _ = found = super()._try_get_embedding(embedding_name)
         name, *others = embedding_name.split()
         for word, vectors in self.concepts.items():

@@ -42,13 +42,26 @@ RECOMPUTED = (ResBlock, BasicTransformerBlock, CLIPLayer)
 
 
 MANAGED = (
-    "_v", "_v_weight", "_v_bias", "_v_signature", "_v_block", "_v_block_faulted", "_prefetch", "_comfy_graph",
-    "_pins", "_pin_state",
-    "weight_lowvram_function", "bias_lowvram_function", "weight_function", "bias_function",
-    "dynamic_vbars", "dynamic_pins", "dynamic_patchers",
-)  # fmt: skip
-"""What loading a model puts on its modules: raw memory on the device and in RAM and its owners, which a copy would free a
-second time, and weight patches."""
+    "_v",
+    "_v_weight",
+    "_v_bias",
+    "_v_signature",
+    "_v_block",
+    "_v_block_faulted",
+    "_prefetch",
+    "_comfy_graph",
+    "_pins",
+    "_pin_state",
+    "weight_lowvram_function",
+    "bias_lowvram_function",
+    "weight_function",
+    "bias_function",
+    "dynamic_vbars",
+    "dynamic_pins",
+    "dynamic_patchers",
+)
+"""What loading a model puts on its modules: raw memory on the device and in RAM and its owners, which a copy would free
+a second time, and weight patches."""
 
 
 def private_copy(patcher: Any, module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:

@@ -165,9 +165,10 @@ class ComfyTextHost(ComfyHost):
         """The entries of a branch's conditioning that ComfyUI uses at σ; both ends of a range are in it."""
         level = torch.tensor(float(sigma), dtype=torch.float32)  # compared as ComfyUI does, edges included
         return [
-            cond for cond in self.guider.conds[NAMES[branch]]
+            cond
+            for cond in self.guider.conds[NAMES[branch]]
             if not level > cond.get("timestep_start", float("inf")) and not level < cond.get("timestep_end", 0.0)
-        ]  # fmt: skip
+        ]
 
     def _embedding(self, branch: Branch) -> Tensor:
         """[1, L, D] of a branch's first entry with text."""
@@ -362,6 +363,7 @@ def _entered(conds: list[Cond] | None, scale: _Scale) -> list[Cond] | None:
         return conds
     return [
         {**cond, "model_conds": {**cond["model_conds"], TEXT: _OwnLength(scale.enter(cond["model_conds"][TEXT].cond))}}
-        if TEXT in cond["model_conds"] else cond
+        if TEXT in cond["model_conds"]
+        else cond
         for cond in conds
-    ]  # fmt: skip
+    ]

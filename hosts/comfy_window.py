@@ -117,9 +117,13 @@ class _Fitting:
         window = self.canvas.window
         spans = []
         for start, length, first, last, inner, cells in zip(
-            (y, x), (height, width), (window.top, window.left), (window.bottom, window.right), self.canvas.inner,
+            (y, x),
+            (height, width),
+            (window.top, window.left),
+            (window.bottom, window.right),
+            self.canvas.inner,
             (side // self.downscale for side in self.canvas.source.shape[-2:]),
-        ):  # fmt: skip
+        ):
             scale = inner / (last - first) / self.downscale
             begin, end = (start - first) * scale, (start + length - first) * scale
             if start + length <= first or start >= last:

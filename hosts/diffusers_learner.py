@@ -35,8 +35,13 @@ class DiffusersLearner:
     """
 
     def __init__(
-        self, folder: str | Path, learned: Learned, precision: Precision = "fp32", gradient_checkpointing: bool = False,
-        *, device: torch.device | str = "cpu",
+        self,
+        folder: str | Path,
+        learned: Learned,
+        precision: Precision = "fp32",
+        gradient_checkpointing: bool = False,
+        *,
+        device: torch.device | str = "cpu",
     ) -> None:
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; choose one of {', '.join(DTYPES)}")
@@ -45,8 +50,10 @@ class DiffusersLearner:
         autocast(self.device, precision)  # says so where the device has none
         self._open(Path(folder))
         found = {
-            LowRank: self._low_rank, FullWeights: self._full_weights, TokenVectors: self._token_vectors,
-        }[type(learned)]()  # fmt: skip
+            LowRank: self._low_rank,
+            FullWeights: self._full_weights,
+            TokenVectors: self._token_vectors,
+        }[type(learned)]()
         self._parameters = {name: parameter.requires_grad_() for name, parameter in found.items()}
         if self.dtype != torch.float32 and not isinstance(learned, FullWeights):
             _convert_frozen(self._unet, self.dtype)
@@ -100,11 +107,13 @@ class DiffusersLearner:
         for part, network in parts.items():
             inject_adapter_in_model(
                 LoraConfig(
-                    r=learned.rank, lora_alpha=learned.alpha or learned.rank,
+                    r=learned.rank,
+                    lora_alpha=learned.alpha or learned.rank,
                     target_modules=_every_weight(network) if learned.convolutions else list(ATTENTION[part]),
                 ),
-                network, ADAPTER,
-            )  # fmt: skip
+                network,
+                ADAPTER,
+            )
             for name, parameter in network.named_parameters():
                 if f".{ADAPTER}." in name:
                     found[f"{part}.{name}"] = parameter
@@ -165,14 +174,12 @@ class DiffusersLearner:
         return _Divided.apply(output, 1 / HALF_SCALE) if half else output
 
     @torch.no_grad()
-    def sample(
-        self, prompts: Sequence[str], size: tuple[int, int], *, steps: int, cfg: float, seed: int
-    ) -> Tensor:
+    def sample(self, prompts: Sequence[str], size: tuple[int, int], *, steps: int, cfg: float, seed: int) -> Tensor:
         """See `Learner.sample`; row i begins from the noise of seed + i."""
         shape = (self._unet.config.in_channels, *(side // self.downscale for side in size))
-        x = torch.stack([
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed + row)) for row in range(len(prompts))
-        ]).to(self.device)  # fmt: skip
+        x = torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed + row)) for row in range(len(prompts))]
+        ).to(self.device)
         cond, uncond = self.text(prompts), self.text([""] * len(prompts))
         self._scheduler.set_timesteps(steps)
         for t in self._scheduler.timesteps:

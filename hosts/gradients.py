@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import TensorWeakRef
 
 LENT = ("_v", "prev_comfy_cast_weights")
-"""What a module of ComfyUI has whose weight is elsewhere and is brought for one use at a time: by dynamic VRAM, and by a
-partial load."""
+"""What a module of ComfyUI has whose weight is elsewhere and is brought for one use at a time: by dynamic VRAM, and by
+a partial load."""
 
 
 def is_poisoned(tensor: Tensor) -> bool:
@@ -51,13 +51,11 @@ def repair_inference_tensors(module: nn.Module) -> int:
             for tensors, is_parameter in ((part._parameters, True), (part._buffers, False)):
                 for name, tensor in tensors.items():
                     # What is stored of a lent weight takes no part in the computation itself.
-                    if tensor is None or lent and name in ("weight", "bias") or not is_poisoned(tensor):
+                    if tensor is None or (lent and name in ("weight", "bias")) or not is_poisoned(tensor):
                         continue
                     if id(tensor) not in repaired:
                         copy = tensor.detach().clone()
-                        repaired[id(tensor)] = (
-                            nn.Parameter(copy, requires_grad=False) if is_parameter else copy
-                        )
+                        repaired[id(tensor)] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
                     tensors[name] = repaired[id(tensor)]
     return len(repaired)
 
@@ -75,7 +73,7 @@ def _is_quantised(part: nn.Module) -> bool:
     weight = part._parameters.get("weight")
     if weight is None or not hasattr(part, "weight_function"):
         return False
-    return is_traceable_wrapper_subclass(weight) or weight.is_floating_point() and weight.element_size() == 1
+    return is_traceable_wrapper_subclass(weight) or (weight.is_floating_point() and weight.element_size() == 1)
 
 
 def _copy_on_use(part: nn.Module) -> None:

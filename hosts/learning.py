@@ -149,9 +149,7 @@ class Learner(Protocol):
         """
         ...
 
-    def sample(
-        self, prompts: Sequence[str], size: tuple[int, int], *, steps: int, cfg: float, seed: int
-    ) -> Tensor:
+    def sample(self, prompts: Sequence[str], size: tuple[int, int], *, steps: int, cfg: float, seed: int) -> Tensor:
         """Pictures [B, 3, H, W] in -1..1 from the model as it stands, DDIM, one for each prompt; `size` is (H, W).
 
         Row i is the same whatever other prompts are there. Training goes on afterwards as if nothing had been.

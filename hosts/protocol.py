@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
 PREDICTIONS = ("epsilon", "v_prediction")
 """What a network may give, in diffusers' words."""
 

@@ -117,8 +117,15 @@ class Target:
         def body(source_host: TextHost | None, host: TextHost) -> list[SwapResult]:
             return [
                 attention_swap(
-                    host, attention.capture, settings, alignment, subjects, source_host=source_host, mask=mask,
-                    outside=outside, on_step=progress.step,
+                    host,
+                    attention.capture,
+                    settings,
+                    alignment,
+                    subjects,
+                    source_host=source_host,
+                    mask=mask,
+                    outside=outside,
+                    on_step=progress.step,
                 )
                 for settings, alignment, subjects in plans
             ]
@@ -126,7 +133,13 @@ class Target:
         target = Side(self.model, self.positive, self.negative, self.cfg)
         if attention.model is None:
             return run_text(
-                target.model, self.vae, target.positive, target.negative, target.cfg, noise, attention.seed,
+                target.model,
+                self.vae,
+                target.positive,
+                target.negative,
+                target.cfg,
+                noise,
+                attention.seed,
                 lambda host: body(None, host),
             )
         source = Side(attention.model, attention.positive, attention.negative, attention.capture.cfg)
@@ -138,8 +151,17 @@ class Target:
         from ..attention_swap.sampler import Subject
 
         if self.tokens is None:
-            needs = [name for name, used in (("cross_map above 0", settings.cross_map), ("a local blend by words",
-                     settings.local_blend and any(subject.mask is None for subject in self.subjects))) if used]
+            needs = [
+                name
+                for name, used in (
+                    ("cross_map above 0", settings.cross_map),
+                    (
+                        "a local blend by words",
+                        settings.local_blend and any(subject.mask is None for subject in self.subjects),
+                    ),
+                )
+                if used
+            ]
             if needs:
                 raise ValueError(
                     f"tokens is not connected, but {' and '.join(needs)} needs to know which words correspond: connect "
@@ -147,7 +169,8 @@ class Target:
                 )
             return None, self.subjects
         named = [
-            (subject.source_word, subject.target_word) for subject in self.subjects
+            (subject.source_word, subject.target_word)
+            for subject in self.subjects
             if subject.source_word and subject.target_word
         ]
         alignment = self.tokens.align(settings.alignment, named)
@@ -208,5 +231,3 @@ def edit_mask(mask: Tensor | None, outside: bool, subjects: Sequence[Subject], s
 def _widest(masks: Sequence[Tensor]) -> Tensor:
     count = max(map(len, masks))
     return torch.stack([mask.expand(count, -1, -1) for mask in masks]).amax(0)
-
-

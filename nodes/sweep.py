@@ -37,8 +37,9 @@ class AttentionSwapSweep(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         def values(name: str, words: str, default: str) -> io.String.Input:
-            return io.String.Input(name, default=default,
-                                   tooltip=f"Values of {words}, with commas between. Empty: the settings' alone.")
+            return io.String.Input(
+                name, default=default, tooltip=f"Values of {words}, with commas between. Empty: the settings' alone."
+            )
 
         return io.Schema(
             node_id="AttentionSwapSweep",
@@ -53,36 +54,65 @@ class AttentionSwapSweep(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The target's MODEL, as for AttentionSwapSampler."),
-                AttentionIO.Input("attention",
-                                  tooltip="The source; of a tape with for_sweep on and λ's at least the grid's."),
+                AttentionIO.Input(
+                    "attention", tooltip="The source; of a tape with for_sweep on and λ's at least the grid's."
+                ),
                 io.Conditioning.Input("positive", tooltip="The target's prompt."),
                 io.Vae.Input("vae", tooltip="Decodes the results."),
                 unit_input(),
                 values("self_map", "λ_M", GRID),
                 values("cross_map", "λ_A", ""),
                 values("self_output", "λ_φ", "0, 10, 20"),
-                io.Int.Input("max_targets", default=36, min=1, max=1000,
-                             tooltip="A larger grid than this is refused, for its time."),
-                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="Guidance; 0 for the source's."),
-                dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
-                                    tooltip="Backbone of LPIPS, for the distance to reference.")),
+                io.Int.Input(
+                    "max_targets",
+                    default=36,
+                    min=1,
+                    max=1000,
+                    tooltip="A larger grid than this is refused, for its time.",
+                ),
+                io.Float.Input(
+                    "cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance; 0 for the source's."
+                ),
+                dial(
+                    io.Combo.Input(
+                        "lpips",
+                        options=lpips_choices(),
+                        default=NONE,
+                        tooltip="Backbone of LPIPS, for the distance to reference.",
+                    )
+                ),
                 SwapTokensIO.Input("tokens", optional=True, tooltip="How the prompts' words correspond (SwapPrompts)."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Without it the source's."),
-                SwapSettingsIO.Input("settings", optional=True,
-                                     tooltip="Everything but the grid's λ's; without it the capture's."),
+                SwapSettingsIO.Input(
+                    "settings", optional=True, tooltip="Everything but the grid's λ's; without it the capture's."
+                ),
                 SwapSubjectsIO.Input("subjects", optional=True, tooltip="SwapSubject, as for AttentionSwapSampler."),
-                io.Mask.Input("mask", optional=True,
-                              tooltip="Where the subject is, for the scores: outside of it is background. It does not "
-                              "keep the swap from changing that."),
-                io.Image.Input("image", optional=True,
-                               tooltip="The source picture to score against; without it the source as it was sampled."),
-                ClipGuideIO.Input("clip_guide", optional=True,
-                                  tooltip="A CLIP that says how well the subject fits prompt (CLIPGuideLoader)."),
-                io.String.Input("prompt", optional=True, default="", dynamic_prompts=True,
-                                tooltip="For clip_guide: what the subject is to be."),
-                io.Image.Input("reference", optional=True,
-                               tooltip="A picture of the new subject, cut to it, for LPIPS."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the subject is, for the scores: outside of it is background. It does not "
+                    "keep the swap from changing that.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The source picture to score against; without it the source as it was sampled.",
+                ),
+                ClipGuideIO.Input(
+                    "clip_guide",
+                    optional=True,
+                    tooltip="A CLIP that says how well the subject fits prompt (CLIPGuideLoader).",
+                ),
+                io.String.Input(
+                    "prompt",
+                    optional=True,
+                    default="",
+                    dynamic_prompts=True,
+                    tooltip="For clip_guide: what the subject is to be.",
+                ),
+                io.Image.Input(
+                    "reference", optional=True, tooltip="A picture of the new subject, cut to it, for LPIPS."
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="sheet", tooltip="The source and all results, labelled, the best framed."),
@@ -90,7 +120,7 @@ class AttentionSwapSweep(io.ComfyNode):
                 io.String.Output(display_name="table", tooltip="Their scores, the best marked."),
             ],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, lpips: str = NONE, **_) -> str:
@@ -98,11 +128,26 @@ class AttentionSwapSweep(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, attention: Attention, positive, vae, unit: str, self_map: str = GRID, cross_map: str = "",
-        self_output: str = "0, 10, 20", max_targets: int = 36, cfg: float = 0.0, lpips: str = NONE,
-        tokens: PromptPair | None = None, negative=None, settings: SwapSettings | None = None,
-        subjects: tuple[Subject, ...] | None = None, mask: torch.Tensor | None = None,
-        image: torch.Tensor | None = None, clip_guide: ComfyGuide | None = None, prompt: str = "",
+        cls,
+        model,
+        attention: Attention,
+        positive,
+        vae,
+        unit: str,
+        self_map: str = GRID,
+        cross_map: str = "",
+        self_output: str = "0, 10, 20",
+        max_targets: int = 36,
+        cfg: float = 0.0,
+        lpips: str = NONE,
+        tokens: PromptPair | None = None,
+        negative=None,
+        settings: SwapSettings | None = None,
+        subjects: tuple[Subject, ...] | None = None,
+        mask: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        clip_guide: ComfyGuide | None = None,
+        prompt: str = "",
         reference: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         from ..attention_swap import sweep
@@ -183,12 +228,14 @@ class _Scorers:
     def __init__(self, mask, clip_guide: ComfyGuide | None, prompt: str, reference, lpips: str) -> None:
         if (clip_guide is None) != (not prompt):
             raise ValueError(
-                "prompt is empty, but clip_guide is connected: say what the subject is to be" if clip_guide is not None
+                "prompt is empty, but clip_guide is connected: say what the subject is to be"
+                if clip_guide is not None
                 else "prompt is given, but clip_guide is not connected: connect one (CLIPGuideLoader), or clear prompt"
             )
         if (reference is None) != (lpips == NONE):
             raise ValueError(
-                "reference is connected, but lpips is none: choose a backbone" if lpips == NONE
+                "reference is connected, but lpips is none: choose a backbone"
+                if lpips == NONE
                 else "lpips is chosen, but reference is not connected: connect a picture of the new subject, or set "
                 "lpips to none"
             )

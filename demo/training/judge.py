@@ -19,7 +19,7 @@ def blob(rng: np.random.Generator) -> np.ndarray:
     """A coloured patch without one of the shapes, uint8 [SIZE, SIZE, 3], centred about the middle."""
     scene = world.Scene(world.random_ground(rng), ())
     picture = world.draw(scene).astype(np.float32)
-    rows, columns = np.mgrid[0:world.SIZE, 0:world.SIZE] - world.SIZE / 2
+    rows, columns = np.mgrid[0 : world.SIZE, 0 : world.SIZE] - world.SIZE / 2
     angle, radius = np.arctan2(rows, columns), np.hypot(rows, columns)
     edge = rng.uniform(8, 15) * np.ones_like(angle)
     for order in range(1, 6):
@@ -43,8 +43,7 @@ def train(run: Run) -> nn.Module:
             things = pictures.scenes[index].things
             thing = things[rng.integers(len(things))]
             x, y, reach = thing.x, thing.y, thing.radius * 1.08 + rng.uniform(0, 7)
-            answer = (world.SHAPES.index(thing.shape), colours.index(thing.colour),
-                      world.PATTERNS.index(thing.pattern))
+            answer = (world.SHAPES.index(thing.shape), colours.index(thing.colour), world.PATTERNS.index(thing.pattern))
             way = rng.uniform()
             if way < 0.08:  # a place where nothing is
                 for _ in range(20):

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+
 from blendswap.attention_swap.capture import Capture, SourceRun, capture, estimate
 from blendswap.attention_swap.inversion import InvertSettings, invert
 from blendswap.attention_swap.layout import Needs, probe
@@ -29,7 +30,12 @@ def host(cfg: float = 5.0) -> DiffusersTextHost:
     shared = model()
     alphas = 1 / (1 + shared.train_sigmas.double() ** 2)
     return DiffusersTextHost(
-        shared.unet, shared.positive, shared.null, alphas, cfg=cfg, prediction=shared.prediction,
+        shared.unet,
+        shared.positive,
+        shared.null,
+        alphas,
+        cfg=cfg,
+        prediction=shared.prediction,
         vae=shared.vae,
     )
 
@@ -124,9 +130,7 @@ def test_a_replay_gives_each_step_what_a_tape_has(method: str) -> None:
     owner = host()
     source = invert(owner, latent(), InvertSettings(method, STEPS, "official")).inversion
     settings = preset_settings("photoswap", features=0.5, local_blend=True)
-    taped, replayed = (
-        capture(owner, source, settings, storage, sample=False) for storage in ("tape", "replay")
-    )
+    taped, replayed = (capture(owner, source, settings, storage, sample=False) for storage in ("tape", "replay"))
     reader, runner = SourceRun(taped, None, taped.needs), SourceRun(replayed, owner, taped.needs)
     for index in range(STEPS):
         (x, _, correction), (other, _, again) = reader.advance(index), runner.advance(index)
@@ -159,8 +163,9 @@ def test_a_capture_for_several_swaps_has_what_each_needs() -> None:
 
 def test_what_to_keep_may_be_said_outright() -> None:
     def wanted(layout, steps: int) -> Needs:
-        return Needs.gather((step, "cross", info.layer.index, "cond", "map") for step in range(steps)
-                            for info in layout.of("cross"))
+        return Needs.gather(
+            (step, "cross", info.layer.index, "cond", "map") for step in range(steps) for info in layout.of("cross")
+        )
 
     made = capture(host(), noise(), wanted, "tape")
     kept = made.tape.get((0, "cross", 0, "cond", "map"), noise()[0])

@@ -7,6 +7,8 @@ import functools
 
 import pytest
 import torch
+from torch import Tensor
+
 from blendswap.attention_swap.ddim import ddim_step, from_level
 from blendswap.attention_swap.inversion import ddim_inversion
 from blendswap.attention_swap.null_text import NullTextSettings, optimise_null_text
@@ -14,7 +16,6 @@ from blendswap.attention_swap.sigmas import ddim_grid
 from blendswap.demo import world
 from blendswap.demo.files import TEXT
 from blendswap.hosts.attention_diffusers import DiffusersTextHost
-from torch import Tensor
 
 STEPS = 5
 
@@ -35,7 +36,12 @@ def host(cfg: float = 7.5, dtype: torch.dtype = torch.float32) -> DiffusersTextH
     unet = shared.unet if dtype == torch.float32 else copy.deepcopy(shared.unet).to(dtype)
     alphas = 1 / (1 + shared.train_sigmas.double() ** 2)
     return DiffusersTextHost(
-        unet, shared.positive, shared.null, alphas, cfg=cfg, prediction=shared.prediction,
+        unet,
+        shared.positive,
+        shared.null,
+        alphas,
+        cfg=cfg,
+        prediction=shared.prediction,
         vae=shared.vae,
     )
 

@@ -6,6 +6,9 @@ import functools
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from blendswap.attention_swap.inversion import Inversion
 from blendswap.attention_swap.layout import LayerInfo, Layout
 from blendswap.attention_swap.local_blend import region
@@ -18,8 +21,6 @@ from blendswap.attention_swap.word_maps import WordMaps, chosen_words, word_laye
 from blendswap.demo.files import TEXT
 from blendswap.hosts.attention import AttentionCall, Layer, layer_table
 from blendswap.hosts.attention_diffusers import DiffusersTextHost
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 PROMPT, STEPS = "a red star on a blue sky background", 3
 WORDS = ["a", "red", "star", "on", "blue", "sky", "background"]
@@ -149,7 +150,9 @@ def test_of_an_inversion_the_inverted_path_is_watched() -> None:
     path = torch.stack([x * 0.5**number for number in range(STEPS + 1)])
     seen: list[torch.Tensor] = []
     maps, made = watch(
-        model(), Inversion(sigmas, path, None, "direct", 5.0), lambda layout, steps: SelfMaps(grid_of(layout), 3),
+        model(),
+        Inversion(sigmas, path, None, "direct", 5.0),
+        lambda layout, steps: SelfMaps(grid_of(layout), 3),
         lambda report: seen.append(report.x),
     )
     assert maps.grid == (16, 16) and torch.equal(made, path[-1]) and torch.equal(torch.stack(seen), path[1:])
@@ -163,9 +166,15 @@ def layout(*sizes: tuple[int, int]) -> Layout:
 
 @pytest.mark.parametrize(
     ("finest", "side", "grid"),
-    [((64, 64), 64, (64, 64)), ((96, 96), 64, (64, 64)), ((16, 16), 64, (16, 16)), ((96, 64), 64, (78, 52)),
-     ((72, 56), 64, (72, 56)), ((64, 64), 16, (16, 16))],
-)  # fmt: skip
+    [
+        ((64, 64), 64, (64, 64)),
+        ((96, 96), 64, (64, 64)),
+        ((16, 16), 64, (16, 16)),
+        ((96, 64), 64, (78, 52)),
+        ((72, 56), 64, (72, 56)),
+        ((64, 64), 16, (16, 16)),
+    ],
+)
 def test_the_grid_has_the_pictures_aspect_ratio_and_is_no_finer_than_the_layers(finest, side, grid) -> None:
     assert grid_of(layout((8, 8), finest, (4, 4)), side) == grid
 
@@ -190,8 +199,9 @@ def test_signs_are_fixed_and_do_not_change_from_step_to_step() -> None:
 
 
 def prompt() -> TokenisedPrompt:
-    from blendswap.attention_swap.tokens import from_transformers
     from transformers import CLIPTokenizer
+
+    from blendswap.attention_swap.tokens import from_transformers
 
     return from_transformers(CLIPTokenizer.from_pretrained(TEXT / "tokenizer"), PROMPT)
 

@@ -9,6 +9,9 @@ import json
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from blendswap.attention_swap.capture import Capture, capture
 from blendswap.attention_swap.inversion import InvertSettings, invert
 from blendswap.attention_swap.sampler import Subject, SwapResult, attention_swap
@@ -19,8 +22,6 @@ from blendswap.attention_swap.tokens import Alignment, align, from_transformers
 from blendswap.demo.files import TEXT
 from blendswap.hosts.attention import AttentionCall
 from blendswap.hosts.attention_diffusers import DiffusersTextHost
-from torch import Tensor
-from torch.nn import functional as F
 
 SOURCE, TARGET = "a red star on a blue sky background", "a green dotted heart on a blue sky background"
 STEPS, CFG = 5, 4.0
@@ -39,7 +40,12 @@ def host(prompt: str = SOURCE, cfg: float = CFG) -> DiffusersTextHost:
     alphas = 1 / (1 + shared.train_sigmas.double() ** 2)
     positive = shared.positive if prompt == SOURCE else target
     return DiffusersTextHost(
-        shared.unet, positive, shared.null, alphas, cfg=cfg, prediction=shared.prediction,
+        shared.unet,
+        positive,
+        shared.null,
+        alphas,
+        cfg=cfg,
+        prediction=shared.prediction,
         vae=shared.vae,
     )
 
@@ -291,7 +297,8 @@ def test_a_subject_whose_mask_is_everything_is_the_whole_swap() -> None:
 
 def test_equal_prompts_with_several_subjects_give_the_source_back() -> None:
     subjects = [
-        Subject("star", "star", left_half(), self_map=1.0), Subject("sky", "sky", 1 - left_half(), cross_map=1.0)
+        Subject("star", "star", left_half(), self_map=1.0),
+        Subject("sky", "sky", 1 - left_half(), cross_map=1.0),
     ]
     made = swap("photoswap", captured("photoswap", "replay"), SOURCE, subjects)
     torch.testing.assert_close(made.latents, plain(SOURCE), rtol=0, atol=1e-4)
@@ -322,14 +329,16 @@ def test_word_weights_change_the_picture_and_a_weight_of_1_does_not() -> None:
 def test_the_report_counts_what_was_swapped() -> None:
     report = swap("photoswap", captured("photoswap")).report
     assert {name: kind.steps for name, kind in report.kinds.items()} == {
-        "self_output": (0,), "self_map": (1, 2), "cross_map": (0, 1)
-    }  # fmt: skip
+        "self_output": (0,),
+        "self_map": (1, 2),
+        "cross_map": (0, 1),
+    }
     # By hand: 7 layers; φ and M in both halves, A in one. 3 layers of 256 tokens, 4 of 64.
     assert [kind.calls for kind in report.kinds.values()] == [14, 28, 14]
     assert report.kinds["self_output"].tokens == 2 * (3 * 256 + 4 * 64)
     assert report.touched == 56 and report.total == 14 * STEPS * 2 and report.share == pytest.approx(0.4)
     text = report.to_text()
-    assert "self maps (M): steps 2 to 3, 7 layers" in text and "red → dotted" in text or "star → heart" in text
+    assert ("self maps (M): steps 2 to 3, 7 layers" in text and "red → dotted" in text) or "star → heart" in text
     assert "cross maps (A): not in the uncond half, as set" in report.skipped
     assert json.loads(json.dumps(report.to_dict()))["share"] == pytest.approx(0.4)
 

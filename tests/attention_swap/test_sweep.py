@@ -8,11 +8,22 @@ import math
 
 import pytest
 import torch
+
 from blendswap.attention_swap.capture import needed
 from blendswap.attention_swap.layout import LayerInfo, Layout
 from blendswap.attention_swap.settings import PRESETS, Steps, SwapSettings, preset_settings
 from blendswap.attention_swap.sweep import (
-    BACKGROUND, POSE, Column, background_psnr, best, contact_sheet, covering, grid, pose_overlap, table, values,
+    BACKGROUND,
+    POSE,
+    Column,
+    background_psnr,
+    best,
+    contact_sheet,
+    covering,
+    grid,
+    pose_overlap,
+    table,
+    values,
 )
 from blendswap.demo import world
 from blendswap.hosts.attention import Layer
@@ -20,9 +31,12 @@ from blendswap.hosts.attention import Layer
 LAYOUT = Layout(
     tuple(
         LayerInfo(Layer(kind, index, place, f"{place} {kind}"), (8, 8), 2, 8, 64 if kind == "self" else 77, 4)
-        for index, place in enumerate(("down", "mid", "up", "up")) for kind in ("self", "cross")
-    ), (), (4, 8, 8),
-)  # fmt: skip
+        for index, place in enumerate(("down", "mid", "up", "up"))
+        for kind in ("self", "cross")
+    ),
+    (),
+    (4, 8, 8),
+)
 
 
 def test_values_are_read_as_people_list_them() -> None:
@@ -40,20 +54,29 @@ def test_a_grid_has_every_combination_the_last_changing_fastest() -> None:
         grid(SwapSettings(), {"self_map": [1.5]})
 
 
-@pytest.mark.parametrize("settings", [
-    *PRESETS.values(),
-    preset_settings("photoswap", self_map=Steps(3), self_output=Steps(2)),
-    preset_settings("official", self_map=0.3, self_output=0.4),
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *PRESETS.values(),
+        preset_settings("photoswap", self_map=Steps(3), self_output=Steps(2)),
+        preset_settings("official", self_map=0.3, self_output=0.4),
+    ],
+)
 def test_what_covers_the_largest_lambdas_covers_all_smaller_ones(settings: SwapSettings) -> None:
     kept = needed(covering(settings), LAYOUT, 10)
     for share, other, third in itertools.product((0.0, 0.4, 1.0), repeat=3):
+
         def part(value, share: float):
             return Steps(int(value.count * share)) if isinstance(value, Steps) else value * share
 
-        smaller = grid(settings, {"self_map": [part(settings.self_map, share)],
-                                  "self_output": [part(settings.self_output, other)],
-                                  "cross_map": [part(settings.cross_map, third)]})[0]
+        smaller = grid(
+            settings,
+            {
+                "self_map": [part(settings.self_map, share)],
+                "self_output": [part(settings.self_output, other)],
+                "cross_map": [part(settings.cross_map, third)],
+            },
+        )[0]
         assert needed(smaller, LAYOUT, 10).missing(kept) == ""
 
 

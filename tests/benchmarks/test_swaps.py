@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from blendswap.benchmarks.swaps import BACKGROUND_KEPT, KINDS, POSE_KEPT, cases, duels, judged, summary
 from blendswap.demo import world
 

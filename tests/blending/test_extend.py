@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from blendswap.blending.extend import FILLS, extend_canvas
 
 

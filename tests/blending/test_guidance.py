@@ -6,13 +6,14 @@ import logging
 
 import pytest
 import torch
+from torch import Tensor
+
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
 from blendswap.blending.guide import ClipGuide
 from blendswap.blending.losses import DISTANCES
 from blendswap.blending.regions import Region
 from blendswap.blending.settings import BlendSettings
-from torch import Tensor
 
 SIZE = 20
 
@@ -47,9 +48,13 @@ def make(guide: ClipGuide, seeds=(1, 2), copies: int = 6, perceptual=None, text:
     """A fresh Guidance: the augmentation draws as on its first step."""
     augment = ExtendingAugmentations(copies=copies)
     return Guidance(
-        BlendSettings(**dials), (Region.of(rectangle(), guide, guide.embed_text(["a red star"])[0] if text else None),),
-        pictures(1, 9), augment, augment.generators(seeds), perceptual,
-    )  # fmt: skip
+        BlendSettings(**dials),
+        (Region.of(rectangle(), guide, guide.embed_text(["a red star"])[0] if text else None),),
+        pictures(1, 9),
+        augment,
+        augment.generators(seeds),
+        perceptual,
+    )
 
 
 def squared(first: Tensor, second: Tensor) -> Tensor:

@@ -11,11 +11,27 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from blendswap.blending import lettering
-from blendswap.blending.plot import loss_plot
 from PIL import Image, ImageDraw
 
-SCRIPTS = ["café", "Ångström", "красная", "ΟΔΟΣ", "λ", "שלום", "سلام", "猫", "ねこ", "고양이", "แมว", "नमस्ते", "🐶", "cafe\u0301"]
+from blendswap.blending import lettering
+from blendswap.blending.plot import loss_plot
+
+SCRIPTS = [
+    "café",
+    "Ångström",
+    "красная",
+    "ΟΔΟΣ",
+    "λ",
+    "שלום",
+    "سلام",
+    "猫",
+    "ねこ",
+    "고양이",
+    "แมว",
+    "नमस्ते",
+    "🐶",
+    "cafe\u0301",
+]
 
 
 @pytest.fixture
@@ -51,16 +67,24 @@ def test_no_letter_of_any_script_is_drawn_as_a_box(no_system_fonts, text: str) -
     drawn = ink(text)
     assert (drawn < 128).sum() > 20
     columns = np.flatnonzero((box() < 128).any(0))
-    template = box()[:, columns[0]:columns[-1] + 1]
+    template = box()[:, columns[0] : columns[-1] + 1]
     wide = template.shape[1]
     for left in range(drawn.shape[1] - wide + 1):
-        assert not np.array_equal(drawn[2:, left:left + wide] < 128, template[2:] < 128), text
+        assert not np.array_equal(drawn[2:, left : left + wide] < 128, template[2:] < 128), text
 
 
-@pytest.mark.parametrize(("text", "shown"), [
-    ("café", "café"), ("красная λ", "красная λ"), ("ねこ", "neko"), ("고양이", "goyangi"), ("แมว", "aemowo"),
-    ("a 🐶", "a [dog face]"), ("猫", "[U+732B]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("café", "café"),
+        ("красная λ", "красная λ"),
+        ("ねこ", "neko"),
+        ("고양이", "goyangi"),
+        ("แมว", "aemowo"),
+        ("a 🐶", "a [dog face]"),
+        ("猫", "[U+732B]"),
+    ],
+)
 def test_what_no_font_has_is_written_in_plain_letters(no_system_fonts, text: str, shown: str) -> None:
     assert lettering.written(text) == shown
 

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+
 from blendswap.blending.paste import BLACK, cover_mask, exact_paste, latent_mask, plain_mask, prepare_mask, resize_mask
 
 

@@ -8,8 +8,9 @@ import lpips
 import pytest
 import torch
 import torchvision
-from blendswap.blending.perceptual import BACKBONE_FILES, DemoBackbone, Perceptual, save_demo_backbone
 from safetensors.torch import save_file
+
+from blendswap.blending.perceptual import BACKBONE_FILES, DemoBackbone, Perceptual, save_demo_backbone
 
 
 def pictures(height: int = 64, width: int = 64, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,9 +43,7 @@ def test_a_published_backbone_is_read_into_the_lpips_package(squeeze_file: Path)
     for slice_name, layers in reference.net.named_children():
         for number, layer in layers.named_children():
             prefix = f"features.{number}."
-            layer.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
-            )
+            layer.load_state_dict({k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)})
         assert slice_name.startswith("slice")
     first, second = pictures()
     torch.testing.assert_close(perceptual(first, second), reference(first, second).flatten())

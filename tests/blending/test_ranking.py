@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guide import (
     ClipGuide,

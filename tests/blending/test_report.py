@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
 from blendswap.blending.perceptual import DemoBackbone, Perceptual, save_demo_backbone
 from blendswap.blending.report import AMPLIFICATION, EditReport, edit_report, picture, to_8_bit
@@ -122,9 +123,7 @@ def test_the_picture_shows_four_panels_for_each_result():
     torch.testing.assert_close(panels[:, :192], enlarged, atol=1 / 255, rtol=0)
     difference = ((result - source).abs() * AMPLIFICATION).clamp(0, 1)[0]
     shown = panels[:, -192:]
-    torch.testing.assert_close(
-        shown, difference.repeat_interleave(2, 0).repeat_interleave(2, 1), atol=1 / 255, rtol=0
-    )
+    torch.testing.assert_close(shown, difference.repeat_interleave(2, 0).repeat_interleave(2, 1), atol=1 / 255, rtol=0)
     assert (row[:-128] < 0.5).any()  # the labels
 
 

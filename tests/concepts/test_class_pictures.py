@@ -113,11 +113,14 @@ def test_class_pictures_need_a_prompt_and_a_number(new_learner: NewLearner, tmp_
             make(new_learner(), "a star", 0, 64, *more)
 
 
-@pytest.mark.parametrize(("pictures", "said"), [
-    ([], "there are no class pictures"),
-    ([torch.zeros(4, 8, 8)], r"class picture 1 is \[4, 8, 8\]"),
-    ([torch.zeros(3, 8, 8), torch.full((3, 8, 8), torch.nan)], "class picture 2 has NaN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [
+        ([], "there are no class pictures"),
+        ([torch.zeros(4, 8, 8)], r"class picture 1 is \[4, 8, 8\]"),
+        ([torch.zeros(3, 8, 8), torch.full((3, 8, 8), torch.nan)], "class picture 2 has NaN"),
+    ],
+)
 def test_given_ones_that_are_none_are_refused(pictures, said) -> None:
     with pytest.raises(ValueError, match=said):
         ClassPictures.of(pictures)

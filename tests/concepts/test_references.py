@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from blendswap.concepts.references import buckets, fit, nearest_bucket, prepare
 from blendswap.hosts.diffusers_learner import DiffusersLearner
 
@@ -98,16 +99,19 @@ def test_a_picture_that_loses_much_is_noted(learner) -> None:
     assert len(notes) == 1 and "Reference 2 is 300 × 64" in notes[0]
 
 
-@pytest.mark.parametrize("images, masks, said", [
-    ([], None, "no reference picture"),
-    ([torch.zeros(4, 64, 64)], None, "4 channels.*alpha"),
-    ([torch.zeros(3, 64, 64), torch.zeros(1, 64, 64)], None, "reference 2 is grey"),
-    ([torch.zeros(64, 64)], None, r"shape \[64, 64\]"),
-    ([torch.full((3, 64, 64), float("nan"))], None, "reference 1 has NaN"),
-    ([torch.zeros(3, 64, 64)], [torch.zeros(64, 64)], "mask of reference 1 is empty"),
-    ([torch.zeros(3, 64, 64)], [], "0 masks for 1"),
-    ([torch.zeros(3, 64, 64)], [torch.zeros(2, 64, 64)], "mask of reference 1 has the shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "images, masks, said",
+    [
+        ([], None, "no reference picture"),
+        ([torch.zeros(4, 64, 64)], None, "4 channels.*alpha"),
+        ([torch.zeros(3, 64, 64), torch.zeros(1, 64, 64)], None, "reference 2 is grey"),
+        ([torch.zeros(64, 64)], None, r"shape \[64, 64\]"),
+        ([torch.full((3, 64, 64), float("nan"))], None, "reference 1 has NaN"),
+        ([torch.zeros(3, 64, 64)], [torch.zeros(64, 64)], "mask of reference 1 is empty"),
+        ([torch.zeros(3, 64, 64)], [], "0 masks for 1"),
+        ([torch.zeros(3, 64, 64)], [torch.zeros(2, 64, 64)], "mask of reference 1 has the shape"),
+    ],
+)
 def test_what_cannot_be_learned_from_is_refused(learner, images, masks, said) -> None:
     with pytest.raises(ValueError, match=said):
         prepare(learner, images, masks, 64)

@@ -8,14 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from blendswap import run
 from blendswap.demo import check
 
 
-@pytest.mark.parametrize("path", [
-    "/home/somebody/ComfyUI/models/my dog.safetensors", r"C:\Users\Some Body\ComfyUI\main.py", "~/models/x.pt",
-    "/Users/somebody/a.py", r"\\server\share\x.safetensors", "/home/some body/my models/x.pt",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/somebody/ComfyUI/models/my dog.safetensors",
+        r"C:\Users\Some Body\ComfyUI\main.py",
+        "~/models/x.pt",
+        "/Users/somebody/a.py",
+        r"\\server\share\x.safetensors",
+        "/home/some body/my models/x.pt",
+    ],
+)
 def test_no_path_is_left_in_a_report(path):
     said = check.without_names(f"ValueError: {path}: not there. blend_latent/fp16 is 1.5 of 3 / 4")
     assert not any(part in said for part in ("somebody", "some body", "Some", "Body", "Users", "share"))
@@ -37,9 +45,10 @@ def models(tmp_path: Path) -> Path:
     tokenizer = CompactTokenizer(compact_vocabulary(["a blue star"]), 16)
     sizes = {"width": 64, "layers": 1}
     config = {
-        "embed_dim": 32, "vision_cfg": {**sizes, "head_width": 32, "patch_size": 8, "image_size": 32},
+        "embed_dim": 32,
+        "vision_cfg": {**sizes, "head_width": 32, "patch_size": 8, "image_size": 32},
         "text_cfg": {**sizes, "context_length": 16, "heads": 2, "vocab_size": tokenizer.vocab_size},
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     save_demo_clip(build_demo_clip(config), config, tokenizer, tmp_path / "clip_guidance" / "mine.safetensors", "tiny")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "guided_diffusion" / "jolenes_prior.pt")

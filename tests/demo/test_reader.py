@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+
 from blendswap.blending.guide import ClipGuide, load_clip_guide
 from blendswap.demo import files, world
-from torch import Tensor
 
 COUNT = 96
 

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from blendswap.demo import judge, subject_judge, world
 from blendswap.demo.subject_judge import identify
 from blendswap.demo.subjects import SUBJECTS, coverage, draw_with

@@ -76,11 +76,11 @@ class Buffer(Raw):
         return (ctypes.c_uint32 * 1)(self.uses)
 
     def unpin(self, place: int, size: int) -> None:
-        self.memory[place:place + size] = 255  # NaN, in every floating dtype
+        self.memory[place : place + size] = 255  # NaN, in every floating dtype
 
     def view(self, place: int, size: int) -> torch.Tensor:
         """A tensor of its own at each call, as the library makes it: in inference mode an inference tensor."""
-        return torch.from_numpy(self.memory[place:place + size])
+        return torch.from_numpy(self.memory[place : place + size])
 
     def loaded_size(self) -> int:
         return 0

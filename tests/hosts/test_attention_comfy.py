@@ -62,19 +62,30 @@ class Parts:
 # The published UNets' layouts, narrow.
 LAYOUTS = {
     "SD15": {
-        "block_out_channels": (32, 64, 128, 128), "attention_head_dim": 8, "cross_attention_dim": 48,
-        "depths": (1, 1, 1, 0), "use_linear_projection": False,
+        "block_out_channels": (32, 64, 128, 128),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 48,
+        "depths": (1, 1, 1, 0),
+        "use_linear_projection": False,
     },
     "SD20": {
-        "block_out_channels": (32, 64, 128, 128), "attention_head_dim": (2, 4, 8, 8), "cross_attention_dim": 48,
-        "depths": (1, 1, 1, 0), "use_linear_projection": True,
+        "block_out_channels": (32, 64, 128, 128),
+        "attention_head_dim": (2, 4, 8, 8),
+        "cross_attention_dim": 48,
+        "depths": (1, 1, 1, 0),
+        "use_linear_projection": True,
     },
     "SDXL": {
-        "block_out_channels": (32, 64, 128), "attention_head_dim": (2, 4, 8), "cross_attention_dim": 48,
-        "depths": (0, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        "block_out_channels": (32, 64, 128),
+        "attention_head_dim": (2, 4, 8),
+        "cross_attention_dim": 48,
+        "depths": (0, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
     },
-}  # fmt: skip
+}
 LAYERS = {"SD15": 32, "SD20": 32, "SDXL": 140}
 TIMES = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]])
 
@@ -91,17 +102,28 @@ def build(name: str) -> Parts:
     down = tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths)
     up = tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths))
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        **layout, layers_per_block=2, down_block_types=down, up_block_types=up,
-        transformer_layers_per_block=[depth or depths[-1] or 1 for depth in depths],
-    ).eval().requires_grad_(False)  # fmt: skip
+    unet = (
+        UNet2DConditionModel(
+            **layout,
+            layers_per_block=2,
+            down_block_types=down,
+            up_block_types=up,
+            transformer_layers_per_block=[depth or depths[-1] or 1 for depth in depths],
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     widths = layout["block_out_channels"]
-    names = comfy.utils.unet_to_diffusers({
-        "num_res_blocks": [2] * len(widths), "channel_mult": [width // widths[0] for width in widths],
-        "transformer_depth": [depth for depth in depths for _ in range(2)],
-        "transformer_depth_output": [depth for depth in depths for _ in range(3)],
-        "transformer_depth_middle": depths[-1] or 1, "num_head_channels": 16,
-    })  # fmt: skip
+    names = comfy.utils.unet_to_diffusers(
+        {
+            "num_res_blocks": [2] * len(widths),
+            "channel_mult": [width // widths[0] for width in widths],
+            "transformer_depth": [depth for depth in depths for _ in range(2)],
+            "transformer_depth_output": [depth for depth in depths for _ in range(3)],
+            "transformer_depth_middle": depths[-1] or 1,
+            "num_head_channels": 16,
+        }
+    )
     weights = {names[key]: value.clone() for key, value in unet.state_dict().items()}
     if name == "SD20":  # the mark by which ComfyUI tells v-prediction
         bias = weights["output_blocks.11.1.transformer_blocks.0.norm1.bias"].normal_(std=0.5)
@@ -124,13 +146,16 @@ def build(name: str) -> Parts:
     def twin() -> DiffusersTextHost:
         added = None
         if name == "SDXL":
-            added = {
-                branch: {"text_embeds": row, "time_ids": TIMES} for branch, row in zip(("cond", "uncond"), pooled)
-            }
+            added = {branch: {"text_embeds": row, "time_ids": TIMES} for branch, row in zip(("cond", "uncond"), pooled)}
         return DiffusersTextHost(
-            unet, texts[0], texts[1], 1 / (1 + base.model_sampling.sigmas**2), cfg=CFG, added=added,
+            unet,
+            texts[0],
+            texts[1],
+            1 / (1 + base.model_sampling.sigmas**2),
+            cfg=CFG,
+            added=added,
             prediction="v_prediction" if name == "SD20" else "epsilon",
-        )  # fmt: skip
+        )
 
     return Parts(model, [[texts[0], extra[0]]], [[texts[1], extra[1]]], 4, twin)
 
@@ -169,9 +194,15 @@ def run(parts: Parts, body: Callable, *, model=None, cfg: float = CFG, positive=
 
     with torch.inference_mode():
         return run_text(
-            model or parts.model, None, positive or parts.positive, negative or parts.negative, cfg,
-            noisy(parts), 0, body,
-        )  # fmt: skip
+            model or parts.model,
+            None,
+            positive or parts.positive,
+            negative or parts.negative,
+            cfg,
+            noisy(parts),
+            0,
+            body,
+        )
 
 
 def guided(parts: Parts, handler=None, x: torch.Tensor | None = None, **given) -> torch.Tensor:
@@ -264,7 +295,7 @@ def test_it_makes_no_difference_how_comfyui_splits_the_batch(demo, monkeypatch):
 def test_regional_prompts_are_further_passes_of_their_branch(demo, monkeypatch):
     import comfy.model_management
 
-    (tensor, options), = demo.positive  # fmt: skip
+    ((tensor, options),) = demo.positive
     mask = torch.zeros(1, 16, 16)
     mask[..., 8:] = 1
     regional = [
@@ -284,7 +315,7 @@ def test_regional_prompts_are_further_passes_of_their_branch(demo, monkeypatch):
 
 
 def test_areas_that_comfyui_mirrors_stay_with_their_branch(demo):
-    (tensor, options), = demo.positive  # fmt: skip
+    ((tensor, options),) = demo.positive
     area = [[tensor, {**options, "area": (8, 16, 0, 0), "strength": 1.0}]]
     watcher = Watcher()
     guided(demo, watcher, positive=[*demo.positive, *area])
@@ -294,7 +325,7 @@ def test_areas_that_comfyui_mirrors_stay_with_their_branch(demo):
 
 
 def test_prompts_of_unequal_length_are_shown_at_their_own(demo):
-    (tensor, options), = demo.negative  # fmt: skip
+    ((tensor, options),) = demo.negative
     watcher = Watcher()
     guided(demo, watcher, negative=[[torch.cat([tensor, tensor * 0.5], 1), options]])
     lengths = {(call.rows, call.k.shape[1]) for call in watcher.calls if call.layer.kind == "cross"}
@@ -335,9 +366,7 @@ def test_a_controlnet_adds_to_the_model_and_not_to_its_calls(demo):
     import comfy.cldm.cldm
     import comfy.controlnet
 
-    config = {
-        key: value for key, value in demo.model.model.model_config.unet_config.items() if key != "out_channels"
-    }
+    config = {key: value for key, value in demo.model.model.model_config.unet_config.items() if key != "out_channels"}
     config.pop("transformer_depth_output")
     with torch.inference_mode():
         network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3).eval()
@@ -550,10 +579,13 @@ def compiled(model):
 @pytest.mark.parametrize(
     "node, name",
     [
-        (hypertile, "HyperTile"), (tome, "ToMe"), (easycache, "EasyCache"), (lazycache, "LazyCache"),
+        (hypertile, "HyperTile"),
+        (tome, "ToMe"),
+        (easycache, "EasyCache"),
+        (lazycache, "LazyCache"),
         (compiled, "TorchCompileModel"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_compose_is_refused_by_name(demo, node, name):
     from blendswap.hosts.attention_comfy import check_attention
     from blendswap.hosts.comfy_host import UnsupportedModel

@@ -17,9 +17,11 @@ from blendswap.hosts.learning import FullWeights, LowRank, TokenVectors
 
 TOKEN, PROMPT = "sks", "a sks star"
 KINDS = {
-    "lora": LowRank(4, text_encoder=False), "lora everywhere": LowRank(2, alpha=4.0, convolutions=True),
-    "full": FullWeights(), "vectors": TokenVectors(TOKEN, "star", 3),
-}  # fmt: skip
+    "lora": LowRank(4, text_encoder=False),
+    "lora everywhere": LowRank(2, alpha=4.0, convolutions=True),
+    "full": FullWeights(),
+    "vectors": TokenVectors(TOKEN, "star", 3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +139,26 @@ def test_ordinary_names_are_taken(name):
     assert concept_name(name) == name.strip().removesuffix(".safetensors")
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("", "empty"), ("  ", "empty"), ("../dog", "path"), ("a/b", "path"), ("a\\b", "path"), ("..", "path"),
-    ("a:b", "letters"), ("my dog", "letters"), ("a,b", "letters"), (".hidden", "letters"), ("dog.", "letters"),
-    ("con", "Windows"), ("NUL.txt", "Windows"), ("lpt1", "Windows"), ("a" * 200, "200 characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "empty"),
+        ("  ", "empty"),
+        ("../dog", "path"),
+        ("a/b", "path"),
+        ("a\\b", "path"),
+        ("..", "path"),
+        ("a:b", "letters"),
+        ("my dog", "letters"),
+        ("a,b", "letters"),
+        (".hidden", "letters"),
+        ("dog.", "letters"),
+        ("con", "Windows"),
+        ("NUL.txt", "Windows"),
+        ("lpt1", "Windows"),
+        ("a" * 200, "200 characters"),
+    ],
+)
 def test_names_that_some_system_refuses_are_refused_with_words(name, message):
     with pytest.raises(ValueError, match=message):
         concept_name(name)

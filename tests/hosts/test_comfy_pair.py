@@ -65,8 +65,16 @@ def alone(parts, model=None, positive=None) -> torch.Tensor:
     from blendswap.hosts.comfy_text import run_text
 
     with torch.inference_mode():
-        return run_text(model or parts[0], None, positive or parts[1], parts[2], 3.0, noisy(), 0,
-                        lambda host: host.guided(noisy(), SIGMA))
+        return run_text(
+            model or parts[0],
+            None,
+            positive or parts[1],
+            parts[2],
+            3.0,
+            noisy(),
+            0,
+            lambda host: host.guided(noisy(), SIGMA),
+        )
 
 
 @pytest.mark.parametrize("change", ["nothing", "patch", "schedule", "hook", "checkpoint"])
@@ -185,16 +193,19 @@ def longer(parts):
     return [[parts[2][0][0].repeat(1, 2, 1), dict(parts[2][0][1])]]
 
 
-@pytest.mark.parametrize(("why", "changes"), [
-    ("a patch", lambda parts: {"model": with_patch(parts)}),
-    ("another schedule", lambda parts: {"model": with_another_schedule(parts)}),
-    ("something that acts", lambda parts: {"model": with_function(parts)}),
-    ("a hook", lambda parts: {"positive": with_hook(parts)}),
-    ("an area", lambda parts: {"positive": with_area(parts)}),
-    ("several entries", lambda parts: {"positive": parts[1] + parts[2]}),
-    ("a longer text", lambda parts: {"positive": longer(parts)}),
-    ("another guidance", lambda parts: {"cfg": 4.0}),
-])
+@pytest.mark.parametrize(
+    ("why", "changes"),
+    [
+        ("a patch", lambda parts: {"model": with_patch(parts)}),
+        ("another schedule", lambda parts: {"model": with_another_schedule(parts)}),
+        ("something that acts", lambda parts: {"model": with_function(parts)}),
+        ("a hook", lambda parts: {"positive": with_hook(parts)}),
+        ("an area", lambda parts: {"positive": with_area(parts)}),
+        ("several entries", lambda parts: {"positive": parts[1] + parts[2]}),
+        ("a longer text", lambda parts: {"positive": longer(parts)}),
+        ("another guidance", lambda parts: {"cfg": 4.0}),
+    ],
+)
 def test_what_may_tell_the_rows_apart_keeps_them_apart(parts, why, changes):
     import dataclasses
 

@@ -35,8 +35,14 @@ def guider(parts):
         from blendswap.nodes.guider import CLIPBlendGuider
 
         inputs = dict(
-            model=parts[0], vae=parts[1], image=picture(), mask=box(), clip_guide=parts[2], prompt="a red star",
-            guidance=300.0, augment=ExtendingAugmentations(copies=2),
+            model=parts[0],
+            vae=parts[1],
+            image=picture(),
+            mask=box(),
+            clip_guide=parts[2],
+            prompt="a red star",
+            guidance=300.0,
+            augment=ExtendingAugmentations(copies=2),
         )
         return run(CLIPBlendGuider, **{**inputs, **changes})[0]
 
@@ -72,7 +78,9 @@ def sampled(guider, name: str = "euler", steps: int = 4, batch: int = 1, **more)
         noise = run(custom.RandomNoise, noise_seed=SEED)[0]
         levels = sigmas(guider.model_patcher, steps, more.pop("scheduler", "normal"))
         sampler = comfy.samplers.sampler_object(name)
-        inputs = dict(noise=noise, guider=guider, sampler=sampler, sigmas=levels, latent_image={"samples": samples, **more})
+        inputs = dict(
+            noise=noise, guider=guider, sampler=sampler, sigmas=levels, latent_image={"samples": samples, **more}
+        )
         return run(custom.SamplerCustomAdvanced, **inputs)[0]["samples"]
 
 
@@ -113,9 +121,7 @@ def test_every_sampler_of_comfyui_keeps_the_background_or_is_refused_by_name(gui
         assert result.isfinite().all(), name
         assert difference[..., kept].max() < 1e-4, name
         assert difference[..., changed].mean() > 0.05, name
-    assert {name for name in refused if "cfg_pp" not in name} == {
-        "dpm_fast", "dpm_adaptive", "uni_pc", "uni_pc_bh2"
-    }
+    assert {name for name in refused if "cfg_pp" not in name} == {"dpm_fast", "dpm_adaptive", "uni_pc", "uni_pc_bh2"}
 
 
 @pytest.mark.parametrize("scheduler", ["simple", "karras", "sgm_uniform"])
@@ -232,8 +238,12 @@ def test_a_latent_model_takes_every_size_that_its_vae_encodes_and_the_paste_puts
         encoded, noise = vae.encode(image), run(custom.RandomNoise, noise_seed=SEED)[0]
         assert encoded.shape[-2:] == (10, 18)
         samples = run(
-            custom.SamplerCustomAdvanced, noise=noise, guider=made, sampler=comfy.samplers.sampler_object("euler"),
-            sigmas=sigmas(model), latent_image={"samples": encoded},
+            custom.SamplerCustomAdvanced,
+            noise=noise,
+            guider=made,
+            sampler=comfy.samplers.sampler_object("euler"),
+            sigmas=sigmas(model),
+            latent_image={"samples": encoded},
         )[0]["samples"]
         result = vae.decode(samples)
     (pasted,) = run(ExactPaste, source=image, result=result, mask=mask)
@@ -285,8 +295,9 @@ def test_a_paste_takes_the_drift_around_the_mask_out_of_what_is_inside_where_ask
     ("source", "result"), [((67, 101), (64, 100)), ((67, 101), (64, 96)), ((1085, 33), (1080, 32))]
 )
 def test_a_result_that_a_vae_cut_is_pasted_where_it_was_cut_and_it_is_said(comfy, source, result):
-    import comfy.sd
     import math
+
+    import comfy.sd
 
     from blendswap.hosts.adm_comfy import pixel_space_vae
     from blendswap.nodes.guider import ExactPaste

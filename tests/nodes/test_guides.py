@@ -24,9 +24,21 @@ def sample(parts):
         """images, scores, losses, summary"""
         model, vae, guide = parts
         inputs = dict(
-            model=model, vae=vae, clip_guide=guide, seed=7, candidates=1, batch_size=4, preset="custom",
-            guidance=300.0, steps=4, start=1, augment=ExtendingAugmentations(copies=2), image=scene(), mask=mask,
-            prompt=prompt, shrink="off",
+            model=model,
+            vae=vae,
+            clip_guide=guide,
+            seed=7,
+            candidates=1,
+            batch_size=4,
+            preset="custom",
+            guidance=300.0,
+            steps=4,
+            start=1,
+            augment=ExtendingAugmentations(copies=2),
+            image=scene(),
+            mask=mask,
+            prompt=prompt,
+            shrink="off",
         )
         return run(CLIPBlendSampler, **{**inputs, **changes})
 
@@ -121,7 +133,9 @@ def test_the_text_guard_pushes_away_from_the_written_prompt_and_the_candidates_h
     mask = box(16, 48)
     plain, *_ = sample(mask, "a red star")
     images, scores, _, summary = sample(mask, "a red star", text_guard=0.5, candidates=2)
-    assert "away from writing 'a red star' (demo, -0.5)" in summary and not any(torch.equal(plain[0], i) for i in images)
+    assert "away from writing 'a red star' (demo, -0.5)" in summary and not any(
+        torch.equal(plain[0], i) for i in images
+    )
     contrasts = ["the word a red star", "the written word a red star", "text that says a red star"]
     with torch.inference_mode(False), torch.no_grad():
         again = score(to_bchw(images.clone()), mask[None].clone(), "a red star", parts[2].load(), contrasts=contrasts)

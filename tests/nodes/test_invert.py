@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from blendswap.demo import world
 
 pytestmark = pytest.mark.needs_comfy
@@ -40,8 +41,18 @@ def invert(parts):
         key = (method, *sorted(changes.items())) if plain else None
         if key is None or key not in made:
             model, vae, image, latent, positive, negative = parts
-            inputs = dict(model=model, vae=vae, latent=latent, positive=positive, negative=negative, image=image,
-                          method=method, steps=STEPS, inner_steps=2, lpips="demo")
+            inputs = dict(
+                model=model,
+                vae=vae,
+                latent=latent,
+                positive=positive,
+                negative=negative,
+                image=image,
+                method=method,
+                steps=STEPS,
+                inner_steps=2,
+                lpips="demo",
+            )
             with torch.inference_mode():
                 output = NullTextInvert.execute(**{**inputs, **changes}).args
             if key is None:
@@ -59,8 +70,18 @@ def stock(model, noise, positive, negative, *, steps=STEPS, cfg=7.5, sampler="eu
     with torch.inference_mode():
         latent = noise["samples"]
         return comfy.sample.sample(
-            model, torch.zeros_like(latent), steps, cfg, sampler, scheduler, positive, negative, latent,
-            disable_noise=True, disable_pbar=True, seed=0,
+            model,
+            torch.zeros_like(latent),
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            positive,
+            negative,
+            latent,
+            disable_noise=True,
+            disable_pbar=True,
+            seed=0,
         )
 
 
@@ -179,6 +200,7 @@ def test_progress_runs_over_both_ways_with_a_preview(parts, invert, monkeypatch)
 def output(tmp_path: Path, monkeypatch) -> Path:
     """ComfyUI's output folder, empty, with the pack's folders registered in it."""
     import folder_paths
+
     from blendswap.nodes import folders
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
@@ -251,8 +273,9 @@ def test_nothing_is_written_outside_the_folder(invert, output):
 
 @pytest.mark.parametrize("kind", ["foreign", "damaged"])
 def test_a_file_that_is_no_inversion_is_refused(invert, output, kind):
-    from blendswap.nodes.invert import LoadInversion, SaveInversion
     from safetensors.torch import save_file
+
+    from blendswap.nodes.invert import LoadInversion, SaveInversion
 
     (file,) = SaveInversion.execute(invert("direct")[0]).args
     path = output / "inversions" / file

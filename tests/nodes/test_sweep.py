@@ -25,8 +25,17 @@ def sweep(kit, swept):
 
     def run(**more):
         _, positive, tokens, _ = kit.prompts()
-        defaults = dict(model=kit.model, attention=swept[0], positive=positive, vae=kit.vae, unit="of 50 steps",
-                        self_map="0, 25", cross_map="", self_output="0, 20", tokens=tokens)
+        defaults = dict(
+            model=kit.model,
+            attention=swept[0],
+            positive=positive,
+            vae=kit.vae,
+            unit="of 50 steps",
+            self_map="0, 25",
+            cross_map="",
+            self_output="0, 20",
+            tokens=tokens,
+        )
         return kit.run(AttentionSwapSweep, **{**defaults, **more})
 
     return run
@@ -79,17 +88,20 @@ def test_a_single_target_needs_no_values(sweep):
     assert len(images) == 1 and "the settings' λ's" in table and "connect mask" in table
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"max_targets": 3}, "the grid has 4 targets \\(2 of self_map × 2 of self_output\\), max_targets is 3"),
-    ({"self_map": "0, lots"}, "self_map: 'lots' is no number"),
-    ({"self_map": "0, 60"}, "self_map is 60; with unit 'of 50 steps'"),
-    ({"self_map": "0, 50"}, "the swap with M 50, phi 0 needs: self-attention maps.*for_sweep"),
-    ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
-    ({"mask": torch.ones(1, 64, 64)}, "no background to measure"),
-    ({"prompt": "a heart"}, "clip_guide is not connected"),
-    ({"reference": torch.rand(1, 8, 8, 3)}, "lpips is none"),
-    ({"image": torch.rand(1, 64, 200, 3)}, "image is 200×64"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"max_targets": 3}, "the grid has 4 targets \\(2 of self_map × 2 of self_output\\), max_targets is 3"),
+        ({"self_map": "0, lots"}, "self_map: 'lots' is no number"),
+        ({"self_map": "0, 60"}, "self_map is 60; with unit 'of 50 steps'"),
+        ({"self_map": "0, 50"}, "the swap with M 50, phi 0 needs: self-attention maps.*for_sweep"),
+        ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
+        ({"mask": torch.ones(1, 64, 64)}, "no background to measure"),
+        ({"prompt": "a heart"}, "clip_guide is not connected"),
+        ({"reference": torch.rand(1, 8, 8, 3)}, "lpips is none"),
+        ({"image": torch.rand(1, 64, 200, 3)}, "image is 200×64"),
+    ],
+)
 def test_bad_input_is_named_before_anything_is_run(sweep, more, message, monkeypatch):
     from blendswap.hosts.comfy_host import ComfyHost
 
