@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
@@ -237,7 +238,7 @@ def steps_text(steps: Iterable[int]) -> str:
     if not ordered:
         return "no step"
     runs, start = [], ordered[0]
-    for one, following in zip(ordered, [*ordered[1:], None]):
+    for one, following in itertools.pairwise([*ordered, None]):
         if following != one + 1:
             runs.append(f"{start + 1}" if start == one else f"{start + 1} to {one + 1}")
             start = following

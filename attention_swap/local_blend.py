@@ -72,7 +72,7 @@ class WordBlend:
     def add(self, source: Tensor, target: Tensor, size: tuple[int, int]) -> None:
         """source: the source's map [B, N, L]. target: the target's columns [B, N, P] at `target_positions`."""
         made, start = [], 0
-        for ours, theirs in zip(self.source, self.target):
+        for ours, theirs in zip(self.source, self.target, strict=True):
             columns = target[..., start : start + len(theirs)]
             start += len(theirs)
             made.append(
@@ -81,7 +81,7 @@ class WordBlend:
         if self._sums is None:
             self._sums = made
         else:
-            self._sums = [(a + c, b + d) for (a, b), (c, d) in zip(self._sums, made)]
+            self._sums = [(a + c, b + d) for (a, b), (c, d) in zip(self._sums, made, strict=True)]
 
     def masks(self, size: tuple[int, int]) -> list[Tensor] | None:
         """For each subject where it is in source or target, [B, 1, h, w] of 0 and 1; None before there is anything."""

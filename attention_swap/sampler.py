@@ -216,7 +216,7 @@ def _prepare(
             raise ValueError("the mask covers everything, so nothing may change outside of it: draw a smaller one")
     regions = _regions(capture, settings, subjects, masks, branches_of(host))
     _check_reach(regions, settings, alignment, host, notes)
-    by_word = [subject for subject, own in zip(subjects, masks) if own is None and settings.local_blend]
+    by_word = [subject for subject, own in zip(subjects, masks, strict=True) if own is None and settings.local_blend]
     words = _word_blend(capture, settings, alignment, by_word, bool(subjects), limit)
     needs = Needs({})
     for region in regions:
@@ -305,7 +305,7 @@ def _regions(
         return chosen.plan(capture.layout, capture.steps, branches)
 
     own = []
-    for subject, mask in zip(subjects, masks):
+    for subject, mask in zip(subjects, masks, strict=True):
         changed = subject.settings(settings)
         if changed == settings:
             continue

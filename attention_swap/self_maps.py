@@ -153,8 +153,8 @@ class MeanMap:
         for size, total in self._sums.items():
             total = total[row].T if queries else total[row]
             here = x.to(total.device)
-            inward = [_axis(*pair, total.device, keys=not queries).T for pair in zip(size, self.grid)]
-            outward = [_axis(*pair, total.device, keys=queries) for pair in zip(size, self.grid)]
+            inward = [_axis(*pair, total.device, keys=not queries).T for pair in zip(size, self.grid, strict=True)]
+            outward = [_axis(*pair, total.device, keys=queries) for pair in zip(size, self.grid, strict=True)]
             here = _resized(total @ _resized(here, self.grid, inward), size, outward)
             result += here.to(result.device)
         return result / self.count

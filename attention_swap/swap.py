@@ -421,7 +421,7 @@ class Swapper:
             return None
         key = (tuple(chosen), tuple(size), like.device, like.dtype)
         if key not in self._masks:
-            mask = sum(region.mask for region, has in zip(self.regions, chosen) if has)
+            mask = sum(region.mask for region, has in zip(self.regions, chosen, strict=True) if has)
             self._masks[key] = torch.nn.functional.interpolate(mask, size=tuple(size), mode="area").to(like)
         return self._masks[key]
 
@@ -486,7 +486,7 @@ def attend_terms(call: AttentionCall, jobs: Sequence[tuple[list[int], Term]]) ->
     for numbers in by_length.values():
         made = _attend_once(call, [jobs[number] for number in numbers])
         parts = made.split([len(jobs[number][0]) for number in numbers])
-        for number, part in zip(numbers, parts):
+        for number, part in zip(numbers, parts, strict=True):
             outputs[number] = part
     return outputs
 

@@ -70,7 +70,8 @@ def grid(base: SwapSettings, lambdas: Mapping[str, Sequence[float | Steps]]) -> 
     """
     given = {name: chosen for name, chosen in lambdas.items() if chosen}
     return [
-        dataclasses.replace(base, **dict(zip(given, combination))) for combination in itertools.product(*given.values())
+        dataclasses.replace(base, **dict(zip(given, combination, strict=True)))
+        for combination in itertools.product(*given.values())
     ]
 
 

@@ -225,7 +225,7 @@ def _align_words(
     for ours, theirs in pairs:
         if len(ours) != len(theirs):
             ours, theirs = [sum(ours, ())], [sum(theirs, ())]
-        for one, other in zip(ours, theirs):
+        for one, other in zip(ours, theirs, strict=True):
             _hand_on(mapper, alphas, _tokens(source, one), _tokens(target, other))
     _align_specials(mapper, alphas, source, target)
     return mapper, alphas, shared
@@ -413,7 +413,7 @@ def from_comfy(
     names = list(embeddings_in(prompt) if embeddings is None else embeddings)
     if len(names) != len(vectors):  # written in a way that is not known here: numbered, then
         names = [f"{_EMBEDDING}{number + 1}" for number in range(len(vectors))]
-    named = dict(zip(vectors, names))
+    named = dict(zip(vectors, names, strict=True))
 
     ids: list[int | str] = []
     counts: dict[int, int] = {}

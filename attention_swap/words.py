@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import unicodedata
 from collections.abc import Sequence
 
@@ -112,7 +113,7 @@ class WordReader:
         starts = [index for index, byte in enumerate(self._bytes) if not index or byte & 0xC0 != 0x80]
         places: list[list[int]] = []
         text = ""
-        for start, stop in zip(starts, [*starts[1:], len(self._bytes)]):
+        for start, stop in itertools.pairwise([*starts, len(self._bytes)]):
             made = self._bytes[start:stop].decode("utf-8", "replace")
             text += made
             places += [self._positions[start:stop]] * len(made)

@@ -312,7 +312,7 @@ class Bench:
         samples = self._samples(learner, [target_prompt(scene, phrase) for scene in chosen])
         of_class = self._samples(learner, [f"a {subject.kind}"] * self.options.class_samples)
         return Outcome(
-            swapped=[judged(scene, subject, picture) for scene, picture in zip(chosen, pictures)],
+            swapped=[judged(scene, subject, picture) for scene, picture in zip(chosen, pictures, strict=True)],
             sampled=[shows(subject, picture) for picture in samples],
             class_kept=[judge.judge(picture, EVERYWHERE).shape == subject.kind for picture in of_class],
             class_lost=[shows(subject, picture) for picture in of_class],
@@ -355,7 +355,7 @@ class Bench:
         learner, chosen = self.as_it_was(), scenes(subject, self.options.scenes)
         drawn = [draw_with(scene, subject) if name == "ideal" else world.draw(scene) for scene in chosen]
         pictures = np.concatenate([to_8_bit(learner.decode(learner.encode(to_tensor(one)))) for one in drawn])
-        found = [judged(scene, subject, picture) for scene, picture in zip(chosen, pictures)]
+        found = [judged(scene, subject, picture) for scene, picture in zip(chosen, pictures, strict=True)]
         return Outcome(found, [], [], [], pictures)
 
 

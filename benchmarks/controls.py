@@ -105,7 +105,9 @@ class Regions:
     def run(self, picture: Tensor, wanted: list[tuple[np.ndarray, str]], seeds: list[int]) -> Tensor:
         """One run over `wanted` regions (mask and prompt of each), after the paste, [N, 3, H, W] in -1..1."""
         masks = [torch.from_numpy(mask)[None, None].float() for mask, _ in wanted]
-        regions = tuple(Region(mask, terms_for(self.bench.guide, prompt)) for mask, (_, prompt) in zip(masks, wanted))
+        regions = tuple(
+            Region(mask, terms_for(self.bench.guide, prompt)) for mask, (_, prompt) in zip(masks, wanted, strict=True)
+        )
         augment = ExtendingAugmentations(copies=8)
         guidance = Guidance(METHOD, regions, picture, augment, augment.generators(seeds))
         return exact_paste(picture, blended_diffusion(self.host, guidance, seeds, METHOD), editable(masks))
@@ -115,7 +117,7 @@ class Regions:
 
     def apart(self, picture: Tensor, wanted: list, seeds: list[int]) -> Tensor:
         first = self.run(picture, wanted[:1], seeds)
-        return torch.cat([self.run(one[None], wanted[1:], [seed]) for one, seed in zip(first, seeds)])
+        return torch.cat([self.run(one[None], wanted[1:], [seed]) for one, seed in zip(first, seeds, strict=True)])
 
 
 def compare_regions(count: int, candidates: int) -> dict[str, Tally]:
@@ -125,13 +127,13 @@ def compare_regions(count: int, candidates: int) -> dict[str, Tally]:
     for number, pair in enumerate(two_object_cases(count)):
         source = world.draw(pair[0].scene)
         masks = [world.edit_mask(pair[0].scene, index) for index in range(2)]
-        wanted = [(mask, case.prompt) for mask, case in zip(masks, pair)]
+        wanted = [(mask, case.prompt) for mask, case in zip(masks, pair, strict=True)]
         for name, way in ways.items():
             begun = time.process_time()
             pictures = as_pixels(way(as_picture(source), wanted, [number * 1000 + i for i in range(candidates)]))
             tally = tallies[name]
             tally.seconds += time.process_time() - begun
-            count_successes(tally, pictures, source, list(zip(masks, pair)))
+            count_successes(tally, pictures, source, list(zip(masks, pair, strict=True)))
         logger.info(
             "case %d/%d: %s",
             number + 1,

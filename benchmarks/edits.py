@@ -165,7 +165,7 @@ class Outcome:
 
     @property
     def success(self) -> list[bool]:
-        return [shape and colour for shape, colour in zip(self.shape, self.colour)]
+        return [shape and colour for shape, colour in zip(self.shape, self.colour, strict=True)]
 
     @property
     def row(self) -> tuple:

@@ -63,7 +63,7 @@ def reader(count: int) -> dict:
         "words": {
             "similarity of a word": round(float(plain[written].mean()), 3),
             "of an object": round(float(plain[~written].mean()), 3),
-            "read": share(names[i] == (t.shape, t.colour) for i, t in zip(best, things) if t.written),
+            "read": share(names[i] == (t.shape, t.colour) for i, t in zip(best, things, strict=True) if t.written),
             "told from objects": share((lead[written][:, None] > lead[~written]).flatten()),
         },
     }
@@ -81,7 +81,7 @@ def zero_shot(guide: ClipGuide, count: int) -> dict:
         texts = [(s, c, p) for s in world.SHAPES for c in world.COLOURS for p in world.PATTERNS]
         sentences = [f"a {c} {'' if p == 'solid' else p + ' '}{s}" for s, c, p in texts]
         best = (images @ guide.embed_text(sentences).T).argmax(1)
-        found = [(texts[i], scene.things[0]) for i, scene in zip(best.tolist(), scenes)]
+        found = [(texts[i], scene.things[0]) for i, scene in zip(best.tolist(), scenes, strict=True)]
         results[name] = {
             "shape": share(f[0] == t.shape for f, t in found),
             "colour": share(f[1] == t.colour for f, t in found),
@@ -98,13 +98,13 @@ def judges(count: int) -> dict:
     results = {}
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(SEED))
     for name, seen in (("clean", pictures), ("noise_0.08", pictures + 0.16 * noise)):
-        found = [(judge.judge(p, m), s.things[0]) for p, m, s in zip(uint8(seen), masks, scenes)]
+        found = [(judge.judge(p, m), s.things[0]) for p, m, s in zip(uint8(seen), masks, scenes, strict=True)]
         results[name] = {
             key: share(getattr(f, key) == getattr(t, key) for f, t in found) for key in ("shape", "colour", "pattern")
         }
         results[name]["palette"] = share(f.palette == t.colour for f, t in found)
     empty = [world.draw(world.Scene(s.ground, ())) for s in scenes]
-    results["none_on_empty"] = share(judge.judge(p, m).shape == judge.NONE for p, m in zip(empty, masks))
+    results["none_on_empty"] = share(judge.judge(p, m).shape == judge.NONE for p, m in zip(empty, masks, strict=True))
     return results
 
 
@@ -116,7 +116,7 @@ def vae(count: int) -> dict:
     scenes, pictures = unseen(count)
     made = torch.cat([network.decode(network.encode(part).latent_dist.mode()).sample for part in pictures.split(64)])
     error = (made.clamp(-1, 1) - pictures).square().mean((1, 2, 3)) / 4
-    found = [(judge.judge(p, world.edit_mask(s)), s.things[0]) for p, s in zip(uint8(made), scenes)]
+    found = [(judge.judge(p, world.edit_mask(s)), s.things[0]) for p, s in zip(uint8(made), scenes, strict=True)]
     return {
         "psnr": round(float((-10 * error.log10()).mean()), 2),
         "shape": share(f.shape == t.shape for f, t in found),
@@ -170,7 +170,7 @@ def text(count: int, cfg: float = 6.0) -> dict:
     everywhere = np.ones((world.SIZE, world.SIZE), bool)
     found = [
         (judge.judge((p * 255 + 0.5).astype(np.uint8), everywhere), s.things[0])
-        for p, s in zip(np.concatenate(made), scenes)
+        for p, s in zip(np.concatenate(made), scenes, strict=True)
     ]
     return {
         "cfg": cfg,
@@ -199,7 +199,7 @@ def lpips(count: int) -> dict:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def distance(other: Tensor) -> Tensor:
-        return torch.cat([perceptual(a, b) for a, b in zip(pictures.split(64), other.split(64))])
+        return torch.cat([perceptual(a, b) for a, b in zip(pictures.split(64), other.split(64), strict=True)])
 
     pairs = {
         "noise": (pictures + 0.05 * noise, pictures + 0.2 * noise),

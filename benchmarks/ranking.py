@@ -108,9 +108,12 @@ def main(arguments: list[str] | None = None) -> None:
     scorer = guide if options.scorer == "demo" else demo_guide(options.scorer)
     chosen = cases(options.cases)
     masks = [world.edit_mask(case.scene) for case in chosen]
-    findings = [[judge.judge(picture, mask) for picture in each] for each, mask in zip(pictures, masks)]
+    findings = [[judge.judge(picture, mask) for picture in each] for each, mask in zip(pictures, masks, strict=True)]
     good = np.array(
-        [[f.shape == case.shape and f.palette == case.colour for f in found] for found, case in zip(findings, chosen)]
+        [
+            [f.shape == case.shape and f.palette == case.colour for f in found]
+            for found, case in zip(findings, chosen, strict=True)
+        ]
     )
     nothing = np.array([[f.shape == judge.NONE for f in found] for found in findings])
     sizes = [n for n in (2, 4) if n < options.candidates] + [options.candidates]
@@ -130,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
         rates = []
         for n in sizes:
             first = []
-            for number, (each, mask, case) in enumerate(zip(pictures, masks, chosen)):
+            for number, (each, mask, case) in enumerate(zip(pictures, masks, chosen, strict=True)):
                 mask = torch.from_numpy(mask)[None, None].float()
                 for start in range(0, options.candidates - n + 1, n):
                     asked = guide if ranking is published else scorer

@@ -86,7 +86,7 @@ def measure(count: int) -> dict[str, dict[str, float]]:
     for how, spoil in spoilt.items():
         found = [
             (identify(picture, world.edit_mask(scene)), name)
-            for picture, ((name, _), scene) in zip(uint8(spoil(tensors)), drawn.items())
+            for picture, ((name, _), scene) in zip(uint8(spoil(tensors)), drawn.items(), strict=True)
         ]
         results[how] = {
             "accuracy": share(one.name == name for one, name in found),

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import statistics
 import time
@@ -114,7 +115,7 @@ class Pair:
         """One plain image: its path [N+1, 1, C, h, w] on the CPU."""
         x, levels = self.noise.to(self.device), self.sigmas.tolist()
         path = [x.cpu()]
-        for sigma, after in zip(levels, levels[1:]):
+        for sigma, after in itertools.pairwise(levels):
             x = ddim_step(x, host.guided(x, sigma), sigma, after)
             path.append(x.cpu())
         return torch.stack(path)
@@ -142,7 +143,7 @@ class Pair:
         plan = self.settings.plan(taken.layout, len(self.sigmas) - 1)
         x = z = self.noise.to(self.device)
         levels = self.sigmas.tolist()
-        for index, (sigma, after) in enumerate(zip(levels, levels[1:])):
+        for index, (sigma, after) in enumerate(itertools.pairwise(levels)):
             keeps = Maps(plan, None, self.words, index)
             with self.source.attention(keeps):
                 z = ddim_step(z, self.source.guided(z, sigma), sigma, after)

@@ -262,7 +262,7 @@ class Bench:
             source = world.draw(case.source)
             pictures = self.results(case, methods)
             said = [judged(case, source, picture) for picture in pictures]
-            for name, one in zip(methods, said):
+            for name, one in zip(methods, said, strict=True):
                 found[name].append(one)
             rows.append((case, [source, *pictures], said))
             logger.info("case %d/%d: %s", number + 1, len(chosen), case.words)
@@ -321,12 +321,15 @@ def kinds_table(found: dict[str, list[Judged]], chosen: Sequence[Case]) -> str:
     kinds = [kind for kind in KINDS if any(case.kind == kind for case in chosen)]
     counts = [sum(case.kind == kind for case in chosen) for kind in kinds]
     lines = [
-        "| subject as asked | " + " | ".join(f"{kind} ({count})" for kind, count in zip(kinds, counts)) + " |",
+        "| subject as asked | "
+        + " | ".join(f"{kind} ({count})" for kind, count in zip(kinds, counts, strict=True))
+        + " |",
         "|---" * (len(kinds) + 1) + "|",
     ]
     for name, ones in found.items():
         cells = [
-            f"{np.mean([one.subject for one, case in zip(ones, chosen) if case.kind == kind]):.2f}" for kind in kinds
+            f"{np.mean([one.subject for one, case in zip(ones, chosen, strict=True) if case.kind == kind]):.2f}"
+            for kind in kinds
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -342,7 +345,10 @@ def duels(found: dict[str, list[Judged]], champion: str = "photoswap") -> str:
             continue
         cells = []
         for measure, margin in measures.items():
-            gains = [float(getattr(a, measure)) - float(getattr(b, measure)) for a, b in zip(found[champion], others)]
+            gains = [
+                float(getattr(a, measure)) - float(getattr(b, measure))
+                for a, b in zip(found[champion], others, strict=True)
+            ]
             better, worse = sum(gain > margin for gain in gains), sum(gain < -margin for gain in gains)
             cells.append(f"{better} / {len(gains) - better - worse} / {worse}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -397,11 +403,11 @@ def plot(lines: dict[str, dict[float, list[Judged]]], path: Path) -> None:
 
     panels = {"subject": "identity: subject as asked", "pose": "pose: IoU", "background": "background: PSNR, dB"}
     figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 4), constrained_layout=True)
-    for axis, (key, title) in zip(axes, panels.items()):
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for name, values in lines.items():
             figures = [summary(ones)[key] for ones in values.values()]
             axis.plot(SWEEP, [one.get("rate", one.get("mean")) for one in figures], "o-", label=SWEPT[name])
-            axis.fill_between(SWEEP, *zip(*(one["interval"] for one in figures)), alpha=0.15)
+            axis.fill_between(SWEEP, *zip(*(one["interval"] for one in figures), strict=True), alpha=0.15)
         axis.set(title=title, xlabel="λ as a share of the steps, the others 0")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
@@ -450,7 +456,7 @@ def run_methods(bench: Bench, chosen: Sequence[Case], methods: dict[str, Method]
                 {
                     "words": case.words,
                     "kind": case.kind,
-                    **{name: dataclasses.asdict(one) for name, one in zip(found, said)},
+                    **{name: dataclasses.asdict(one) for name, one in zip(found, said, strict=True)},
                 }
                 for case, _, said in rows
             ],

@@ -82,7 +82,7 @@ def run(bench: Bench, variant: str, side: int, options: argparse.Namespace) -> d
         findings = [judge.judge(picture, mask) for picture in pictures]
         hits = [finding.palette == case.colour for finding in findings]
         colour += sum(hits)
-        shape += sum(hit and finding.shape == case.shape for hit, finding in zip(hits, findings))
+        shape += sum(hit and finding.shape == case.shape for hit, finding in zip(hits, findings, strict=True))
         source = world.draw(case.scene)
         worst = max(worst, int(np.abs(pictures.astype(int) - source)[:, ~mask].max()))
         rows.append((case, source, pictures, hits))

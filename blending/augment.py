@@ -147,7 +147,7 @@ class ExtendingAugmentations:
             if copy >= first_cutout:
                 views += [
                     fit_to_square(row[None, :, top : top + side, left : left + side], size)
-                    for row, (top, left, side) in zip(images, parameters.boxes[copy].tolist())
+                    for row, (top, left, side) in zip(images, parameters.boxes[copy].tolist(), strict=True)
                 ]
         return torch.cat(views)
 

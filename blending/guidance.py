@@ -126,7 +126,7 @@ class Guidance:
         crowded = crowding(masks)
         alone = sum(len(region.terms) for region in self.regions) == 1
         total = torch.zeros_like(seen)
-        for number, (region, mask) in enumerate(zip(self.regions, masks), start=1):
+        for number, (region, mask) in enumerate(zip(self.regions, masks, strict=True), start=1):
             if not region.steers:
                 continue
             which = f"region {number} " if len(self.regions) > 1 else ""
@@ -136,7 +136,7 @@ class Guidance:
                     gradient = gradient / crowded
                 total += region.strength * gradient
                 names = ["clip"] if alone else [f"clip: {which}{term}" for term in terms]
-                for name, value in zip(names, values):
+                for name, value in zip(names, values, strict=True):
                     # Two CLIPs of one name and weight are told apart by their number.
                     losses[f"{name}, {len(losses) + 1}" if name in losses else name] = value
         return total
@@ -178,7 +178,7 @@ class Guidance:
                 views = self.augment.apply(leaf * mask, parameters, part, guide.image_size)
                 vectors = guide.embed_image(views)
                 shares = [distance(vectors, term.target).to(leaf).view(-1, count).sum(0) / copies for term in terms]
-                pull = sum(term.weight * share.sum() for term, share in zip(terms, shares))
+                pull = sum(term.weight * share.sum() for term, share in zip(terms, shares, strict=True))
                 gradient += torch.autograd.grad(pull, leaf)[0]
             values += torch.stack(shares).detach()
         return values, gradient

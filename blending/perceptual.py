@@ -6,6 +6,7 @@ learned linear weights come with the package.
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class DemoBackbone(nn.Module):
                 nn.BatchNorm2d(after),
                 nn.ReLU(),
             )
-            for before, after, stride in zip(widths, widths[1:], self.STRIDES)
+            for (before, after), stride in zip(itertools.pairwise(widths), self.STRIDES, strict=True)
         )
 
     def features(self, images: Tensor) -> list[Tensor]:

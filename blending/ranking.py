@@ -104,7 +104,7 @@ def region_view(images: Tensor, mask: Tensor, size: int) -> Tensor:
     boxes = [region_box(single) for single in mask.to(images).expand(len(images), -1, -1, -1)]
     crops = [
         fit_to_square(image[None, :, top:bottom, left:right], size)
-        for image, (top, bottom, left, right) in zip(images, boxes)
+        for image, (top, bottom, left, right) in zip(images, boxes, strict=True)
     ]
     return torch.cat(crops)
 
@@ -176,7 +176,7 @@ def score(
         combined = combined - weights.seam * _deviation(seam) / _spread(_deviation(seam))
     combined = combined / (weights.region + weights.whole + weights.seam)
     terms = (values.tolist() for values in (sums["region"], sums["whole"], seam, combined))
-    return [Score(index, *values) for index, values in enumerate(zip(*terms))]
+    return [Score(index, *values) for index, values in enumerate(zip(*terms, strict=True))]
 
 
 def rank(images: Tensor, mask: Tensor, prompt: str, scorer: ClipGuide | CombinedGuide, **settings) -> list[Score]:

@@ -191,7 +191,7 @@ def picture(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:
     masks = mask.movedim(1, -1).expand(-1, -1, -1, 3)
     difference = ((result - source).abs() * AMPLIFICATION).clamp(0, 1)
     labels = ("source", "mask", "result", f"difference x{AMPLIFICATION}")
-    rows = [_row(panels, labels) for panels in zip(source, masks, result, difference)]
+    rows = [_row(panels, labels) for panels in zip(source, masks, result, difference, strict=True)]
     sheet = np.concatenate(rows, axis=0)
     return torch.from_numpy(sheet.astype(np.float32) / 255)[None]
 
@@ -204,7 +204,7 @@ def _row(panels: Sequence[Tensor], labels: Sequence[str]) -> np.ndarray:
     strip = lettering.height(text) + 2 * _GAP
     row = Image.new("RGB", ((width + _GAP) * len(panels) - _GAP, height + strip), "white")
     draw = ImageDraw.Draw(row)
-    for place, (panel, label) in enumerate(zip(panels, labels)):
+    for place, (panel, label) in enumerate(zip(panels, labels, strict=True)):
         left = place * (width + _GAP)
         image = Image.fromarray(to_8_bit(panel)).resize((width, height), Image.Resampling.NEAREST)
         lettering.draw(draw, (left + _GAP, _GAP), label, text)

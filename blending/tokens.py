@@ -113,7 +113,7 @@ class CompactTokenizer:
         """Table rows [P, context_length] (int64) of `texts`, padded with 0 and cut off as CLIP does."""
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)
-        for row, text in zip(tokens, texts):
+        for row, text in zip(tokens, texts, strict=True):
             ids = [self.start_row, *self.encode(text)[: self.context_length - 2], self.end_row]
             row[: len(ids)] = torch.tensor(ids)
         return tokens

@@ -204,7 +204,7 @@ def _apart(parts: Sequence[Spans], context: float, size: int, picture: tuple[int
 
 
 def _joined(one: Spans, two: Spans) -> Spans:
-    return tuple((min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(one, two))
+    return tuple((min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(one, two, strict=True))
 
 
 def _around(spans: Spans, context: float, size: int, picture: tuple[int, int]) -> Window:
@@ -214,9 +214,14 @@ def _around(spans: Spans, context: float, size: int, picture: tuple[int, int]) -
     side = max(math.ceil(max(extents) * (1 + 2 * context)), least)
     sides = [side, side]
     if side >= max(picture):
-        own = [min(max(math.ceil(extent * (1 + 2 * context)), least), limit) for extent, limit in zip(extents, picture)]
+        own = [
+            min(max(math.ceil(extent * (1 + 2 * context)), least), limit)
+            for extent, limit in zip(extents, picture, strict=True)
+        ]
         sides = [max(each, math.ceil(max(own) / LONGER)) for each in own]
-    (top, bottom), (left, right) = (_interval(*span, each, limit) for span, each, limit in zip(spans, sides, picture))
+    (top, bottom), (left, right) = (
+        _interval(*span, each, limit) for span, each, limit in zip(spans, sides, picture, strict=True)
+    )
     return Window(top, bottom, left, right, *picture)
 
 

@@ -154,7 +154,7 @@ def _made(
         run = [number for place, number in enumerate(waiting[:BATCH]) if number == first + place]
         waiting = waiting[len(run) :]
         made = learner.sample([class_prompt] * len(run), (size, size), steps=steps, cfg=cfg, seed=seed + first)
-        yield from zip(run, made)
+        yield from zip(run, made, strict=True)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def prepare(
     shapes = buckets(size, learner.downscale)
     notes = _count_notes(len(images))
     latents, mirrored, kept, digest = [], [], [], hashlib.sha256(str(size).encode())
-    for number, (image, mask) in enumerate(zip(images, masks), 1):
+    for number, (image, mask) in enumerate(zip(images, masks, strict=True), 1):
         image = image.detach().float().cpu()
         shape = nearest_bucket(tuple(image.shape[-2:]), shapes)
         lost = 1 - _kept_share(tuple(image.shape[-2:]), shape)
@@ -116,7 +116,7 @@ def fit(image: Tensor, shape: tuple[int, int]) -> Tensor:
     """[C, H, W] scaled, its aspect kept, to just cover `shape` (height, width), and the middle cut out."""
     height, width = image.shape[-2:]
     scale = max(shape[0] / height, shape[1] / width)
-    size = [max(round(side * scale), least) for side, least in zip((height, width), shape)]
+    size = [max(round(side * scale), least) for side, least in zip((height, width), shape, strict=True)]
     if size != [height, width]:
         image = F.interpolate(image[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
     top, left = (size[0] - shape[0]) // 2, (size[1] - shape[1]) // 2
@@ -133,7 +133,7 @@ def _check(images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
         raise ValueError("there is no reference picture: give 3 to 5 of the subject")
     if len(masks) != len(images):
         raise ValueError(f"there are {len(masks)} masks for {len(images)} references: give one for each, or none")
-    for number, (image, mask) in enumerate(zip(images, masks), 1):
+    for number, (image, mask) in enumerate(zip(images, masks, strict=True), 1):
         if image.ndim != 3 or image.shape[0] not in (1, 2, 3, 4):
             raise ValueError(f"reference {number} has the shape {list(image.shape)}; it must be [3, height, width]")
         if image.shape[0] in (2, 4):

@@ -364,7 +364,7 @@ def _losses(learner: Learner, rows: Sequence[_Row], settings: TrainSettings) -> 
     for group in groups.values():
         x0, noise, mask = (
             torch.stack(tensors).to(learner.device)
-            for tensors in zip(*((row.x0, row.noise, _whole(row)) for row in group))
+            for tensors in zip(*((row.x0, row.noise, _whole(row)) for row in group), strict=True)
         )
         t = torch.tensor([row.t for row in group], device=learner.device)
         alpha = learner.alphas_cumprod.to(learner.device).float()[t]

@@ -335,7 +335,7 @@ def _judged(row: Row, made: Pictures) -> Row:
 def _compared(row: Row, made: Pictures, reference: Pictures) -> Row:
     """The row with how far its result is from the CPU's; see `TOLERANCE`."""
     mask = reference[edits.MASK][0] > 0
-    pairs = zip(made[edits.RESULT], reference[edits.RESULT])
+    pairs = zip(made[edits.RESULT], reference[edits.RESULT], strict=True)
     difference = max(float(np.abs(one[mask].astype(int) - other[mask]).mean()) for one, other in pairs)
     limit = TOLERANCE.get(row.dtype, max(TOLERANCE.values()))
     error = f"differs from the CPU's picture by {difference:.1f} of 255, above {limit:g}" if difference > limit else ""
@@ -346,7 +346,7 @@ def report(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The facts, the table and the errors in full, without the user's paths and name."""
     cells = [HEAD, *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEAD))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     tolerated = ", ".join(f"{dtype} {limit:g}" for dtype, limit in TOLERANCE.items())
     failed = [row for row in rows if row.error]
     lines = [

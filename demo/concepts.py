@@ -51,7 +51,10 @@ class Concept(OnScene):
         seconds = time.monotonic() - start
         titles = (edits.SOURCE, edits.MASK, edits.RESULT, LEARNING)
         # The last preview is of the concept as it was learned.
-        saved = {name: edits.pictures(server, prompt, outputs, title)[-1] for name, title in zip(self.panels, titles)}
+        saved = {
+            name: edits.pictures(server, prompt, outputs, title)[-1]
+            for name, title in zip(self.panels, titles, strict=True)
+        }
         for name, png in saved.items():
             stem.with_name(f"{stem.name}_{name}.png").write_bytes(png)
         source, result = edits.to_array(saved["source"]), edits.to_array(saved["result"])

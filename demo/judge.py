@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Network(nn.Module):
         self.body = nn.Sequential(
             *[
                 layer
-                for index, (before, after) in enumerate(zip(widths, widths[1:]))
+                for index, (before, after) in enumerate(itertools.pairwise(widths))
                 for layer in (
                     nn.Conv2d(before, after, 3, padding=1, bias=False),
                     nn.BatchNorm2d(after),

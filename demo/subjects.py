@@ -62,7 +62,7 @@ def _polygon(*points: tuple[float, float]) -> Field:
 
     def field(u: np.ndarray, v: np.ndarray) -> np.ndarray:
         nearest, inside = np.full(u.shape, np.inf), np.zeros(u.shape, bool)
-        for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1]):
+        for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1], strict=True):
             ex, ey = bx - ax, by - ay
             along = np.clip(((u - ax) * ex + (v - ay) * ey) / (ex * ex + ey * ey), 0, 1)
             nearest = np.minimum(nearest, np.hypot(u - ax - along * ex, v - ay - along * ey))

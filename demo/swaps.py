@@ -78,7 +78,10 @@ class Swap(OnScene):
         outputs = server.run(prompt, lambda _, value, maximum: on_progress(value, maximum))
         seconds = time.monotonic() - start
         titles = (edits.SOURCE, edits.MASK, edits.RESULT, UNMASKED, WORD, LAYOUT)
-        saved = {name: edits.pictures(server, prompt, outputs, title)[0] for name, title in zip(self.panels, titles)}
+        saved = {
+            name: edits.pictures(server, prompt, outputs, title)[0]
+            for name, title in zip(self.panels, titles, strict=True)
+        }
         for name, png in saved.items():
             stem.with_name(f"{stem.name}_{name}.png").write_bytes(png)
         source, result, unmasked = (edits.to_array(saved[name]) for name in ("source", "result", "unmasked"))

@@ -346,7 +346,7 @@ def read_adm_config(
             f"this is the published {IMAGE_SIZES[multipliers]} px checkpoint, whose attention heads (and at "
             f"64 px the noise schedule) differ from the 256 and 512 px ones; it is not supported. {WANTED}"
         )
-    for width in {width for width, has in zip(widths, attention) if has} | {widths[-1]}:
+    for width in {width for width, has in zip(widths, attention, strict=True) if has} | {widths[-1]}:
         if head_channels < 1 or width % head_channels:
             raise ValueError(
                 f"head_channels {head_channels} does not divide this checkpoint's attention width {width}; "

@@ -160,7 +160,11 @@ def layers_of(unet: UNetModel) -> dict[tuple[Kind, Block], Layer]:
                 addresses.append((part, block, index))
     if not addresses:
         raise UnsupportedModel(f"The MODEL has no attention layers. {METHOD} needs them: load {MODELS}.")
-    return {(layer.kind, address): layer for address, layers in zip(addresses, layer_table(parts)) for layer in layers}
+    return {
+        (layer.kind, address): layer
+        for address, layers in zip(addresses, layer_table(parts), strict=True)
+        for layer in layers
+    }
 
 
 # One run -----------------------------------------------------------------------------------------------------------

@@ -259,8 +259,8 @@ def _layers(transformers: list[tuple[str, list[nn.Module]]]) -> list[tuple[Layer
     blocks = [block for _, modules in transformers for module in modules for block in module.transformer_blocks]
     return [
         (layer, attention)
-        for layers, block in zip(table, blocks)
-        for layer, attention in zip(layers, (block.attn1, block.attn2))
+        for layers, block in zip(table, blocks, strict=True)
+        for layer, attention in zip(layers, (block.attn1, block.attn2), strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -254,7 +255,7 @@ class ComfyLearner:
         answer = text.context.sum() + (text.pooled.sum() if self._takes_pooled else 0)
         slopes = torch.autograd.grad(answer, list(parameters.values()), allow_unused=True)
         found = {}
-        for (name, parameter), slope in zip(parameters.items(), slopes):
+        for (name, parameter), slope in zip(parameters.items(), slopes, strict=True):
             if slope is None:
                 parameter.requires_grad_(False)
             else:
@@ -288,7 +289,7 @@ class ComfyLearner:
                 target_width=width,
                 device=self.device,
             ).to(self.device)
-            for pooled, own in zip(text.pooled, sizes or [(height, width)] * len(x))
+            for pooled, own in zip(text.pooled, sizes or [(height, width)] * len(x), strict=True)
         ]
         return torch.cat(rows)
 
@@ -297,7 +298,7 @@ class ComfyLearner:
         taken = list(range(1, total, total // steps))[:steps][::-1]
         guided = cfg != 1
         text = self.text([*prompts, *([""] * len(prompts) if guided else [])])
-        for t, following in zip(taken, [*taken[1:], None]):
+        for t, following in itertools.pairwise([*taken, None]):
             alpha = self._alphas[t]
             before = 1.0 if following is None else self._alphas[following]
             rows = torch.cat([x, x]) if guided else x

@@ -78,7 +78,7 @@ class TextEncoders:
             chunks = [self._chunks(prompt, name) for prompt in unique]
             states, last = self.part(name).encode([chunk for each in chunks for chunk in each])[:2]
             counts = [len(each) for each in chunks]
-            for parts, rows in zip(contexts, states.split(counts)):
+            for parts, rows in zip(contexts, states.split(counts), strict=True):
                 parts.append(rows.flatten(0, 1))
             pooled = [rows[0] for rows in last.split(counts)]
         joined = [torch.cat([part[: min(map(len, parts))] for part in parts], -1) for parts in contexts]

@@ -110,7 +110,7 @@ class _Fitting:
             self._laid_over(name, "an area with a time")
             return tuple(area)
         units = picture if shares else (self.downscale, self.downscale)
-        return self._box(*(number * unit for number, unit in zip(numbers, (*units, *units))))
+        return self._box(*(number * unit for number, unit in zip(numbers, (*units, *units), strict=True)))
 
     def _box(self, height: float, width: float, y: float, x: float) -> tuple[int, int, int, int] | None:
         """A box in pixels of the picture, in cells of the canvas; None where the canvas has nothing of it."""
@@ -123,6 +123,7 @@ class _Fitting:
             (window.bottom, window.right),
             self.canvas.inner,
             (side // self.downscale for side in self.canvas.source.shape[-2:]),
+            strict=True,
         ):
             scale = inner / (last - first) / self.downscale
             begin, end = (start - first) * scale, (start + length - first) * scale

@@ -296,12 +296,14 @@ class WordMaps(io.ComfyNode):
         names = [word.text for word in chosen] * len(found)
         source.said.append(f"layers: {', '.join(used)}; steps {maps.steps.start + 1} to {maps.steps.stop}")
         shares = found.flatten(0, 1).amax((1, 2)).tolist()
-        source.said += [f"{name}: at most {share:.1%} of a place's attention" for name, share in zip(names, shares)]
+        source.said += [
+            f"{name}: at most {share:.1%} of a place's attention" for name, share in zip(names, shares, strict=True)
+        ]
         source.said += filter(None, [legend(names)])
         pictures = torch.stack(
             [
                 heat_picture(None if source.picture is None else source.picture[index // len(chosen)], mask, name)
-                for index, (mask, name) in enumerate(zip(masks, names))
+                for index, (mask, name) in enumerate(zip(masks, names, strict=True))
             ]
         )
         return source.output(cls, pictures, pictures, masks, "\n".join(names))

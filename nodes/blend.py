@@ -632,7 +632,9 @@ class _Job:
             scores = self._ranked(to_bchw(pasted[..., :3]), edit) if self.prompted else []
             if scores:
                 pasted = pasted[[score.index for score in scores]]
-        joined = [{name: values for losses in step for name, values in losses.items()} for step in zip(*history)]
+        joined = [
+            {name: values for losses in step for name, values in losses.items()} for step in zip(*history, strict=True)
+        ]
         return pasted, scores, joined
 
     def _candidates(self, part: _Part, seeds: list[int], progress: _Progress):
@@ -664,7 +666,8 @@ class _Job:
             position += len(batch)
             history.append(losses)
         joined = [
-            {name: torch.cat([losses[name].cpu() for losses in step]) for name in step[0]} for step in zip(*history)
+            {name: torch.cat([losses[name].cpu() for losses in step]) for name in step[0]}
+            for step in zip(*history, strict=True)
         ]
         return torch.cat(made).cpu(), joined
 
@@ -699,7 +702,7 @@ class _Job:
             dataclasses.replace(
                 same[0], **{name: statistics.fmean(getattr(one, name) for one in same) for name in terms}
             )
-            for same in zip(*by_region)
+            for same in zip(*by_region, strict=True)
         ]
         return sorted(mean, key=lambda one: math.inf if math.isnan(one.combined) else -one.combined)
 

@@ -147,7 +147,7 @@ def gathered(
         own = [None] * len(pictures)
         if masks is not None:
             own = list(masks[:, 0].detach().clone().cpu().expand(len(pictures), -1, -1))
-        return (*(references or ()), *zip(pictures, own))
+        return (*(references or ()), *zip(pictures, own, strict=True))
 
 
 def given_class(pictures: Tensor | tuple[Reference, ...] | None) -> tuple[Tensor, ...]:
@@ -381,7 +381,7 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
     ) as learner:
         need = learner.need.words()
         say(node_id, need)
-        images, masks = zip(*training.references)
+        images, masks = zip(*training.references, strict=True)
         references = prepare(learner, images, masks, size)
         of_class = _OfClass(training, learner, size, progress) if prior else None
         facts = _Facts(training, model, learner, size, precision, references, need, of_class)

@@ -36,7 +36,7 @@ class Frame:
         """
         common = math.gcd(*inner)
         multiple = multiple or min(common & -common, LARGEST_MULTIPLE)
-        rest = tuple(whole - part for whole, part in zip(size, inner))
+        rest = tuple(whole - part for whole, part in zip(size, inner, strict=True))
         if all(0 <= one < multiple for one in rest):
             return cls(size, inner, rest[0] // 2, rest[1] // 2)
         return None
@@ -62,7 +62,7 @@ class Frame:
         """A mask [B, 1, h, w] of the decoded picture at the source's size, [B, 1, H, W]; 0 where that was cut off."""
         right, below = (
             whole - part - before
-            for whole, part, before in zip(self.size[::-1], self.inner[::-1], (self.left, self.top))
+            for whole, part, before in zip(self.size[::-1], self.inner[::-1], (self.left, self.top), strict=True)
         )
         return F.pad(mask, (self.left, right, self.top, below))
 

@@ -178,7 +178,7 @@ class CLIPBlendGuider(io.ComfyNode):
 
         def guidance_of_run(device: torch.device, seeds: Sequence[int]) -> Guidance:
             made = []
-            for request, own in zip(requests, masks):
+            for request, own in zip(requests, masks, strict=True):
                 region = request.region(clip_guide, own.to(device), text_guard)
                 made.append(dataclasses.replace(region, shrink=shrink_for(own, "auto")))
             for line in told(made, range(len(made))):

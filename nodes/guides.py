@@ -133,7 +133,7 @@ def patchers_of(requests: Sequence[RegionRequest], default: ComfyGuide) -> list:
 def told(regions: Sequence[Region], numbers: Iterable[int]) -> list[str]:
     """Lines for a report: what steers where, with what weight. numbers: the regions' in the node's list, from 0."""
     lines = []
-    for number, region in zip(numbers, regions):
+    for number, region in zip(numbers, regions, strict=True):
         share = f"{(region.mask > 0).float().mean().item():.1%} of the canvas, strength {region.strength:g}"
         terms = "; ".join(str(term) for term in region.terms) or "nothing steers"
         lines.append(f"region {number + 1} ({share}): {terms}")

@@ -421,7 +421,7 @@ def null_conditioning(model, inversion: Inversion, negative) -> list:
     ranges = percent_ranges(model.get_model_object("model_sampling").sigmas, inversion.sigmas)
     return [
         [embedding.clone(), {**options, "start_percent": start, "end_percent": end}]
-        for embedding, (start, end) in zip(null, ranges)
+        for embedding, (start, end) in zip(null, ranges, strict=True)
     ]
 
 

@@ -199,7 +199,7 @@ def _labels(lambdas: dict[str, list[float]], unit: str) -> list[str]:
     if not given:
         return ["the settings' λ's"]
     return [
-        ", ".join(f"{symbol} {value:g}" for symbol, value in zip(given, combination))
+        ", ".join(f"{symbol} {value:g}" for symbol, value in zip(given, combination, strict=True))
         for combination in itertools.product(*given.values())
     ]
 
@@ -212,7 +212,7 @@ def _check_tape(target: Target, wanted: list[SwapSettings], labels: list[str]) -
     if capture.tape is None:
         return
     branches = ("cond",) if math.isclose(target.cfg, 1) else ("cond", "uncond")
-    for settings, label in zip(wanted, labels):
+    for settings, label in zip(wanted, labels, strict=True):
         own = [settings, *(subject.settings(settings) for subject in target.subjects)]
         lacking = needed(own, capture.layout, capture.steps, branches).missing(capture.needs)
         if lacking:

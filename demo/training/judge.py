@@ -39,7 +39,7 @@ def train(run: Run) -> nn.Module:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         crops, shape, colour, pattern = [], [], [], []
         whole = pictures.batch(indices)
-        for picture, index in zip(whole, indices):
+        for picture, index in zip(whole, indices, strict=True):
             things = pictures.scenes[index].things
             thing = things[rng.integers(len(things))]
             x, y, reach = thing.x, thing.y, thing.radius * 1.08 + rng.uniform(0, 7)
@@ -59,7 +59,7 @@ def train(run: Run) -> nn.Module:
                 answer = (none, -100, -100)
             x, y = x + rng.normal(0, 1), y + rng.normal(0, 1)
             crops.append(judge.crop(picture[None], (x - reach, y - reach, x + reach, y + reach)))
-            for where, what in zip((shape, colour, pattern), answer):
+            for where, what in zip((shape, colour, pattern), answer, strict=True):
                 where.append(what)
         batch = torch.cat(crops)
         flip = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
@@ -71,7 +71,7 @@ def train(run: Run) -> nn.Module:
         batch = batch + sigma * torch.randn(batch.shape, generator=generator)
         outputs = network(batch.to(run.device))
         targets = [torch.tensor(t, device=run.device) for t in (shape, colour, pattern)]
-        value = sum(F.cross_entropy(o, t, label_smoothing=0.02) for o, t in zip(outputs, targets))
+        value = sum(F.cross_entropy(o, t, label_smoothing=0.02) for o, t in zip(outputs, targets, strict=True))
         right = (outputs[0].argmax(1) == targets[0]).float().mean()
         return value, {"shape": right.item()}
 

@@ -3,6 +3,7 @@ two resolutions, and the autoencoder in front (train that first). Classifier-fre
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -55,7 +56,7 @@ def write_tokenizer(folder: Path) -> None:
         parts = [*word[:-1], word[-1] + "</w>"]
         pieces += parts
         while len(parts) > 1:
-            pairs = [pair for pair in zip(parts, parts[1:]) if pair in ranks]
+            pairs = [pair for pair in itertools.pairwise(parts) if pair in ranks]
             if not pairs:
                 break
             best = min(pairs, key=ranks.__getitem__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 
 import pytest
@@ -54,7 +55,7 @@ def noise(batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 def plain(batch: int = 1) -> list[torch.Tensor]:
     x, sigmas = noise(batch)
     path = [x]
-    for sigma, after in zip(sigmas.tolist(), sigmas.tolist()[1:]):
+    for sigma, after in itertools.pairwise(sigmas.tolist()):
         x0 = host().guided(x, sigma)
         x = x0 + (x - x0) * (after / sigma)
         path.append(x)

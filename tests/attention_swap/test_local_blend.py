@@ -15,7 +15,7 @@ def layout(sizes: list[tuple[int, int]], latent: tuple[int, int]) -> Layout:
     parts = [("down", [1] * (len(sizes) - 1)), ("mid", [1]), ("up", [1] * (len(sizes) - 1))]
     order = [*sizes[:-1], sizes[-1], *reversed(sizes[:-1])]
     return Layout(
-        tuple(LayerInfo(layer, size, 8, 64, 77, 4) for (_, layer), size in zip(layer_table(parts), order)),
+        tuple(LayerInfo(layer, size, 8, 64, 77, 4) for (_, layer), size in zip(layer_table(parts), order, strict=True)),
         (),
         (4, *latent),
     )

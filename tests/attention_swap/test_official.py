@@ -208,7 +208,7 @@ def test_null_text_optimisation_finds_the_published_embeddings() -> None:
     assert off_by(ours, null, null - recorded("embedding.empty")) < 1e-3
     # A report's loss is that of the embedding found, after the last update; those recorded are from before each.
     losses = recorded("losses.weak50").split(evaluations)
-    assert all(0.9 * loss[-1] < report.loss < loss[-1] for report, loss in zip(reports, losses))
+    assert all(0.9 * loss[-1] < report.loss < loss[-1] for report, loss in zip(reports, losses, strict=True))
 
 
 def test_null_text_reconstruction_is_the_published_one() -> None:

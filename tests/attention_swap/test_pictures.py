@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_components_are_those_of_the_materialised_mean_map(latent, grid) -> None
             torch.stack([on_grid(full[row], size, grid) for _, full, size in calls]).mean(0) for calls in kept.calls
         ]
         assert_components(whole[row], torch.stack(steps).mean(0))
-        for made, expected in zip(by_step[row], steps):
+        for made, expected in zip(by_step[row], steps, strict=True):
             assert_components(made, expected)
 
 
@@ -138,7 +139,7 @@ def test_no_map_of_all_tokens_is_made_of_a_large_layer(side: int) -> None:
 def test_watching_leaves_the_source_as_it_is() -> None:
     x, sigmas = noise()
     _, made = watch(model(), (x, sigmas), lambda layout, steps: SelfMaps((8, 8), 3))
-    for sigma, after in zip(sigmas.tolist(), sigmas.tolist()[1:]):
+    for sigma, after in itertools.pairwise(sigmas.tolist()):
         with torch.no_grad():
             x0 = model().guided(x, sigma)
         x = x0 + (x - x0) * (after / sigma)
@@ -160,7 +161,7 @@ def test_of_an_inversion_the_inverted_path_is_watched() -> None:
 
 def layout(*sizes: tuple[int, int]) -> Layout:
     table = layer_table([("down", [1] * len(sizes)), ("mid", []), ("up", [])])
-    infos = [LayerInfo(layer, size, 2, 8, 77, 4) for pair, size in zip(table, sizes) for layer in pair]
+    infos = [LayerInfo(layer, size, 2, 8, 77, 4) for pair, size in zip(table, sizes, strict=True) for layer in pair]
     return Layout(tuple(infos), (), (4, 64, 64))
 
 

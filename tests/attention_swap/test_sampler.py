@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 
 import pytest
@@ -71,7 +72,7 @@ def noise(batch: int = 1) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def plain(prompt: str, batch: int = 1, cfg: float = CFG) -> Tensor:
     owner, (x, sigmas) = host(prompt, cfg), noise(batch)
-    for sigma, after in zip(sigmas.tolist(), sigmas.tolist()[1:]):
+    for sigma, after in itertools.pairwise(sigmas.tolist()):
         x0 = owner.guided(x, sigma)
         x = x0 + (x - x0) * (after / sigma)
     return x
@@ -202,7 +203,9 @@ class Published:
             return x
         maps = torch.stack(list(self.sums.values()), 1).unflatten(3, (16, 16))  # [2, layers, heads, 16, 16, L]
         chosen = [self.alignment.source_positions("star"), self.alignment.target_positions("heart")]
-        summed = torch.stack([one[..., list(word)].sum(-1).mean((0, 1)) for one, word in zip(maps, chosen)])[:, None]
+        summed = torch.stack(
+            [one[..., list(word)].sum(-1).mean((0, 1)) for one, word in zip(maps, chosen, strict=True)]
+        )[:, None]
         mask = F.interpolate(F.max_pool2d(summed, 3, 1, 1), size=x.shape[2:])
         mask = (mask / mask.amax((2, 3), keepdim=True)).gt(0.3)
         return source + (mask[:1] | mask[1:]).float() * (x - source)
@@ -217,7 +220,7 @@ def published(alignment: Alignment, spans: dict[str, range], small: int = 1024, 
         owner, y = host(SOURCE if source_side else TARGET), x
         controller.source = source_side
         with owner.attention(controller):
-            for index, (sigma, after) in enumerate(zip(sigmas.tolist(), sigmas.tolist()[1:])):
+            for index, (sigma, after) in enumerate(itertools.pairwise(sigmas.tolist())):
                 controller.step = index
                 x0 = owner.guided(y, sigma)
                 y = x0 + (y - x0) * (after / sigma)

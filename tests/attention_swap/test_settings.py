@@ -18,7 +18,7 @@ def stable_diffusion() -> Layout:
     widths = {64: 320, 32: 640, 16: 1280, 8: 1280}
     layers = [
         LayerInfo(layer, (size, size), 8, widths[size], 77 if layer.kind == "cross" else size * size, 2)
-        for pair, size in zip(layer_table(parts), sizes)
+        for pair, size in zip(layer_table(parts), sizes, strict=True)
         for layer in pair
     ]
     features = [FeatureInfo(index, 320, (64, 64), 2) for index in range(12)]

@@ -169,7 +169,7 @@ def test_by_tokens_agrees_with_the_published_mapper(source: list[int], target: l
         return TokenisedPrompt(tuple(ids + [91] * (12 - len(ids))), (Word("w", tuple(range(1, len(ids) - 1))),), 12)
 
     alignment = align(tokens(source), tokens(target), by="tokens")
-    columns = zip(alignment.mapper.T, alignment.alphas)
+    columns = zip(alignment.mapper.T, alignment.alphas, strict=True)
     assert [int(column.argmax()) if alpha else -1 for column, alpha in columns] == mapper
     assert set(alignment.mapper.sum(0).tolist()) <= {0.0, 1.0}
 

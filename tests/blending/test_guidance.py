@@ -63,7 +63,7 @@ def squared(first: Tensor, second: Tensor) -> Tensor:
 
 
 def assert_same(first, second) -> None:
-    for one, other in zip(first[:2], second[:2]):
+    for one, other in zip(first[:2], second[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
     torch.testing.assert_close(first[2]["clip"], second[2]["clip"])
 
@@ -110,7 +110,7 @@ def test_running_out_of_memory_halves_the_chunk_and_changes_nothing_else(guide, 
     short = make(guide)
     with caplog.at_level(logging.WARNING):
         tight = [short.gradient(pictures(2, step), pictures(2, step)) for step in range(2)]
-    for one, other in zip(tight, plain):
+    for one, other in zip(tight, plain, strict=True):
         assert_same(one, other)
     assert short.chunk == 2
     # 6, 3, 2: told once each, and not tried again at the next step.

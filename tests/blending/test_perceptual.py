@@ -109,7 +109,7 @@ def test_the_demo_backbone_comes_back_as_it_was_saved(tmp_path: Path):
     first, _ = pictures()
     maps = perceptual.network.net.features(first)
     assert [m.shape[1:] for m in maps] == [(8, 64, 64), (8, 32, 32), (16, 16, 16), (16, 8, 8), (24, 8, 8)]
-    for one, other in zip(maps, backbone.eval().features(first)):
+    for one, other in zip(maps, backbone.eval().features(first), strict=True):
         torch.testing.assert_close(one, other, atol=0.01, rtol=0.01)
     assert backbone.pooled(first).shape == (2, 24)
 

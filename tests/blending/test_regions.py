@@ -97,12 +97,16 @@ def same(one: Tensor, other: Tensor) -> None:
 
 
 def test_regions_apart_pull_as_each_alone(first) -> None:
-    left, right = (Region(box(*ends), terms_for(first, words)) for ends, words in zip(((1, 9), (11, 18)), WORDS))
+    left, right = (
+        Region(box(*ends), terms_for(first, words)) for ends, words in zip(((1, 9), (11, 18)), WORDS, strict=True)
+    )
     same(pull(left, right), pull(left) + pull(right))
 
 
 def test_a_pixel_that_two_regions_claim_is_shared_by_their_masks(first) -> None:
-    left, right = (Region(box(*ends), terms_for(first, words)) for ends, words in zip(((1, 12), (8, 18)), WORDS))
+    left, right = (
+        Region(box(*ends), terms_for(first, words)) for ends, words in zip(((1, 12), (8, 18)), WORDS, strict=True)
+    )
     together, apart = pull(left, right), pull(left) + pull(right)
     shared = torch.zeros(SIZE, dtype=torch.bool)
     shared[8:12] = True

@@ -43,7 +43,7 @@ def test_they_are_made_once_and_a_higher_count_adds_what_is_missing(new_learner:
     first, again, more = (kept(new_learner(), tmp_path, count) for count in (3, 3, 6))
     assert [one.made for one in (first, again, more)] == [3, 0, 3]
     assert again.words() == f"3 kept from before, in {first.folder}" == more.words().replace(", 3 made", "")
-    for one, two in zip((*first.pictures, *again.pictures), (*more.pictures[:3], *more.pictures[:3])):
+    for one, two in zip((*first.pictures, *again.pictures), (*more.pictures[:3], *more.pictures[:3]), strict=True):
         assert torch.equal(one, two)
 
 

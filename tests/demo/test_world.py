@@ -94,12 +94,14 @@ def test_a_seed_gives_the_same_scenes_again_and_another_seed_others():
     first, again, other = some(20), some(20), some(20, seed=3_000_001)
     assert first == again
     assert not set(first) & set(other)
-    assert all((world.draw(a) == world.draw(b)).all() for a, b in zip(first, again))
+    assert all((world.draw(a) == world.draw(b)).all() for a, b in zip(first, again, strict=True))
 
 
 def test_words_take_the_place_of_objects_and_nothing_else_differs():
     drawn, mixed = (list(itertools.islice(world.scenes(3_000_000, written=share), 200)) for share in (0, 0.5))
-    pairs = [(a, b) for one, other in zip(drawn, mixed) for a, b in zip(one.things, other.things)]
+    pairs = [
+        (a, b) for one, other in zip(drawn, mixed, strict=True) for a, b in zip(one.things, other.things, strict=True)
+    ]
     assert all(dataclasses.replace(b, written=False) == a for a, b in pairs)
     assert 0.4 < sum(b.written for _, b in pairs) / len(pairs) < 0.6
     assert [one.ground for one in drawn] == [other.ground for other in mixed]

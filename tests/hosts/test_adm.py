@@ -322,7 +322,7 @@ def test_weights_of_an_early_diffusers_version(tmp_path: Path) -> None:
         weights = {key.replace(f".{new}.", f".{name}."): value for key, value in weights.items()}
     save_file(weights, tmp_path / "prior" / "diffusion_pytorch_model.safetensors")
     network = adm.load_guided_diffusion(tmp_path / "prior")
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), made.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), made.parameters(), strict=True))
 
 
 def test_a_picture_of_a_size_the_network_cannot_take(tmp_path: Path) -> None:

@@ -146,7 +146,10 @@ def build(name: str) -> Parts:
     def twin() -> DiffusersTextHost:
         added = None
         if name == "SDXL":
-            added = {branch: {"text_embeds": row, "time_ids": TIMES} for branch, row in zip(("cond", "uncond"), pooled)}
+            added = {
+                branch: {"text_embeds": row, "time_ids": TIMES}
+                for branch, row in zip(("cond", "uncond"), pooled, strict=True)
+            }
         return DiffusersTextHost(
             unet,
             texts[0],
@@ -220,14 +223,14 @@ def guided(parts: Parts, handler=None, x: torch.Tensor | None = None, **given) -
 
 def same_calls(one: Watcher, other: Watcher, tolerance: float) -> None:
     assert [call.layer for call in one.calls] == [call.layer for call in other.calls]
-    for a, b in zip(one.calls, other.calls):
+    for a, b in zip(one.calls, other.calls, strict=True):
         for field in ("size", "rows", "heads", "occurrence"):
             assert getattr(a, field) == getattr(b, field)
         assert (a.layer.name, a.layer.place) == (b.layer.name, b.layer.place)
         for field in ("q", "k", "v"):
             torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=tolerance, atol=tolerance)
     assert [feature.index for feature in one.features] == [feature.index for feature in other.features]
-    for a, b in zip(one.features, other.features):
+    for a, b in zip(one.features, other.features, strict=True):
         assert a.rows == b.rows
         torch.testing.assert_close(a.h, b.h, rtol=tolerance, atol=tolerance)
 
@@ -268,7 +271,7 @@ def test_diffusers_shows_the_same_calls_for_the_same_weights(published, demo, na
 
     ours, theirs = run(parts, both), both(twin)
     same_calls(ours[0], theirs[0], 2e-3)
-    for made, expected in zip(ours[1:], theirs[1:]):
+    for made, expected in zip(ours[1:], theirs[1:], strict=True):
         torch.testing.assert_close(made, expected, rtol=2e-3, atol=2e-3)
 
 
@@ -406,7 +409,7 @@ def test_freeu_composes_and_leaves_kept_features_as_they_were(published):
     made = guided(parts, watcher, model=model)
     assert torch.equal(made, guided(parts, model=model))
     assert (made - guided(parts)).abs().max() > 1e-3
-    assert all(torch.equal(feature.h, copy) for feature, copy in zip(watcher.features, watcher.copies))
+    assert all(torch.equal(feature.h, copy) for feature, copy in zip(watcher.features, watcher.copies, strict=True))
 
 
 def pag(model):

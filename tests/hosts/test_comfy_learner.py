@@ -68,7 +68,7 @@ def loss_of(learner: Any, side: int = 16, rows: int = 2) -> torch.Tensor:
 
 def gradients(learner: Any, **given: Any) -> dict[str, torch.Tensor]:
     found = torch.autograd.grad(loss_of(learner, **given), list(learner.parameters.values()))
-    return dict(zip(learner.parameters, found))
+    return dict(zip(learner.parameters, found, strict=True))
 
 
 def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -123,7 +123,7 @@ def test_gradients_of_full_weights_are_those_of_a_plain_diffusers_model(parts, t
     with learning(parts, FullWeights()) as learner:
         ours = learner.denoise(x, t, learner.text(prompts))
         made = torch.autograd.grad((ours - target).square().mean(), [learner.parameters[name] for name in weights])
-    for one, other in zip(made, expected):
+    for one, other in zip(made, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
@@ -207,7 +207,7 @@ def picture(model: Any, clip: Any, vae: Any, prompt: str = "a red star") -> torc
 
 
 def finish(learner: Any) -> None:
-    for parameter, slope in zip(learner.parameters.values(), gradients(learner).values()):
+    for parameter, slope in zip(learner.parameters.values(), gradients(learner).values(), strict=True):
         parameter.data -= slope
     learner.sample(PROMPTS[:1], (64, 64), steps=2, cfg=2.0, seed=0)
 
@@ -320,7 +320,7 @@ def test_prompts_are_encoded_as_by_the_clip(parts):
         made = learner.text(prompts)
         assert made.pooled is None
     assert made.context.shape[1] == expected[3].shape[1] == 154
-    for row, one in zip(made.context, expected):
+    for row, one in zip(made.context, expected, strict=True):
         torch.testing.assert_close(row[: one.shape[1]], one[0].clone(), rtol=1e-4, atol=1e-4)
         assert torch.equal(row[-77:], row[:77]) or one.shape[1] == 154
 

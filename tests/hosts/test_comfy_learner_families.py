@@ -84,7 +84,7 @@ def build(name: str) -> tuple:
         "SD20": (comfy.text_encoders.sd2_clip.SD2Tokenizer, comfy.text_encoders.sd2_clip.SD2ClipModel),
         "SDXL": (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
     }
-    widths = dict(zip(ENCODERS[name], [48] if name != "SDXL" else [48, 32]))
+    widths = dict(zip(ENCODERS[name], [48] if name != "SDXL" else [48, 32], strict=True))
     clip = comfy.sd.CLIP(
         comfy.supported_models_base.ClipTarget(*kinds[name]),
         embedding_directory=None,
@@ -143,7 +143,7 @@ def test_each_family_takes_a_step_of_each_kind_and_gives_a_file(family, kind):
         assert all(slope.isfinite().all() and slope.abs().max() > 0 for slope in slopes)
         length = sum(slope.square().sum() for slope in slopes).sqrt()
         with torch.no_grad():
-            for parameter, slope in zip(learner.parameters.values(), slopes):
+            for parameter, slope in zip(learner.parameters.values(), slopes, strict=True):
                 parameter -= 1e-2 * slope / length
             after = loss_of(learner)
         assert after < before

@@ -123,7 +123,7 @@ def test_the_word_is_found_wherever_a_prompt_has_it_as_a_word(parts):
     tensors = vectors_of(clip)
     for prompt in ("<dog>", "a <dog>, sitting", "A <DOG>'s ball", "a\n<dog>", "(<dog>)", "red, (big <dog>:1.3) here"):
         found = tensors(prompt)
-        assert [torch.equal(entry[0], row) for entry, row in zip(found, vectors)] == [True, True], prompt
+        assert [torch.equal(entry[0], row) for entry, row in zip(found, vectors, strict=True)] == [True, True], prompt
     assert tensors("a (<dog>:1.3)")[0][1] == pytest.approx(1.3)
     assert not tensors("a dog, <dogs") and not vectors_of(parts[1])("a <dog>")
     assert len(clip.tokenize("a <dog> " * 60)["l"]) > 1

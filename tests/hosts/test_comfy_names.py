@@ -249,7 +249,7 @@ def called(arguments: str) -> Any:
     parameters += [kinds(spec.vararg.arg, kinds.VAR_POSITIONAL)] if spec.vararg else []
     parameters += [
         kinds(part.arg, kinds.KEYWORD_ONLY, default=kinds.empty if default is None else None)
-        for part, default in zip(spec.kwonlyargs, spec.kw_defaults)
+        for part, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
     ]
     parameters += [kinds(spec.kwarg.arg, kinds.VAR_KEYWORD)] if spec.kwarg else []
 

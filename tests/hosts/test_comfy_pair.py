@@ -105,7 +105,7 @@ def test_each_side_answers_as_it_does_alone_whoever_was_last(parts, text_model, 
     with torch.inference_mode():
         made = run_beside(*sides, None, noisy(), 0, body)
     expected = [other, plain] if changed == "source" else [plain, other]
-    for one, which in zip(made, (0, 1, 0, 0, 1)):
+    for one, which in zip(made, (0, 1, 0, 0, 1), strict=True):
         torch.testing.assert_close(one, expected[which], rtol=0, atol=1e-5)
     torch.testing.assert_close(alone(parts), plain, rtol=0, atol=0)
 
@@ -170,10 +170,11 @@ def test_together_each_side_answers_as_it_does_alone(parts, batch):
         with both.attention(rows):
             made = both.guided(torch.cat(xs), SIGMA), both.guided(torch.cat(xs), SIGMA, own)
         return made, [
-            torch.cat([host.guided(x, SIGMA, null) for host, x in zip((source, target), xs)]) for null in (None, own)
+            torch.cat([host.guided(x, SIGMA, null) for host, x in zip((source, target), xs, strict=True)])
+            for null in (None, own)
         ]
 
-    for one, other in zip(*together(parts, body, batch=batch)):
+    for one, other in zip(*together(parts, body, batch=batch), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     # Each pass is as large as one of a plain run, which has both halves of the guidance.
     assert sorted(rows.passes) == sorted([("cond",) * 2 * batch, ("uncond",) * 2 * batch] * 2)

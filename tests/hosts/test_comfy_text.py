@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def answers(host) -> list[torch.Tensor]:
 def test_diffusers_gives_the_same_answers(parts, text_model: Path, cfg):
     ours = run(parts, answers, cfg=cfg)
     theirs = answers(DiffusersTextHost.from_pipeline(text_model, *PROMPTS, cfg))
-    for made, expected in zip(ours, theirs):
+    for made, expected in zip(ours, theirs, strict=True):
         close(made, expected)
 
 
@@ -99,7 +100,7 @@ def test_guidance_is_what_a_stock_sampler_is_guided_by(parts):
 
     def euler(host):
         x = start * sigmas[0]
-        for sigma, following in zip(sigmas, sigmas[1:]):
+        for sigma, following in itertools.pairwise(sigmas):
             x0 = host.guided(x, float(sigma))
             x = x0 + (x - x0) * following / sigma
         return host._model.process_latent_out(x)

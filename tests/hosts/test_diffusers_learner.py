@@ -163,7 +163,7 @@ def test_sampling_shows_what_is_asked_for() -> None:
     pixels = ((made + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     everywhere = torch.ones(64, 64, dtype=torch.bool).numpy()
     found = [nearest_colour(row, everywhere) for row in pixels]
-    assert sum(colour in prompt for colour, prompt in zip(found, prompts)) >= 2
+    assert sum(colour in prompt for colour, prompt in zip(found, prompts, strict=True)) >= 2
 
 
 def test_a_row_is_the_same_beside_others_and_leaves_chance_alone() -> None:

@@ -265,7 +265,7 @@ def learned_gradients(of: SimpleNamespace, learned) -> dict[str, torch.Tensor]:
         latent = learner.encode(torch.zeros(1, 3, 64, 64))
         answer = learner.denoise(x + latent, torch.tensor([400]), learner.text(["a sks star"]))
         found = torch.autograd.grad((answer - target).square().mean(), list(learner.parameters.values()))
-        return {name: tensor.clone() for name, tensor in zip(learner.parameters, found)}
+        return {name: tensor.clone() for name, tensor in zip(learner.parameters, found, strict=True)}
 
 
 def test_learning_copies_no_raw_memory(parts):

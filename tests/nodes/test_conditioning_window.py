@@ -224,7 +224,7 @@ def test_places_fall_where_the_pictures_pixels_do_on_an_enlarged_and_padded_canv
     areas = [fitted[0][1]["area"], fitted[1][1]["area"], fitted[3][1]["gligen"][2][0][1:]]
     for height, width, top, left in areas:
         found = (top, top + height, left, left + width)
-        assert all(abs(one - other) <= 1 for one, other in zip(found, edges)), (found, edges)
+        assert all(abs(one - other) <= 1 for one, other in zip(found, edges, strict=True)), (found, edges)
     assert fitted[2][1]["mask"].shape[-2:] == canvas.source.shape[-2:]
     inner = (slice(0, canvas.inner[0] - 2), slice(0, canvas.inner[1] - 2))
     off = (fitted[2][1]["mask"][0][inner] > 0.5).float() - canvas.fit(box)[0, 0][inner]

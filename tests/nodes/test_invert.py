@@ -248,7 +248,7 @@ def test_what_was_unpacked_samples_like_what_was_inverted(parts, invert, output)
     assert torch.equal(unpacked["samples"], noise["samples"]) and cfg == 7.5
     assert torch.equal(sigmas, inversion.sigmas)
     assert [entry[1]["start_percent"] for entry in conditioning] == [entry[1]["start_percent"] for entry in null]
-    assert all(torch.equal(one[0], two[0]) for one, two in zip(conditioning, null))
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(conditioning, null, strict=True))
 
 
 def test_an_empty_list_and_names_outside_say_what_to_do(output):

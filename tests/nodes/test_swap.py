@@ -216,7 +216,7 @@ def test_the_callers_tensors_are_not_written_to(kit, taped):
     image, mask = picture(64, 64), half_mask()
     given = [image.clone(), mask.clone(), taped[0].capture.trajectory.clone(), taped[1]["samples"].clone()]
     kit.swap(taped[0], vae=kit.vae, image=image, mask=mask)
-    for one, other in zip(given, (image, mask, taped[0].capture.trajectory, taped[1]["samples"])):
+    for one, other in zip(given, (image, mask, taped[0].capture.trajectory, taped[1]["samples"]), strict=True):
         assert torch.equal(one, other)
 
 

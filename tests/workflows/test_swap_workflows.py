@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_prompts_say_what_the_scene_shows_and_differ_in_its_words_alone():
         scene = scene_of({"seed": nodes["DemoScene"][0], "objects": nodes["DemoScene"][2]})
         assert source == scene.caption()
         known = [*world.SHAPES, *world.COLOURS, *world.PATTERNS]
-        changed = [(a, b) for a, b in zip(source.split(), target.split()) if a != b]
+        changed = [(a, b) for a, b in zip(source.split(), target.split(), strict=True) if a != b]
         assert changed and all(a in known and b in known for a, b in changed)
 
 
@@ -134,7 +135,7 @@ def test_pictures_of_the_attention_are_shown_for_the_layout_and_for_each_word(se
     assert len(colours) == 1 and colours[0].shape == (world.SIZE, world.SIZE, 3)
     assert colours[0].std() > 1
     assert len(arrays(server, run, "Colours, step by step")) == 4
-    assert any((one != two).any() for one, two in zip(maps, maps[1:]))
+    assert any((one != two).any() for one, two in itertools.pairwise(maps))
 
 
 def test_a_sweep_lists_every_combination_and_marks_one(server):
