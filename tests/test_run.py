@@ -310,7 +310,7 @@ def test_a_picture_goes_through_a_server_unchanged(any_server, tmp_path):
 
 
 def test_a_refused_prompt_names_the_node(any_server):
-    with pytest.raises(ServerError, match="missing.png") as caught:
+    with pytest.raises(ServerError, match=r"missing.png") as caught:
         any_server.run(
             {
                 "7": {"class_type": "LoadImage", "inputs": {"image": "missing.png"}},

@@ -223,7 +223,7 @@ def test_a_write_that_fails_leaves_the_older_file(tmp_path: Path, monkeypatch: p
 
 def test_files_that_are_no_inversion_are_refused(tmp_path: Path):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(FileNotFoundError, match="no inversion at .*a.safetensors; save one with SaveInversion"):
+    with pytest.raises(FileNotFoundError, match=r"no inversion at .*a.safetensors; save one with SaveInversion"):
         Inversion.load(path)
     path.write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(ValueError, match="damaged, or no safetensors file"):

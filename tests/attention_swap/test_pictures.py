@@ -279,7 +279,7 @@ def test_layers_are_those_of_the_local_blend_or_of_a_range_of_sizes() -> None:
     assert [info.size for info in word_layers(whole)] == [(16, 12)]
     assert [info.size for info in word_layers(whole, 16, 32)] == [(32, 24), (16, 12)]
     assert [info.size for info in word_layers(whole, 0, 16)] == [(16, 12), (8, 6)]
-    with pytest.raises(ValueError, match="65 to any number of tokens.*64×48, 32×24"):
+    with pytest.raises(ValueError, match=r"65 to any number of tokens.*64×48, 32×24"):
         word_layers(whole, 65)
 
 

@@ -381,7 +381,7 @@ class Hidden(DiffusersTextHost):
 def test_a_swap_that_touched_nothing_is_an_error() -> None:
     hidden = host(TARGET)
     hidden.__class__ = Hidden
-    with pytest.raises(RuntimeError, match="touched nothing, so the result is a plain sample.*another patch"):
+    with pytest.raises(RuntimeError, match=r"touched nothing, so the result is a plain sample.*another patch"):
         attention_swap(hidden, captured("photoswap"), PRESETS["photoswap"], words())
 
 
@@ -411,7 +411,7 @@ def test_bad_input_is_named_with_its_cure(settings, more: dict, message: str) ->
 
 
 def test_a_replay_without_the_sources_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="capture is a replay.*source_host"):
+    with pytest.raises(ValueError, match=r"capture is a replay.*source_host"):
         swap("photoswap", captured("photoswap", "replay"), source_host=None)
 
 
@@ -426,7 +426,7 @@ def test_a_capture_of_another_model_is_refused() -> None:
         swap("photoswap", dataclasses.replace(made, trajectory=made.trajectory[:, :, :4]))
     wider = [dataclasses.replace(info, heads=9) for info in made.layout.layers]
     other = dataclasses.replace(made, layout=dataclasses.replace(made.layout, layers=tuple(wider)))
-    with pytest.raises(ValueError, match="of another model family or size than the MODEL: for down 0.0 self"):
+    with pytest.raises(ValueError, match=r"of another model family or size than the MODEL: for down 0.0 self"):
         swap("photoswap", other)
 
 

@@ -253,7 +253,7 @@ def test_a_model_with_other_layers_is_refused(change: dict, message: str) -> Non
 
 def test_merged_tokens_are_refused_by_name() -> None:
     call = make_call(SELF, 0)
-    with pytest.raises(ValueError, match="runs on 12 tokens instead of 24.*ToMe, HyperTile"):
+    with pytest.raises(ValueError, match=r"runs on 12 tokens instead of 24.*ToMe, HyperTile"):
         Swapper([Region(only().plan(LAYOUT, 1))], Tape(), LAYOUT).attention(dataclasses.replace(call, q=call.q[:, :12]))
 
 

@@ -42,7 +42,7 @@ LAYOUT = Layout(
 def test_values_are_read_as_people_list_them() -> None:
     assert values(" 0, 10,20.5 ; 30\n10", "self_map") == [0, 10, 20.5, 30] and values("  ", "self_map") == []
     for text in ("0, ten", "nan", "1 inf"):
-        with pytest.raises(ValueError, match="self_map: .* is no number. List numbers"):
+        with pytest.raises(ValueError, match=r"self_map: .* is no number. List numbers"):
             values(text, "self_map")
 
 
@@ -50,7 +50,7 @@ def test_a_grid_has_every_combination_the_last_changing_fastest() -> None:
     made = grid(SwapSettings(), {"self_map": [0.0, 0.5], "cross_map": [], "self_output": [0.1, 0.2, 0.3]})
     assert [(one.self_map, one.self_output) for one in made] == list(itertools.product([0.0, 0.5], [0.1, 0.2, 0.3]))
     assert {one.cross_map for one in made} == {SwapSettings().cross_map}
-    with pytest.raises(ValueError, match="self_map is 1.5"):
+    with pytest.raises(ValueError, match=r"self_map is 1.5"):
         grid(SwapSettings(), {"self_map": [1.5]})
 
 

@@ -176,7 +176,7 @@ def test_by_tokens_agrees_with_the_published_mapper(source: list[int], target: l
 
 @pytest.mark.parametrize("by", ["words", "tokens"])
 def test_prompts_that_share_nothing_are_refused(by: str) -> None:
-    with pytest.raises(ValueError, match="share no word.*'a', 'cat'.*'two', 'dogs'.*name the subject's word"):
+    with pytest.raises(ValueError, match=r"share no word.*'a', 'cat'.*'two', 'dogs'.*name the subject's word"):
         align(by_hand("a cat"), by_hand("two dogs"), by=by)
     assert taken(align(by_hand("cat"), by_hand("dog"), [("cat", "dog")]), "dog") == {"cat": 1}
 
@@ -235,7 +235,7 @@ def test_a_prompt_of_several_chunks_keeps_its_positions() -> None:
 
 
 def test_chunks_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="chunks of .*77.* tokens"):
+    with pytest.raises(ValueError, match=r"chunks of .*77.* tokens"):
         from_comfy({"t5": [chunk([]), [(98, 1.0, 0)] * 5]}, PIECES.__getitem__)
 
 

@@ -143,7 +143,7 @@ def test_gradients_flow_through_every_view():
         assert (gradient.flatten(1).abs().sum(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (3, 90), (90, 3)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 90), (90, 3)])
 def test_pictures_of_any_size_are_taken(height: int, width: int):
     augment = ExtendingAugmentations(copies=4, cutouts=1)
     views = augment(pictures(1, height, width), augment.generators([0]), 16)
@@ -151,7 +151,7 @@ def test_pictures_of_any_size_are_taken(height: int, width: int):
 
 
 @pytest.mark.parametrize(
-    "setting, words",
+    ("setting", "words"),
     [
         ({"copies": 0}, "copies is 0"),
         ({"degrees": 200}, "degrees is 200"),

@@ -147,7 +147,7 @@ def test_other_errors_of_the_guide_come_out_as_they_are(guide, monkeypatch) -> N
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(ShortOfMemory, "embed_image", broken)
-    with pytest.raises(RuntimeError, match="^mat1 and mat2"):
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
         make(guide).gradient(pictures(), pictures())
 
 
@@ -205,5 +205,5 @@ def test_the_published_background_loss_compares_with_the_unmasked_source(guide) 
 
 
 def test_a_background_loss_without_lpips_is_refused(guide) -> None:
-    with pytest.raises(ValueError, match="background_weight > 0.*needs an LPIPS backbone"):
+    with pytest.raises(ValueError, match=r"background_weight > 0.*needs an LPIPS backbone"):
         make(guide, background_weight=1.0)

@@ -117,7 +117,7 @@ def test_a_picture_that_is_not_square_keeps_its_proportions_and_its_edges(guide:
     torch.testing.assert_close(guide.embed_image(wide), guide.embed_image(padded))
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (61, 61), (40, 90), (9, 9)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (61, 61), (40, 90), (9, 9)])
 def test_every_pixel_gets_a_gradient(guide: ClipGuide, height: int, width: int):
     images = pictures(1, height, width).requires_grad_()
     guide.embed_image(images)[:, 0].sum().backward()
@@ -319,7 +319,7 @@ def test_a_folder_with_its_own_tokenizer_needs_no_network(tiny: open_clip.CLIP, 
     guide = load_clip_guide(tmp_path)
     assert guide.embed_text(["a red star"]).shape == (1, 48)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json"):
         load_clip_guide(tmp_path)
 
 
@@ -329,7 +329,7 @@ def shapes_of(architecture: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "architecture, path",
+    ("architecture", "path"),
     [
         ("ViT-B-32", "laion2b/open_clip_model.safetensors"),
         ("ViT-B-32-quickgelu", "openai/model.safetensors"),
@@ -361,7 +361,7 @@ def test_a_missing_file_says_what_goes_where(tmp_path: Path):
 
 def test_unknown_and_unfitting_architectures_are_named(tiny: open_clip.CLIP, tmp_path: Path):
     save_file(tiny.state_dict(), tmp_path / "tiny.safetensors")
-    with pytest.raises(ValueError, match="no architecture 'ViT-B16'.*ViT-B-16"):
+    with pytest.raises(ValueError, match=r"no architecture 'ViT-B16'.*ViT-B-16"):
         load_clip_guide(tmp_path / "tiny.safetensors", "ViT-B16")
     with pytest.raises(ValueError, match="does not hold the weights of 'ViT-S-32-alt'"):
         load_clip_guide(tmp_path / "tiny.safetensors", "ViT-S-32-alt")
@@ -372,7 +372,7 @@ def test_unknown_and_unfitting_architectures_are_named(tiny: open_clip.CLIP, tmp
 def test_weights_of_another_kind_are_refused_by_name(tmp_path: Path):
     big = torch.zeros(1000)
     save_file({"model.diffusion_model.input_blocks.0.0.weight": big}, tmp_path / "unet.safetensors")
-    with pytest.raises(ValueError, match="unet.safetensors is not a CLIP.*model.diffusion_model"):
+    with pytest.raises(ValueError, match=r"unet.safetensors is not a CLIP.*model.diffusion_model"):
         load_clip_guide(tmp_path / "unet.safetensors")
     save_file({"vision_model.embeddings.class_embedding": big}, tmp_path / "hf.safetensors")
     with pytest.raises(ValueError, match="Transformers' layout"):
@@ -393,10 +393,10 @@ def test_truncated_files_are_refused_with_the_cure(tiny: open_clip.CLIP, tmp_pat
 
 def test_placeholders_and_other_files_are_refused(tmp_path: Path):
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 600000000\n")
-    with pytest.raises(ValueError, match="only .* bytes long"):
+    with pytest.raises(ValueError, match=r"only .* bytes long"):
         load_clip_guide(tmp_path / "pointer.safetensors")
     (tmp_path / "page.pt").write_text("<html>" + "not found " * 500)
-    with pytest.raises(ValueError, match="page.pt"):
+    with pytest.raises(ValueError, match=r"page.pt"):
         load_clip_guide(tmp_path / "page.pt")
 
 
@@ -412,7 +412,7 @@ class Trap:
 
 def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path):
     torch.save({"visual.conv1.weight": torch.zeros(1000), "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt was not opened.*run code"):
+    with pytest.raises(ValueError, match=r"evil.pt was not opened.*run code"):
         load_clip_guide(tmp_path / "evil.pt")
     assert not (tmp_path / "sprung").exists()
 
@@ -422,7 +422,7 @@ def test_a_torchscript_archive_that_wants_to_run_code_is_refused(tmp_path: Path)
         archive.writestr("evil/constants.pkl", pickle.dumps(()))
         archive.writestr("evil/data.pkl", pickle.dumps(Trap(tmp_path / "sprung")))
         archive.writestr("evil/padding", np.random.default_rng(0).bytes(2000))
-    with pytest.raises(ValueError, match="evil.pt was not opened.*run code"):
+    with pytest.raises(ValueError, match=r"evil.pt was not opened.*run code"):
         load_clip_guide(tmp_path / "evil.pt")
     assert not (tmp_path / "sprung").exists()
 

@@ -122,7 +122,7 @@ def test_a_full_mask_is_allowed():
 
 
 @pytest.mark.parametrize(
-    "mask, words",
+    ("mask", "words"),
     [
         (torch.zeros(1, 4, 4), "region is empty"),
         (torch.zeros(2, 4, 4), "each of the 2 masks of region is empty"),

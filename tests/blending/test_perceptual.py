@@ -77,7 +77,7 @@ def test_equal_pictures_have_no_distance_and_others_have(kind: str, squeeze_file
 
 
 @pytest.mark.parametrize("kind", ["squeeze", "demo"])
-@pytest.mark.parametrize("height, width", [(1, 1), (5, 200), (31, 33)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 200), (31, 33)])
 def test_pictures_of_any_size_are_taken_with_gradients(
     kind: str, squeeze_file: Path, demo_file: Path, height: int, width: int
 ):
@@ -124,13 +124,13 @@ def test_a_missing_file_says_which_file_goes_where(backbone: str, tmp_path: Path
 
 
 def test_wrong_files_are_refused_with_the_cure(squeeze_file: Path, demo_file: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="is not torchvision's alexnet-owt-7be5be79.pth"):
+    with pytest.raises(ValueError, match=r"is not torchvision's alexnet-owt-7be5be79.pth"):
         Perceptual("alex", squeeze_file)
-    with pytest.raises(ValueError, match="unknown. Choose one of alex, vgg, squeeze, demo"):
+    with pytest.raises(ValueError, match=r"unknown. Choose one of alex, vgg, squeeze, demo"):
         Perceptual("resnet", squeeze_file)
     cut = tmp_path / BACKBONE_FILES["squeeze"]
     cut.write_bytes(squeeze_file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="squeezenet1_1-b8a52dc0.pth .*download"):
+    with pytest.raises(ValueError, match=r"squeezenet1_1-b8a52dc0.pth .*download"):
         Perceptual("squeeze", cut)
     save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a demo LPIPS backbone"):

@@ -168,7 +168,7 @@ def test_the_crop_is_a_square_around_the_mask_with_context():
 
 
 @pytest.mark.parametrize(
-    "rows, columns, expected",
+    ("rows", "columns", "expected"),
     [
         (slice(0, 10), slice(0, 10), (0, 15, 0, 15)),  # moved inside the corner
         (slice(0, 48), slice(0, 64), (0, 48, 0, 64)),  # everything

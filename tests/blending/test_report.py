@@ -78,7 +78,7 @@ def test_a_full_mask_has_no_outside_and_says_so(perceptual: Perceptual):
     assert "covers the picture" in report.to_text()
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (2, 5), (3, 3), (5, 40)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (3, 3), (5, 40)])
 def test_small_pictures_are_reported(height: int, width: int):
     source = torch.rand(1, height, width, 3)
     report = edit_report(source, source, torch.zeros(1, 1, height, width))

@@ -295,7 +295,7 @@ def test_clamp_keeps_the_estimate_in_range(host, guide, text: bool) -> None:
 
 
 def test_clamp_is_refused_for_latents(guide) -> None:
-    with pytest.raises(ValueError, match="clamp keeps.*switch it off for a latent MODEL"):
+    with pytest.raises(ValueError, match=r"clamp keeps.*switch it off for a latent MODEL"):
         edit(LatentHost(), guide, size=32, clamp=True)
 
 
@@ -384,7 +384,7 @@ def test_the_gradient_through_the_model_is_the_slope_of_the_loss(guide) -> None:
 @pytest.mark.parametrize("text", [True, False])
 def test_nan_from_the_model_is_named(host, guide, text: bool) -> None:
     host.network.unet.conv_out.weight.data[0] = math.nan
-    with pytest.raises(FloatingPointError, match="MODEL gave NaN or infinite values at step 1.*bf16 or fp32"):
+    with pytest.raises(FloatingPointError, match=r"MODEL gave NaN or infinite values at step 1.*bf16 or fp32"):
         edit(host, guide, text=text)
 
 
@@ -411,5 +411,5 @@ def test_an_infinite_gradient_from_the_guide_is_named(host, guide, gradient: str
         return vectors
 
     monkeypatch.setattr(guide, "embed_image", overflowing)
-    with pytest.raises(FloatingPointError, match="guidance gradient became NaN or infinite at step 1.*CLIP_GUIDE"):
+    with pytest.raises(FloatingPointError, match=r"guidance gradient became NaN or infinite at step 1.*CLIP_GUIDE"):
         edit(host, guide, gradient=gradient)

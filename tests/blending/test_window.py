@@ -105,7 +105,7 @@ def test_too_many_parts_share_a_window_and_it_is_said():
     assert len(windows) == 1 and f"need 9 windows, more than {MOST_WINDOWS}" in notes
 
 
-@pytest.mark.parametrize("value, pixels", [(0.05, 400), (1.0, 1)])
+@pytest.mark.parametrize(("value", "pixels"), [(0.05, 400), (1.0, 1)])
 def test_a_speck_far_away_does_not_move_the_window_and_is_said(value: float, pixels: int):
     mask = mask_of((512, 512), (100, 164, 100, 164))
     speck, side = mask.clone(), int(pixels**0.5)
@@ -142,7 +142,7 @@ def test_results_lie_in_the_window_and_the_picture_around_it():
     assert torch.equal(filled[filled != 9], picture.expand_as(filled)[filled != 9])
 
 
-@pytest.mark.parametrize("mode, context, words", [("maybe", 0.5, "window is 'maybe'"), ("on", -0.1, "context is -0.1")])
+@pytest.mark.parametrize(("mode", "context", "words"), [("maybe", 0.5, "window is 'maybe'"), ("on", -0.1, "context is -0.1")])
 def test_what_is_not_a_choice_is_named(mode: str, context: float, words: str):
     with pytest.raises(ValueError, match=words):
         window_for(torch.ones(1, 1, 8, 8), mode, context, 64)

@@ -72,7 +72,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path) -> None:
     path = small_disk / "a.safetensors"
     write(path, checkpoint(2))
-    with pytest.raises(CheckpointError, match="step 3 was not written.*disk is full.*MB.*still there"):
+    with pytest.raises(CheckpointError, match=r"step 3 was not written.*disk is full.*MB.*still there"):
         write(path, checkpoint(3, size=1_000_000))
     assert read(path).step == 2 and [file.name for file in small_disk.iterdir()] == ["a.safetensors"]
     write(path, checkpoint(4))
@@ -96,7 +96,7 @@ def test_a_training_on_a_full_disk_ends_with_what_to_do(new_learner, references,
 
     before, learner = trained.read_bytes(), new_learner()
     monkeypatch.setattr("blendswap.concepts.checkpoint.save_file", full)
-    with pytest.raises(CheckpointError, match="step 2 was not written.*disk is full"):
+    with pytest.raises(CheckpointError, match=r"step 2 was not written.*disk is full"):
         learn(learner, references, PROMPTS, dataclasses.replace(QUICK, steps=3), checkpoint=trained)
     assert trained.read_bytes() == before and len(list(trained.parent.iterdir())) == 1
     two = new_learner()
@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_ends_a_training_before_it_begins(new_learner, refe
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    ("changes", "said"),
     [
         ({"lr": 2e-3}, "lr was 0.001, now 0.002"),
         ({"seed": 7}, "seed was 0, now 7"),
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_them(new_learner, refere
 def test_a_checkpoint_of_other_prompts_references_or_parameters_is_refused(new_learner, references, trained) -> None:
     with pytest.raises(ValueError, match="prompts was"):
         learn(new_learner(), references, ["a ohwx star"], QUICK, checkpoint=trained)
-    with pytest.raises(ValueError, match="learned was .*'rank': 2.*now .*'rank': 3"):
+    with pytest.raises(ValueError, match=r"learned was .*'rank': 2.*now .*'rank': 3"):
         learn(new_learner(dataclasses.replace(SMALL, rank=3)), references, PROMPTS, QUICK, checkpoint=trained)
     others = prepare(opened(SMALL), scene_pictures(3, 3_000_002), None, 64)
     with pytest.raises(ValueError, match="references was"):

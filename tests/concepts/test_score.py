@@ -100,7 +100,7 @@ def test_lengths_of_embeddings_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    ("changes", "said"),
     [
         ({"samples": torch.ones(1, WIDTH)}, "samples has the shape"),
         ({"base_class": torch.ones(4, 3)}, "base_class has the shape"),

@@ -23,7 +23,7 @@ def test_the_presets_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("steps", 0),
         ("batch", 0),
@@ -69,7 +69,7 @@ def test_a_rare_word_is_taken_as_token() -> None:
 
 
 @pytest.mark.parametrize(
-    "token, said",
+    ("token", "said"),
     [
         ("", "empty"),
         ("  ", "empty"),

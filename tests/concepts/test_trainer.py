@@ -267,7 +267,7 @@ def test_the_losses_make_a_plot() -> None:
 
 
 @pytest.mark.parametrize(
-    "pictures, prompt, said",
+    ("pictures", "prompt", "said"),
     [
         (ClassPictures.of(torch.zeros(1, 3, 64, 64)), None, "class_prompt is empty"),
         (ClassPictures.of(torch.zeros(1, 3, 64, 64)), " ", "class_prompt is empty"),
@@ -290,7 +290,7 @@ def test_references_that_are_nan_are_refused_before_the_start(new_learner, refer
     broken = dataclasses.replace(references, latents=(references.latents[0] * float("nan"), *references.latents[1:]))
     learner = new_learner()
     start = state(learner)
-    with pytest.raises(ValueError, match="latents of reference 1 are NaN.*fp32"):
+    with pytest.raises(ValueError, match=r"latents of reference 1 are NaN.*fp32"):
         learn(learner, broken, PROMPTS, QUICK)
     assert same(start, state(learner))
 
@@ -497,7 +497,7 @@ def test_going_on_with_other_class_pictures_is_refused(new_learner, references, 
         if seed == 3_000_005:
             learn(new_learner(), references, PROMPTS, settings, **given)
         else:
-            with pytest.raises(ValueError, match="class_pictures was '2 given, digest .*', now '2 given, digest"):
+            with pytest.raises(ValueError, match=r"class_pictures was '2 given, digest .*', now '2 given, digest"):
                 learn(new_learner(), references, PROMPTS, settings, **given)
 
 

@@ -433,7 +433,7 @@ def test_files_and_folders_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt does not exist.*Here belongs"):
         load(tmp_path / "nothing.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"no config.json"):
         load(tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text(json.dumps(unshuffled_config()), encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="no weights"):

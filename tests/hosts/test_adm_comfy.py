@@ -139,7 +139,7 @@ def test_conditioning_of_text_models_is_ignored(prior: Path) -> None:
 
 def test_a_controlnet_is_refused_in_words(prior: Path) -> None:
     network = load(prior).model.diffusion_model
-    with pytest.raises(ValueError, match="ControlNet is applied.*use a latent MODEL"):
+    with pytest.raises(ValueError, match=r"ControlNet is applied.*use a latent MODEL"):
         network(torch.zeros(1, 3, 16, 16), torch.tensor([5]), control={"output": [torch.zeros(1, 32, 16, 16)]})
 
 

@@ -424,7 +424,7 @@ def sag(model):
     return SelfAttentionGuidance.execute(model, 0.5, 2.0)[0]
 
 
-@pytest.mark.parametrize("node, branch", [(pag, "cond"), (sag, "uncond")])
+@pytest.mark.parametrize(("node", "branch"), [(pag, "cond"), (sag, "uncond")])
 def test_a_pass_that_guidance_adds_is_a_second_one_of_its_branch(demo, node, branch):
     watcher, model = Watcher(), node(demo.model)
     made = guided(demo, watcher, model=model)
@@ -580,7 +580,7 @@ def compiled(model):
 
 
 @pytest.mark.parametrize(
-    "node, name",
+    ("node", "name"),
     [
         (hypertile, "HyperTile"),
         (tome, "ToMe"),
@@ -610,7 +610,7 @@ def test_tokens_that_go_missing_are_noticed_and_the_patch_named(demo):
 
     model = demo.model.clone()
     model.set_model_attn1_patch(merge_tokens_somehow)
-    with pytest.raises(UnsupportedModel, match="down 0.0 self got .*merge_tokens_somehow"):
+    with pytest.raises(UnsupportedModel, match=r"down 0.0 self got .*merge_tokens_somehow"):
         guided(demo, Watcher(), model=model)
 
 
@@ -625,7 +625,7 @@ def test_a_pass_that_is_left_out_is_noticed_and_the_wrapper_named(demo):
 
     model = demo.model.clone()
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "memory", answer_from_memory)
-    with pytest.raises(UnsupportedModel, match="cond and uncond branch.*leaves passes out.*memory answer_from"):
+    with pytest.raises(UnsupportedModel, match=r"cond and uncond branch.*leaves passes out.*memory answer_from"):
         guided(demo, Watcher(), model=model)
 
 
@@ -640,7 +640,7 @@ def test_a_slot_that_is_taken_during_the_run_is_noticed_and_the_patch_named(demo
     model = demo.model.clone()
     model.set_model_output_block_patch(take_the_slot)
     with pytest.raises(
-        UnsupportedModel, match="8 of 14 .*up 0.0 self first.*replaced the attention override.*take_the_slot"
+        UnsupportedModel, match=r"8 of 14 .*up 0.0 self first.*replaced the attention override.*take_the_slot"
     ):
         guided(demo, Watcher(), model=model)
 

@@ -212,7 +212,7 @@ def test_nothing_stays_behind(host):
 def test_a_unet_with_processors_of_its_own_is_refused_by_name(text_model: Path):
     host = DiffusersTextHost.from_pipeline(text_model, PROMPT, NEGATIVE, CFG)
     host.unet.set_attn_processor(AttnProcessor())
-    with pytest.raises(ValueError, match="down 0.0 self runs through AttnProcessor;"), host.attention(Watcher()):
+    with pytest.raises(ValueError, match=r"down 0.0 self runs through AttnProcessor;"), host.attention(Watcher()):
         pass
 
 

@@ -257,7 +257,7 @@ def test_a_flow_model_is_refused_with_words(parts):
     from blendswap.hosts.comfy_host import UnsupportedModel
 
     flow = with_sampling(parts[0], "ModelSamplingDiscreteFlow", "CONST")
-    with pytest.raises(UnsupportedModel, match="flow model .* SD 1.x"):
+    with pytest.raises(UnsupportedModel, match=r"flow model .* SD 1.x"):
         run(parts, predict, model=flow)
 
 

@@ -351,9 +351,9 @@ def test_models_without_a_noise_schedule_or_a_unet_with_text_are_refused_with_wo
     from blendswap.hosts import adm_comfy
     from blendswap.hosts.comfy_host import UnsupportedModel
 
-    with pytest.raises(UnsupportedModel, match="flow model .*Attention swapping .* SD 1.x, SD 2.x or SDXL"):
+    with pytest.raises(UnsupportedModel, match=r"flow model .*Attention swapping .* SD 1.x, SD 2.x or SDXL"):
         run(parts, guided, model=with_sampling(parts[0], "ModelSamplingDiscreteFlow", "CONST"))
-    with pytest.raises(UnsupportedModel, match="no Stable Diffusion UNet, but a .*load SD 1.x"):
+    with pytest.raises(UnsupportedModel, match=r"no Stable Diffusion UNet, but a .*load SD 1.x"):
         run(parts, guided, model=adm_comfy.load_native_model(pixel_prior, dtype=torch.float32))
 
 

@@ -93,7 +93,7 @@ def test_every_run_begins_alike(learned: Learned) -> None:
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.05), ("fp16", 0.02)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("fp16", 0.02)])
 @pytest.mark.parametrize(
     "learned", [LowRank(2), FullWeights(), TokenVectors("sks", "star")], ids=lambda learned: type(learned).__name__
 )

@@ -346,7 +346,7 @@ def test_an_error_that_is_no_out_of_memory_comes_out_as_it_is(sample, parts, mon
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(type(parts[0].model.diffusion_model), "forward", broken)
-    with pytest.raises(RuntimeError, match="^mat1 and mat2"):
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
         sample(*scene_image(), candidates=2)
 
 

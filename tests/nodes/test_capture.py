@@ -266,7 +266,7 @@ def test_comfyuis_cache_counts_a_tape_when_memory_runs_short(kit):
 
 
 def test_a_tape_that_does_not_fit_is_refused_with_the_cure(kit):
-    with pytest.raises(MemoryError, match="1.0 MiB of memory may be used. Set storage to replay"):
+    with pytest.raises(MemoryError, match=r"1.0 MiB of memory may be used. Set storage to replay"):
         kit.capture(storage="tape", memory_gib=1 / 1024)
 
 

@@ -213,7 +213,7 @@ def test_the_callers_model_stays_as_it_was_also_after_an_interrupt(guider, parts
 
 def test_a_latent_of_another_size_a_batch_and_an_odd_size_are_refused(guider):
     made = guider()
-    with pytest.raises(ValueError, match="image is 30×64 pixels.*divides"):
+    with pytest.raises(ValueError, match=r"image is 30×64 pixels.*divides"):
         guider(image=picture()[:, :, :30], mask=box()[..., :30])
     with pytest.raises(ValueError, match="image holds 2 pictures"):
         guider(image=picture().repeat(2, 1, 1, 1))
@@ -334,7 +334,7 @@ def test_a_result_of_a_size_that_no_vae_cuts_is_refused(result):
 def test_a_report_on_what_a_vae_cut_names_the_node_that_puts_it_back():
     from blendswap.nodes.report import EditReport
 
-    with pytest.raises(ValueError, match="source is 101×67 .*result 100×64: a VAE cut it.*Exact Paste"):
+    with pytest.raises(ValueError, match=r"source is 101×67 .*result 100×64: a VAE cut it.*Exact Paste"):
         source, result = torch.zeros(1, 67, 101, 3), torch.zeros(1, 64, 100, 3)
         run(EditReport, source=source, result=result, mask=torch.ones(1, 64, 100))
 

@@ -89,7 +89,7 @@ def test_regions_form_a_chain_in_their_order():
 
 
 def test_a_run_with_a_region_that_covers_nothing_of_the_picture_is_refused_by_its_number(sample):
-    with pytest.raises(ValueError, match="mask of region 2.* is empty"):
+    with pytest.raises(ValueError, match=r"mask of region 2.* is empty"):
         sample(box(4, 28), "a red star", regions=region(torch.zeros(1, 64, 64), "a blue ring"))
 
 
@@ -195,7 +195,7 @@ def test_a_schedule_says_which_steps_are_guided(sample, monkeypatch):
 
 
 def test_a_schedule_that_ends_before_it_starts_is_refused():
-    with pytest.raises(ValueError, match="start is 0.5 and end is 0.5"):
+    with pytest.raises(ValueError, match=r"start is 0.5 and end is 0.5"):
         schedule(start=0.5, end=0.5)
 
 
@@ -257,5 +257,5 @@ def test_a_guide_vae_of_another_family_is_refused(latent_parts, sample, parts):
 
 
 def test_a_background_loss_does_not_go_with_a_window(latent_parts, sample):
-    with pytest.raises(ValueError, match="guide_decode is 'window'.*choose 'whole'"):
+    with pytest.raises(ValueError, match=r"guide_decode is 'window'.*choose 'whole'"):
         edit_latent(latent_parts, sample, guide_decode="window", background_weight=1.0, lpips="demo")

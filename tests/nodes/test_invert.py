@@ -322,7 +322,7 @@ def test_a_model_without_a_noise_schedule_is_refused(parts, invert):
 
     model = parts[0].clone()
     model.add_object_patch("model_sampling", Flow(model.model.model_config))
-    with pytest.raises(ValueError, match="The MODEL is a flow model.*load SD 1.x"):
+    with pytest.raises(ValueError, match=r"The MODEL is a flow model.*load SD 1.x"):
         invert(model=model)
 
 

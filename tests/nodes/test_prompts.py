@@ -88,7 +88,7 @@ def test_a_clip_of_another_kind_of_model_is_refused(kit):
         def tokenize(text, **_):
             return {"t5xxl": [[(1, 1.0, 1)]]}
 
-    with pytest.raises(ValueError, match="encoders t5xxl.*SD 1.x, SD 2.x or SDXL"):
+    with pytest.raises(ValueError, match=r"encoders t5xxl.*SD 1.x, SD 2.x or SDXL"):
         kit.prompts(target_clip=T5())
 
 

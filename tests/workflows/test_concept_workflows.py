@@ -59,7 +59,7 @@ def test_prompts_say_what_the_scene_shows_with_the_concept_in_the_objects_place(
 
 
 @pytest.mark.parametrize(
-    "what, said",
+    ("what", "said"),
     [
         ("full", "DreamBooth of every weight of UNet and text encoder"),
         ("lora", "DreamBooth of a LoRA of rank 16"),

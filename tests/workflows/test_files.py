@@ -61,5 +61,5 @@ def test_a_workflow_made_on_windows_finds_its_file_and_a_changed_file_is_read_ag
         assert "(seed 1)" in texts[0] and "(seed 2)" in texts[1]
     finally:
         path.unlink()
-    with pytest.raises(ServerError, match="There is no 'people.*face.safetensors' in models/clip_guidance"):
+    with pytest.raises(ServerError, match=r"There is no 'people.*face.safetensors' in models/clip_guidance"):
         any_server.run(prompt("people\\face.safetensors"))
