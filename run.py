@@ -39,6 +39,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent
+PACK = Path(__file__).absolute().parent  # where it seems to lie, when custom_nodes holds a link to it
 VENV = ROOT / ".venv"
 
 PREFERRED = "0.33.0"
@@ -121,7 +122,7 @@ def find_comfyui(
     *,
     clone: bool = True,
     environ: Mapping[str, str] = os.environ,
-    pack: Path = Path(__file__).absolute().parent,
+    pack: Path = PACK,
     caches: Sequence[Path] | None = None,
 ) -> Path | None:
     """The ComfyUI to use, or None when there is none.
@@ -159,7 +160,7 @@ def _own_installs(environ: Mapping[str, str], pack: Path) -> list[Path]:
                 f"COMFYUI_PATH is {path}, but there is no ComfyUI (main.py, comfy/,"
                 " comfyui_version.py). Set it to the folder that holds main.py, or unset it."
             )
-        if _number(version) < _number(FLOOR):
+        if version_number(version) < version_number(FLOOR):
             raise SetupError(
                 f"COMFYUI_PATH holds ComfyUI {version}; this pack needs {FLOOR} or newer. Update"
                 " it, or unset COMFYUI_PATH."
@@ -168,12 +169,12 @@ def _own_installs(environ: Mapping[str, str], pack: Path) -> list[Path]:
     for folder in (pack, pack.resolve()):
         if folder.parent.name == "custom_nodes":
             version = comfy_version(folder.parent.parent)
-            if version and _number(version) >= _number(FLOOR):
+            if version and version_number(version) >= version_number(FLOOR):
                 found.append(folder.parent.parent)
     return found
 
 
-def _number(version: str) -> tuple[int, ...]:
+def version_number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
@@ -239,24 +240,24 @@ def clone_comfyui(version: str, cache: Path, repository: str | None = None) -> P
 
 def requirements(comfy: Path | None) -> list[str]:
     """Everything that has to be in the virtual environment, as pip requirements."""
-    lines = [*TORCH, *TOOLS, *_lines(ROOT / "requirements.txt")]
+    lines = [*TORCH, *TOOLS, *requirement_lines(ROOT / "requirements.txt")]
     if comfy is not None:
-        ours = {"torch", "torchvision", "torchaudio", *map(_package, pages(comfy))}
-        lines += [line for line in _lines(comfy / "requirements.txt") if _package(line) not in ours]
+        ours = {"torch", "torchvision", "torchaudio", *map(package_name, pages(comfy))}
+        lines += [line for line in requirement_lines(comfy / "requirements.txt") if package_name(line) not in ours]
     return lines
 
 
 def pages(comfy: Path) -> list[str]:
     """Requirements with the web pages of one ComfyUI version (front end, templates, help), pinned by it."""
-    return [line for line in _lines(comfy / "requirements.txt") if _package(line).startswith("comfyui-")]
+    return [line for line in requirement_lines(comfy / "requirements.txt") if package_name(line).startswith("comfyui-")]
 
 
-def _lines(path: Path) -> list[str]:
+def requirement_lines(path: Path) -> list[str]:
     lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line]
 
 
-def _package(requirement: str) -> str:
+def package_name(requirement: str) -> str:
     return re.match(r"[\w.-]*", requirement).group().lower().replace("_", "-")
 
 
@@ -293,8 +294,8 @@ def ensure_venv(comfy: Path | None, venv: Path = VENV) -> Path:
     _make_venv(venv, unfinished)
     say(f"Installing packages into {venv} (log: {venv / 'blendswap-install.log'}) ...")
     stamp.unlink(missing_ok=True)
-    _pip(python, ["install", *wanted], venv, unfinished)
-    _pip(python, ["install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], venv)
+    pip(python, ["install", *wanted], venv, unfinished)
+    pip(python, ["install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], venv)
     stamp.write_text(setup_key(wanted, venv), encoding="utf-8")
     say(f"Set up in {time.monotonic() - start:.0f} s.")
     return python
@@ -326,7 +327,7 @@ def _make_venv(venv: Path, unfinished: Path) -> None:
         raise SetupError(_with_hint(f"no virtual environment could be made: {output.strip()[-500:]}", output))
 
 
-def _pip(python: Path, arguments: Sequence[str], venv: Path, unfinished: Path | None = None) -> None:
+def pip(python: Path, arguments: Sequence[str], venv: Path, unfinished: Path | None = None) -> None:
     """Runs pip, showing what it is busy with. ``unfinished`` exists while an installation is half done."""
     environment = {
         name: value
@@ -392,7 +393,7 @@ def pages_environment(python: Path, comfy: Path) -> dict[str, str]:
         say(f"Installing the web pages of ComfyUI {comfy_version(comfy)} ...")
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            _pip(python, ["install", "--target", unfinished, *pinned], venv)
+            pip(python, ["install", "--target", unfinished, *pinned], venv)
             with contextlib.suppress(OSError):  # another process was faster
                 Path(unfinished).rename(folder)
             Path(unfinished).mkdir(exist_ok=True)  # TemporaryDirectory wants something to remove

@@ -160,8 +160,8 @@ class InvertSettings:
     method: str = "null_text"
     steps: int = 50
     scheduler: str = "ddim_uniform"
-    null_text: NullTextSettings = NullTextSettings()
-    proximal: Proximal = Proximal()
+    null_text: NullTextSettings = dataclasses.field(default_factory=NullTextSettings)
+    proximal: Proximal = dataclasses.field(default_factory=Proximal)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

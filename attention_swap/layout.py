@@ -63,7 +63,7 @@ class FeatureInfo:
     size: tuple[int, int]
     itemsize: int
 
-    def bytes(self, what: What) -> int:
+    def bytes(self, _what: What) -> int:
         """Of one picture's tensor."""
         return self.channels * self.size[0] * self.size[1] * self.itemsize
 

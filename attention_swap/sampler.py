@@ -215,7 +215,7 @@ def _prepare(
         if not (limit > 0).any():
             raise ValueError("the mask covers everything, so nothing may change outside of it: draw a smaller one")
     regions = _regions(capture, settings, subjects, masks, branches_of(host))
-    _check_reach(regions, settings, alignment, host, notes)
+    _check_reach(regions, settings, alignment, notes)
     by_word = [subject for subject, own in zip(subjects, masks, strict=True) if own is None and settings.local_blend]
     words = _word_blend(capture, settings, alignment, by_word, bool(subjects), limit)
     needs = Needs({})
@@ -322,9 +322,7 @@ def _regions(
     return [Region(plan(settings), (1 - total).clamp(min=0)), *regions]
 
 
-def _check_reach(
-    regions: list[Region], settings: SwapSettings, alignment: Alignment | None, host: TextHost, notes: list[str]
-) -> None:
+def _check_reach(regions: list[Region], settings: SwapSettings, alignment: Alignment | None, notes: list[str]) -> None:
     if settings.does_nothing and all(not any(map(len, region.plan.spans.values())) for region in regions):
         notes.append("every λ is 0, so no attention is taken from the source")
     elif not planned(regions):

@@ -12,7 +12,7 @@ swapped is which q, k and v go in:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -159,6 +159,9 @@ class Tape:
 
     def __contains__(self, key: Key) -> bool:
         return key in self._kept
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._kept)
 
     def clear(self) -> None:
         self._kept.clear()

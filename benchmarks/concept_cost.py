@@ -91,19 +91,24 @@ def plain_loop(learner: Learner, settings: TrainSettings, phrase: str) -> Run:
     return run
 
 
+def ticker(times: list[float], device: str) -> Callable[[], None]:
+    """What notes the time in `times`, once the device has done what it was given."""
+
+    def tick() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    return tick
+
+
 def compare(runs: dict[str, Run], rounds: int, device: str) -> dict[str, dict[str, float]]:
     """Seconds of a step and peak bytes, by name."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
             times: list[float] = []
-
-            def tick() -> None:
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter())
-
-            run(RUN_STEPS, tick)
+            run(RUN_STEPS, ticker(times, device))
             if turn:  # the first round warms up
                 seconds[name] += np.diff(times).tolist()
     return {

@@ -100,13 +100,9 @@ SMALL_FULL = dataclasses.replace(DREAMBOOTH_FULL, lr=5e-4, **SMALL)
 SMALL_VECTORS = dataclasses.replace(TEXTUAL_INVERSION, lr=1e-2, **SMALL)
 
 
-def _low_rank(word: str) -> LowRank:
-    return LowRank(convolutions=True)
-
-
 METHODS = {
-    "dreambooth_lora": Method(_low_rank, SMALL_LORA),
-    "dreambooth_lora_no_prior": Method(_low_rank, _without_prior(SMALL_LORA)),
+    "dreambooth_lora": Method(lambda word: LowRank(convolutions=True), SMALL_LORA),
+    "dreambooth_lora_no_prior": Method(lambda word: LowRank(convolutions=True), _without_prior(SMALL_LORA)),
     "dreambooth_full": Method(lambda word: FullWeights(), SMALL_FULL),
     "dreambooth_full_no_prior": Method(lambda word: FullWeights(), _without_prior(SMALL_FULL)),
     "textual_inversion": Method(lambda word: TokenVectors(TOKEN, word, 2), SMALL_VECTORS),
@@ -340,13 +336,13 @@ class Bench:
     def _host(self, learner: DiffusersLearner, prompt: str) -> DiffusersTextHost:
         context = learner.text([prompt, ""]).context
         return DiffusersTextHost(
-            learner._unet,
+            learner.unet,
             context[:1],
             context[1:],
             learner.alphas_cumprod,
             cfg=self.options.cfg,
             prediction=learner.prediction,
-            vae=learner._vae,
+            vae=learner.vae,
             device=self.device,
         )
 
@@ -361,7 +357,7 @@ class Bench:
 
 def _tokenised(learner: DiffusersLearner, prompt: str) -> TokenisedPrompt:
     """The prompt as the learner's text encoder sees it: a token with a vector of its own is one token."""
-    tokenizer = learner._tokenizer
+    tokenizer = learner.tokenizer
     if isinstance(learner.learned, TokenVectors):
         from transformers import CLIPTokenizer
 

@@ -44,7 +44,10 @@ def published(images: Tensor, mask: Tensor, prompt: str, guide: ClipGuide) -> li
     return similarity.argsort(descending=True, stable=True).tolist()
 
 
-def by(weights: RankWeights = RankWeights(), contrasts: tuple[str, ...] = (), copies: int = 0) -> Ranking:
+PLAIN = RankWeights()
+
+
+def by(weights: RankWeights = PLAIN, contrasts: tuple[str, ...] = (), copies: int = 0) -> Ranking:
     """The pack's ranking with these settings."""
     augment = ExtendingAugmentations(copies=copies) if copies else None
 

@@ -37,7 +37,7 @@ def half_alone(scene: world.Scene, subject: Subject, rng: np.random.Generator) -
     return over(ground, side_of(scene.things[0], rng), draw_with(scene, subject))
 
 
-def blended(scene: world.Scene, subject: Subject, rng: np.random.Generator) -> np.ndarray:
+def blended(scene: world.Scene, subject: Subject, _rng: np.random.Generator) -> np.ndarray:
     return (world.draw(scene).astype(np.float32) + draw_with(scene, subject)) / 2
 
 
@@ -45,7 +45,7 @@ def other_colours(scene: world.Scene, subject: Subject, rng: np.random.Generator
     return draw_with(scene, dataclasses.replace(subject, tones=other_tones(subject, rng)))
 
 
-def other_outline(scene: world.Scene, subject: Subject, rng: np.random.Generator) -> np.ndarray:
+def other_outline(scene: world.Scene, subject: Subject, _rng: np.random.Generator) -> np.ndarray:
     ground, pose = world.draw(world.Scene(scene.ground, ())), scene.things[0]
     return over(ground, world.coverage(pose), paint(subject, pose))
 

@@ -116,9 +116,9 @@ class Edit:
         progress = number / max(total - 1, 1)
         factor = settings.schedule.factor(number, total)
         x0, variance, gradient, losses = (
-            _guided_prediction(self.host, self.guidance, settings, schedule, x, index, progress, factor)
+            guided_prediction(self.host, self.guidance, settings, schedule, x, index, progress, factor)
             if self.guidance.active and factor > 0
-            else _plain_prediction(self.host, settings, schedule, x, index)
+            else plain_prediction(self.host, settings, schedule, x, index)
         )
         _check_finite(x0, variance, gradient, number)
         with torch.no_grad():
@@ -134,7 +134,7 @@ class Edit:
             return foreground * mask + background * (1 - mask), x0, losses
 
 
-def _plain_prediction(host: DiffusionHost, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int):
+def plain_prediction(host: DiffusionHost, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int):
     with torch.no_grad():
         prediction = host.predict(x / schedule.alpha(index) ** 0.5, schedule.sigma(index))
     return _in_range(prediction.x0, settings), prediction.variance, None, {}
@@ -145,7 +145,7 @@ def _in_range(x0: Tensor, settings: BlendSettings) -> Tensor:
     return torch.where(x0.isinf(), x0, x0.clamp(-1, 1)) if settings.clamp else x0
 
 
-def _guided_prediction(
+def guided_prediction(
     host: DiffusionHost,
     guidance: Guidance,
     settings: BlendSettings,
@@ -213,9 +213,9 @@ def guided_estimate(
     alpha = schedule.alpha(0)
     x = x * alpha**0.5
     if not guidance.active or factor == 0:
-        x0, variance, gradient, _ = _plain_prediction(host, settings, schedule, x, 0)
+        x0, variance, gradient, _ = plain_prediction(host, settings, schedule, x, 0)
     else:
-        x0, variance, gradient, _ = _guided_prediction(host, guidance, settings, schedule, x, 0, progress, factor)
+        x0, variance, gradient, _ = guided_prediction(host, guidance, settings, schedule, x, 0, progress, factor)
     _check_finite(x0, variance, gradient, 0)
     return x0 if gradient is None else x0 - gradient * ((1 - alpha) / alpha**0.5)
 

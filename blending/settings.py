@@ -55,7 +55,7 @@ class BlendSettings:
     range_weight: float = 50.0
     distance: str = "cosine"
     guided_input: str = "x0"
-    schedule: GuideSchedule = GuideSchedule()
+    schedule: GuideSchedule = dataclasses.field(default_factory=GuideSchedule)
     gradient: str = "through_model"
     blend: bool = True
     background_level: str = "next"

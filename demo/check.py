@@ -157,7 +157,7 @@ class _Check:
             }
         compared = {case.workflow for case in cases if case.compared}
         self.rows = [
-            _compared(row, self.pictures[row], reference[row.what])
+            compared_with(row, self.pictures[row], reference[row.what])
             if row in self.pictures and row.what in reference and row.what in compared
             else row
             for row in self.rows
@@ -170,7 +170,7 @@ class _Check:
         (base / "custom_nodes").mkdir(parents=True)
         shutil.copy(PROBE, base / "custom_nodes" / "blendswap_check_probe.py")
         paths = base / "models.yaml"
-        paths.write_text(_model_paths(self.comfy), encoding="utf-8")
+        paths.write_text(model_paths(self.comfy), encoding="utf-8")
         arguments = (*arguments, "--extra-model-paths-config", str(paths))
         with start_server(self.comfy, base, self.python, extra_args=arguments, env=self.environment) as server:
             if "CLIPBlendSampler" not in server.object_info():
@@ -207,7 +207,7 @@ class _Check:
             return Row(what, dtype, mode, time.monotonic() - start, error=f"{type(error).__name__}: {error}"), None
         self.seen |= {node["class_type"] for node in prompt.values()}
         row = Row(what, dtype, mode, time.monotonic() - start, server.get_json(f"{ROUTE}/memory")["peak"])
-        return _judged(row, made), made
+        return judged(row, made), made
 
     def _add(self, row: Row, made: Pictures | None = None) -> None:
         self.rows.append(row)
@@ -236,7 +236,7 @@ class _Check:
         self._add(Row("memory given back", "", mode, peak=max(left, 0), error=error))
 
 
-def _model_paths(comfy: Path) -> str:
+def model_paths(comfy: Path) -> str:
     """A configuration by which the server lists the models of `comfy`; JSON's strings are YAML's as well."""
     lines = ["blendswap_check:", f"  base_path: {json.dumps(str(comfy / 'models'))}"]
     return "\n".join([*lines, *(f"  {name}: {name}" for name in ("checkpoints", "clip_guidance", "guided_diffusion"))])
@@ -317,7 +317,7 @@ def _run(server: ComfyServer, prompt: Prompt) -> Pictures:
 # Judging --------------------------------------------------------------------------------------------------------------
 
 
-def _judged(row: Row, made: Pictures) -> Row:
+def judged(row: Row, made: Pictures) -> Row:
     """The row with what is wrong with the pictures: a background that moved, a region that did not."""
     if edits.MASK not in made or edits.RESULT not in made:
         return row
@@ -332,7 +332,7 @@ def _judged(row: Row, made: Pictures) -> Row:
     return dataclasses.replace(row, background="exact")
 
 
-def _compared(row: Row, made: Pictures, reference: Pictures) -> Row:
+def compared_with(row: Row, made: Pictures, reference: Pictures) -> Row:
     """The row with how far its result is from the CPU's; see `TOLERANCE`."""
     mask = reference[edits.MASK][0] > 0
     pairs = zip(made[edits.RESULT], reference[edits.RESULT], strict=True)

@@ -136,7 +136,7 @@ def _tensor_names(path: Path) -> set[str]:
 
 
 def _answer(path: str, make: Callable[[], Any]) -> None:
-    async def handler(request: web.Request) -> web.Response:
+    async def handler(_request: web.Request) -> web.Response:
         return web.json_response(make())
 
     PromptServer.instance.routes.get(f"{ROUTE}/{path}")(handler)

@@ -11,7 +11,7 @@ import logging
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.conds
 import comfy.latent_formats
@@ -42,7 +42,7 @@ class PixelSpace(comfy.latent_formats.LatentFormat):
 
     scale_factor = 1.0
     latent_channels = 3
-    latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    latent_rgb_factors: ClassVar[list[list[float]]] = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
 
 
 class GuidedDiffusionConfig(comfy.supported_models_base.BASE):

@@ -43,14 +43,14 @@ class DiffusersTextHost(DiffusersHost):
         device: torch.device | str = "cpu",
         added: dict[Branch, dict[str, Tensor]] | None = None,
     ) -> None:
-        super().__init__(self._guided, alphas_cumprod, device=device, prediction=prediction, vae=vae)
+        super().__init__(self.predict_guided, alphas_cumprod, device=device, prediction=prediction, vae=vae)
         width = unet.config.cross_attention_dim
         for name, embedding in (("positive", positive), ("null", null)):
             if embedding.ndim != 3 or len(embedding) != 1 or embedding.shape[2] != width:
                 raise ValueError(f"{name} is {list(embedding.shape)}; this UNet takes [1, L, {width}]")
         self.unet, self.cfg, self.added = unet, cfg, added
         self.positive, self.null = (part.detach().to(self.device, torch.float32) for part in (positive, null))
-        self._apart = False  # whether each branch has a pass of its own
+        self.apart = False  # whether each branch has a pass of its own
         self._seen: _Seen | None = None
 
     @classmethod
@@ -92,7 +92,7 @@ class DiffusersTextHost(DiffusersHost):
     def guided(self, x: Tensor, sigma: float, null: Tensor | None = None) -> Tensor:
         """See `TextHost.guided`; both branches run in one batch, the unconditional rows first (of a host from
         `together` one after another)."""
-        return self._ask(lambda x, t: self._guided(x, t, null), x, sigma).x0
+        return self._ask(lambda x, t: self.predict_guided(x, t, null), x, sigma).x0
 
     @contextlib.contextmanager
     def attention(self, handler: AttentionHandler) -> Iterator[None]:
@@ -125,7 +125,7 @@ class DiffusersTextHost(DiffusersHost):
             return torch.cat([part.expand(pictures, *part.shape[1:]) for part in (one, other)])
 
         both = copy.copy(self)
-        both.network, both._apart = both._guided, True
+        both.network, both.apart = both.predict_guided, True
         both.positive, both.null = joined(source.positive, self.positive), joined(source.null, self.null)
         if self.added is not None:
             both.added = {
@@ -134,11 +134,11 @@ class DiffusersTextHost(DiffusersHost):
             }
         return both
 
-    def _guided(self, x: Tensor, t: Tensor, null: Tensor | None = None) -> tuple[Tensor, None]:
+    def predict_guided(self, x: Tensor, t: Tensor, null: Tensor | None = None) -> tuple[Tensor, None]:
         embeddings: dict[Branch, Tensor] = {"uncond": self.null if null is None else null, "cond": self.positive}
         if self.cfg == 1:
             del embeddings["uncond"]
-        if self._apart:
+        if self.apart:
             outputs = [self._outputs(x, t, {branch: part})[0] for branch, part in embeddings.items()]
         else:
             outputs = self._outputs(x, t, embeddings)

@@ -81,7 +81,7 @@ class BlendGuider(comfy.samplers.CFGGuider):
 
     def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *arguments: Any, **more: Any):
         refuse_sampler(sampler)
-        self._check_size(noise)
+        self.check_size(noise)
         # SamplerCustomAdvanced calls in inference mode, whose tensors autograd refuses.
         with torch.inference_mode(False), torch.no_grad():
             needed = memory_needed(self.model_patcher, noise.shape, True)
@@ -107,8 +107,9 @@ class BlendGuider(comfy.samplers.CFGGuider):
                     without_copies(patcher.model)
 
     def predict_noise(
-        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] = {}, seed: int | None = None
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
     ) -> Tensor:
+        model_options = model_options or {}
         with torch.inference_mode(False), torch.no_grad():
             x, sigma = x.detach().clone(), float(timestep.max())
             host = self.host_kind(
@@ -139,7 +140,7 @@ class BlendGuider(comfy.samplers.CFGGuider):
         run.guidance = self.make_guidance(host.device, [run.seed + row for row in range(run.candidates)])
         run.source = host.encode(run.guidance.source)
 
-    def _check_size(self, noise: Tensor) -> None:
+    def check_size(self, noise: Tensor) -> None:
         scale = self.vae.downscale_ratio
         height, width = self.source.shape[-2:]
         if noise.ndim != 4 or (noise.shape[-2] * scale, noise.shape[-1] * scale) != (height, width):

@@ -76,7 +76,7 @@ class ComfyHost:
         variance: collections.deque[Tensor] = collections.deque()
         options = self._options()
         options["transformer_options"][VARIANCE_KEY] = variance
-        x0 = self._guide(x, sigma, options)
+        x0 = self.evaluate(x, sigma, options)
         rows = torch.cat(list(variance)).float() if variance else None
         # With cfg the unconditional half comes along; both halves share the network's variance of the first rows.
         return Prediction(x0.float(), None if rows is None else rows[: len(x)])
@@ -94,7 +94,7 @@ class ComfyHost:
             inner["patches"] = {**patches, SKIP_KEY: [*patches.get(SKIP_KEY, []), _apart_from_skip]}
         return options
 
-    def _guide(self, x: Tensor, sigma: float, options: dict[str, Any]) -> Tensor:
+    def evaluate(self, x: Tensor, sigma: float, options: dict[str, Any]) -> Tensor:
         """One evaluation through the guider, and whatever guidance other packs added to it."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         return self.guider(x, rows_of(sigma, x), model_options=options, seed=self.extra_args.get("seed"))

@@ -148,7 +148,7 @@ class ComfyLearner:
 
     def text(self, prompts: Sequence[str]) -> Text:
         with self._autocast():
-            text = self._encoders(prompts)
+            text = self.encoders(prompts)
         return Text(text.context, text.pooled if self._takes_pooled else None)
 
     def denoise(self, x: Tensor, t: Tensor, text: Text, sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
@@ -156,7 +156,7 @@ class ComfyLearner:
         y = self._size_embedding(x, text, sizes) if self._takes_pooled else None
         options = {ATTENTION_KEY: differentiable_attention(None)}
         with self._autocast():
-            output = self._unet(x.float(), t.float(), context=text.context, y=y, transformer_options=options).float()
+            output = self.unet(x.float(), t.float(), context=text.context, y=y, transformer_options=options).float()
         if self.precision == "fp16" and output.requires_grad:
             output.register_hook(lambda gradient: gradient * FLOAT16_SCALE)
         return output
@@ -173,13 +173,13 @@ class ComfyLearner:
         for start in range(0, len(prompts), SAMPLE_ROWS):
             rows = slice(start, start + SAMPLE_ROWS)
             x = torch.stack(noise[rows]).to(self.device)
-            pictures.append(self.decode(self._ddim(x, list(prompts[rows]), size, steps, cfg)))
+            pictures.append(self.decode(self.ddim(x, list(prompts[rows]), size, steps, cfg)))
         return torch.cat(pictures)
 
     def close(self) -> None:
         """Lets go of everything; `open_learner` calls it."""
-        self._unet = self._encoders = None
-        self._parameters, self._adapters, self._initial = {}, {}, {}
+        self.unet = self.encoders = None
+        self._parameters, self.adapters, self.initial = {}, {}, {}
         gc.collect()  # a patched forward pass and its module hold each other
         comfy.model_management.soft_empty_cache()
 
@@ -203,32 +203,32 @@ class ComfyLearner:
         # Weights that are trained begin as what is stored, whatever they are computed in.
         of_unet = None if full else DTYPES[self.precision]
         of_text = None if full and self.learned.text_encoder else DTYPES[self.precision]
-        self._unet = private_copy(model, model.model.diffusion_model, self.device, of_unet)
-        for part in self._unet.modules():
+        self.unet = private_copy(model, model.model.diffusion_model, self.device, of_unet)
+        for part in self.unet.modules():
             if hasattr(part, "comfy_cast_weights"):
                 part.comfy_cast_weights = False  # all are of one kind, and autocast sees to the rest
         module = private_copy(text, text.model, self.device, of_text)
-        self._encoders = TextEncoders(module, self.clip.tokenizer, encoders_of(self.clip), self.clip.layer_idx)
+        self.encoders = TextEncoders(module, self.clip.tokenizer, encoders_of(self.clip), self.clip.layer_idx)
         differentiable_text(module)
-        self._takes_pooled = self._unet.num_classes is not None
-        self._adapters, self._initial = {}, {}
+        self._takes_pooled = self.unet.num_classes is not None
+        self.adapters, self.initial = {}, {}
         with torch.enable_grad():
             self._parameters = self._trained(module, seed)
         if full and self.device.type != "cpu":
             # The copies are what is needed of them.
-            self._initial = {name: tensor.cpu() for name, tensor in self._initial.items()}
+            self.initial = {name: tensor.cpu() for name, tensor in self.initial.items()}
             comfy.model_management.unload_all_models()
         if checkpointing:
-            recompute_blocks(self._unet)
+            recompute_blocks(self.unet)
             recompute_blocks(module)
 
     def _trained(self, text: nn.Module, seed: int) -> dict[str, nn.Parameter]:
         learned = self.learned
         if isinstance(learned, TokenVectors):
-            vectors = first_vectors(self._encoders, learned)
-            self._encoders.learn(learned.token, vectors)
+            vectors = first_vectors(self.encoders, learned)
+            self.encoders.learn(learned.token, vectors)
             return vectors
-        networks = {"unet": self._unet, **({"text": text} if learned.text_encoder else {})}
+        networks = {"unet": self.unet, **({"text": text} if learned.text_encoder else {})}
         parameters: dict[str, nn.Parameter] = {}
         generator = torch.Generator().manual_seed(seed)
         for prefix, network in networks.items():
@@ -238,20 +238,20 @@ class ComfyLearner:
                 if prefix == "text":
                     found = self._reached(found)
                     adapters = {name: adapter for name, adapter in adapters.items() if f"{name}.down" in found}
-                self._adapters |= adapters
+                self.adapters |= adapters
             else:
                 before = {f"{prefix}.{name}": tensor for name, tensor in network.named_parameters()}
                 found = own_weights(network, prefix)
                 if prefix == "text":
                     found = self._reached(found)
-                self._initial |= {name: before[name].detach() for name in found}
+                self.initial |= {name: before[name].detach() for name in found}
             parameters |= found
         return parameters
 
     def _reached(self, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Those that an encoded prompt depends on; the layers behind the one that a model reads are left frozen."""
         with self._autocast():
-            text = self._encoders([""])
+            text = self.encoders([""])
         answer = text.context.sum() + (text.pooled.sum() if self._takes_pooled else 0)
         slopes = torch.autograd.grad(answer, list(parameters.values()), allow_unused=True)
         found = {}
@@ -265,7 +265,7 @@ class ComfyLearner:
     def _check_width(self) -> None:
         with torch.no_grad():
             width = self.text([""]).context.shape[-1]
-        wanted = next(part.to_k.in_features for name, part in self._unet.named_modules() if name.endswith(".attn2"))
+        wanted = next(part.to_k.in_features for name, part in self.unet.named_modules() if name.endswith(".attn2"))
         if width != wanted:
             raise UnsupportedModel(
                 f"The CLIP makes text embeddings {width} wide, the MODEL takes {wanted}: connect the CLIP that belongs "
@@ -293,7 +293,7 @@ class ComfyLearner:
         ]
         return torch.cat(rows)
 
-    def _ddim(self, x: Tensor, prompts: list[str], size: tuple[int, int], steps: int, cfg: float) -> Tensor:
+    def ddim(self, x: Tensor, prompts: list[str], size: tuple[int, int], steps: int, cfg: float) -> Tensor:
         total = len(self.alphas_cumprod)
         taken = list(range(1, total, total // steps))[:steps][::-1]
         guided = cfg != 1
@@ -329,8 +329,8 @@ def concept_state(learner: ComfyLearner) -> StateDict:
     if isinstance(learner.learned, TokenVectors):
         return embedding_state(learner.parameters)
     if isinstance(learner.learned, LowRank):
-        return low_rank_state(learner._adapters, learner.model, learner.clip)
-    return difference_state(learner.parameters, learner._initial)
+        return low_rank_state(learner.adapters, learner.model, learner.clip)
+    return difference_state(learner.parameters, learner.initial)
 
 
 def learned_model(model: Any, clip: Any, learned: Learned, state: StateDict) -> tuple[Any, Any]:

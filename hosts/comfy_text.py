@@ -40,7 +40,7 @@ class ComfyTextHost(ComfyHost):
     _access: AttentionAccess | None = None
 
     def __post_init__(self) -> None:
-        for branch, name in NAMES.items():
+        for name in NAMES.values():
             self.guider.conds[name] = [self._own(cond) for cond in self.guider.conds[name]]
             if not any(TEXT in cond["model_conds"] for cond in self.guider.conds[name]):
                 raise ValueError(f"{name} holds no text: connect the CONDITIONING of a text encode node to it.")
@@ -100,7 +100,7 @@ class ComfyTextHost(ComfyHost):
         self.guider.conds = {**before, "negative": _entered(self._replaced("uncond", sigma, null), scale)}
         try:
             with self._step(expected) as options:
-                return scale.leave(self._guide(scale.enter(x), sigma, options).float())
+                return scale.leave(self.evaluate(scale.enter(x), sigma, options).float())
         finally:
             self.guider.conds = before
 

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_base
@@ -80,7 +80,7 @@ class SmallDiffusionConfig(comfy.supported_models_base.BASE):
     """What ComfyUI's BaseModel asks of a model's configuration."""
 
     # The heads are counted in the UNet's own configuration.
-    unet_extra_config: dict[str, Any] = {}
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
     latent_format = SmallLatent
     memory_usage_factor = 1.0
 

@@ -163,7 +163,7 @@ def _sampled(
     progress, done = comfy.utils.ProgressBar(len(kinds) * count), 0
     made: dict[str, list[Tensor]] = {}
     for kind, (model, clip, words) in kinds.items():
-        for pictures in _pictures(model, clip, vae, words, count, steps, cfg, size, seed):
+        for pictures in sampled_pictures(model, clip, vae, words, count, steps, cfg, size, seed):
             made.setdefault(kind, []).append(pictures)
             done += len(pictures)
             progress.update_absolute(done)
@@ -171,7 +171,7 @@ def _sampled(
     return {kind: torch.cat(pictures) for kind, pictures in made.items()}
 
 
-def _pictures(
+def sampled_pictures(
     model, clip, vae, words: str, count: int, steps: int, cfg: float, size: int, seed: int
 ) -> Iterator[Tensor]:
     import comfy.sample

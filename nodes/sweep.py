@@ -171,7 +171,7 @@ class AttentionSwapSweep(io.ComfyNode):
             settings or attention.settings,
             {name: [amount(name, value, unit) for value in given] for name, given in lambdas.items()},
         )
-        labels = _labels(lambdas, unit)
+        labels = _labels(lambdas)
         target = Target.of(model, attention, positive, negative, cfg, vae, tokens, subjects)
         _check_tape(target, wanted, labels)
         frame = None if image is None else frame_of(image, attention, vae)
@@ -194,7 +194,7 @@ class AttentionSwapSweep(io.ComfyNode):
         return io.NodeOutput(sheet, pictures, table, ui=shown)
 
 
-def _labels(lambdas: dict[str, list[float]], unit: str) -> list[str]:
+def _labels(lambdas: dict[str, list[float]]) -> list[str]:
     given = {SYMBOLS[name]: chosen for name, chosen in lambdas.items() if chosen}
     if not given:
         return ["the settings' λ's"]

@@ -148,5 +148,5 @@ def test_the_registrys_entries_are_there_and_lead_to_what_is_in_the_repository()
 
 
 def test_no_requirement_has_an_upper_bound_that_another_pack_would_run_into():
-    for line in run._lines(ROOT / "requirements.txt"):
+    for line in run.requirement_lines(ROOT / "requirements.txt"):
         assert not re.search(r"<|==|~=", line), line

@@ -150,7 +150,7 @@ def installs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     def record(python: Path, arguments: list[str], venv: Path, unfinished: Path | None = None) -> None:
         calls.append(list(arguments))
 
-    monkeypatch.setattr(run, "_pip", record)
+    monkeypatch.setattr(run, "pip", record)
     return calls
 
 
@@ -177,7 +177,7 @@ def test_a_half_finished_set_up_is_done_afresh(venv, installs):
 
 def test_a_failing_pip_says_what_to_do_and_is_tried_again(venv):
     with pytest.raises(run.SetupError, match="no release for this Python"):
-        run._pip(run.venv_python(venv), ["install", "--no-index", "blendswap-no-such-package"], venv)
+        run.pip(run.venv_python(venv), ["install", "--no-index", "blendswap-no-such-package"], venv)
     assert not (venv / "blendswap-unfinished").exists()
 
 
@@ -187,14 +187,14 @@ def test_no_version_of_torch_and_no_web_page_package_is_taken_from_comfyui(tmp_p
         "comfyui-frontend-package==1.2.3\ntorch\ntorchsde\nnumpy>=1\n\n#x\nPillow # y\n"
     )
     wanted = run.requirements(comfy)
-    assert [line for line in wanted if run._package(line) == "torch"] == [run.TORCH[0]]
+    assert [line for line in wanted if run.package_name(line) == "torch"] == [run.TORCH[0]]
     assert {"torchsde", "numpy>=1", "Pillow"} <= set(wanted)
     assert run.pages(comfy) == ["comfyui-frontend-package==1.2.3"]
     assert not set(run.pages(comfy)) & set(wanted)
 
 
 def test_the_pack_asks_an_existing_comfyui_for_no_torch_and_no_numpy():
-    names = {run._package(line) for line in run._lines(ROOT / "requirements.txt")}
+    names = {run.package_name(line) for line in run.requirement_lines(ROOT / "requirements.txt")}
     assert not names & {"torch", "torchvision", "torchaudio", "numpy"}
 
 

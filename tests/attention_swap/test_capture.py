@@ -70,9 +70,9 @@ def latent() -> torch.Tensor:
 def test_the_estimate_is_what_the_tape_takes(name: str, cfg: float, batch: int) -> None:
     made = capture(host(cfg), noise(batch), PRESETS[name], "tape")
     assert made.tape.bytes == made.estimate.bytes == sum(made.estimate.kinds.values()) > 0
-    stored = sum(tensor.untyped_storage().nbytes() for tensor in made.tape._kept.values())
+    stored = sum(tensor.untyped_storage().nbytes() for tensor in made.tape.tensors)
     assert stored == made.tape.bytes
-    assert set(made.tape._kept) == set(made.needs.keys())
+    assert set(made.tape) == set(made.needs.keys())
 
 
 def test_capturing_does_not_change_the_source() -> None:

@@ -42,9 +42,9 @@ def no_system_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     own = [entry for entry in fontManager.ttflist if Path(entry.fname).is_relative_to(matplotlib.get_data_path())]
     with monkeypatch.context() as patch:
         patch.setattr(fontManager, "ttflist", own)
-        lettering._fonts.cache_clear()
+        lettering.fonts_for.cache_clear()
         yield
-    lettering._fonts.cache_clear()
+    lettering.fonts_for.cache_clear()
 
 
 def ink(text: str, size: int = 24) -> np.ndarray:
@@ -56,14 +56,14 @@ def ink(text: str, size: int = 24) -> np.ndarray:
 def box() -> np.ndarray:
     """What stands for a letter that the font does not have."""
     picture = Image.new("L", (60, 40), 255)
-    ImageDraw.Draw(picture).text((2, 2), "\U000f1234", font=lettering._font(None, 24))
+    ImageDraw.Draw(picture).text((2, 2), "\U000f1234", font=lettering.sized_font(None, 24))
     return np.asarray(picture)
 
 
 @pytest.mark.parametrize("text", SCRIPTS)
 def test_no_letter_of_any_script_is_drawn_as_a_box(no_system_fonts, text: str) -> None:
     shown = lettering.written(text)
-    assert shown.strip() and not lettering._rare(shown)
+    assert shown.strip() and not lettering.rare_letters(shown)
     drawn = ink(text)
     assert (drawn < 128).sum() > 20
     columns = np.flatnonzero((box() < 128).any(0))
@@ -110,7 +110,7 @@ def test_a_font_of_the_system_is_used_for_what_the_base_lacks(tmp_path, monkeypa
                 font["name"].setName("Own", name.nameID, name.platformID, name.platEncID, name.langID)
         font.save(path)
     monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist, ttfFontProperty(FT2Font(str(path)))])
-    lettering._fonts.cache_clear()
+    lettering.fonts_for.cache_clear()
     try:
         assert lettering.written("猫 cat") == "猫 cat" and lettering.legend(["猫"]) == ""
         assert np.array_equal(ink("猫") < 128, ink("M") < 128)
@@ -120,7 +120,7 @@ def test_a_font_of_the_system_is_used_for_what_the_base_lacks(tmp_path, monkeypa
             warnings.simplefilter("error")  # matplotlib warns of a glyph that is missing
             assert (loss_plot(history, "猫") < 0.95).any()
     finally:
-        lettering._fonts.cache_clear()
+        lettering.fonts_for.cache_clear()
         shutil.rmtree(tmp_path)
 
 

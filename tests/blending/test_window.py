@@ -142,7 +142,9 @@ def test_results_lie_in_the_window_and_the_picture_around_it():
     assert torch.equal(filled[filled != 9], picture.expand_as(filled)[filled != 9])
 
 
-@pytest.mark.parametrize(("mode", "context", "words"), [("maybe", 0.5, "window is 'maybe'"), ("on", -0.1, "context is -0.1")])
+@pytest.mark.parametrize(
+    ("mode", "context", "words"), [("maybe", 0.5, "window is 'maybe'"), ("on", -0.1, "context is -0.1")]
+)
 def test_what_is_not_a_choice_is_named(mode: str, context: float, words: str):
     with pytest.raises(ValueError, match=words):
         window_for(torch.ones(1, 1, 8, 8), mode, context, 64)

@@ -187,7 +187,7 @@ def test_a_checkpoint_of_other_prompts_references_or_parameters_is_refused(new_l
 def test_a_checkpoint_of_another_base_model_is_refused(new_learner, references, trained) -> None:
     other = new_learner()
     with torch.no_grad():
-        other._unet.conv_out.weight.mul_(1.2)
+        other.unet.conv_out.weight.mul_(1.2)
     with pytest.raises(ValueError, match="another base model"):
         learn(other, references, PROMPTS, QUICK, checkpoint=trained)
 

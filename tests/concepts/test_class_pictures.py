@@ -52,7 +52,7 @@ def test_others_are_made_of_another_class_seed_or_model(new_learner: NewLearner,
     before, learner = kept(new_learner(), tmp_path, 1), new_learner()
     if change == "model":
         with torch.no_grad():
-            learner._unet.conv_out.weight.mul_(1.2)
+            learner.unet.conv_out.weight.mul_(1.2)
         change = {}
     other = kept(learner, tmp_path, 1, **change)
     assert other.made == 1 and other.folder != before.folder
@@ -97,9 +97,10 @@ def test_a_full_disk_is_said_and_leaves_no_half_picture(new_learner, tmp_path: P
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(source, target)
 
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match=r"00002\.png.*No space.*Make room"):
+    with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full)
-        kept(new_learner(), tmp_path, 3)
+        with pytest.raises(RuntimeError, match=r"00002\.png.*No space.*Make room"):
+            kept(new_learner(), tmp_path, 3)
     assert [path.name for path in tmp_path.rglob("*.png")] == ["00001.png"]
     assert not list(tmp_path.rglob("*.tmp")) and kept(new_learner(), tmp_path, 3).made == 2
 

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
@@ -37,7 +37,7 @@ class StoredWeight(nn.Parameter):
 class Raw:
     """Memory outside of Python, by its address."""
 
-    freed: list[int] = []
+    freed: ClassVar[list[int]] = []
     _next = 1
 
     def __init__(self) -> None:

@@ -361,8 +361,8 @@ def test_the_activations_that_are_foretold_are_those_that_autograd_keeps(parts, 
     from blendswap.hosts.comfy_learner_memory import MARGIN
 
     with learning(parts, KINDS[kind], batch=2) as learner:
-        own = {tensor.untyped_storage().data_ptr() for tensor in learner._unet.parameters()}
-        own |= {tensor.untyped_storage().data_ptr() for tensor in learner._encoders.module.parameters()}
+        own = {tensor.untyped_storage().data_ptr() for tensor in learner.unet.parameters()}
+        own |= {tensor.untyped_storage().data_ptr() for tensor in learner.encoders.module.parameters()}
         kept: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:

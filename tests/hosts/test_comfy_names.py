@@ -70,7 +70,7 @@ USERS = [
 def test_what_the_list_says_of_comfyui_is_so(name: Name):
     from comfyui_version import __version__
 
-    if run._number(__version__) < run._number(name.since):
+    if run.version_number(__version__) < run.version_number(name.since):
         assert problem_of(name) is not None, f"{name.name} was there before {name.since} already"
         return
     problem = problem_of(name)

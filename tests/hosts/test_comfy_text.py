@@ -103,7 +103,7 @@ def test_guidance_is_what_a_stock_sampler_is_guided_by(parts):
         for sigma, following in itertools.pairwise(sigmas):
             x0 = host.guided(x, float(sigma))
             x = x0 + (x - x0) * following / sigma
-        return host._model.process_latent_out(x)
+        return host.guider.inner_model.process_latent_out(x)
 
     with torch.inference_mode():
         stock = comfy.sample.sample_custom(
@@ -247,7 +247,7 @@ def test_gradients_of_half_precision_weights_point_the_same_way(fresh, dtype):
     # As small as a mean over a picture of 1024 pixels makes it.
     for size in (1.0, 1e-4):
 
-        def small(host):
+        def small(host, size=size):
             with torch.enable_grad():
                 null = host.null.clone().requires_grad_()
                 return torch.autograd.grad(size * host.guided(noisy(), SIGMA, null).square().mean(), null)[0]

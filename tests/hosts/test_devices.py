@@ -163,7 +163,7 @@ def test_a_learner_samples_without_float64_on_the_device(parts):
         with Mps():
             x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(MPS)
             learner.text = lambda prompts: text
-            made = learner._ddim(x, ["a red star"], (64, 64), 3, 3.0)
+            made = learner.ddim(x, ["a red star"], (64, 64), 3, 3.0)
             assert type(made) is OnMps
         del learner.text
         torch.testing.assert_close(learner.decode(made.cpu()), expected, rtol=1e-4, atol=1e-5)

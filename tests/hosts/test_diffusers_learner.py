@@ -70,7 +70,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(learned: Learned) -> N
     assert any(name.startswith("text_encoder.") for name in found) == with_text
     others = [
         p
-        for part in (learner._unet, learner._encoder, learner._vae)
+        for part in (learner.unet, learner.encoder, learner.vae)
         for p in part.parameters()
         if not any(p is mine for mine in parameters.values())
     ]
@@ -109,7 +109,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
     kept = []
     for checkpointing in (False, True):
         learner, sizes = DiffusersLearner(files.TEXT, FullWeights(), gradient_checkpointing=checkpointing), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
             learner.denoise(noisy(4), torch.tensor([5] * 4), learner.text([PROMPT] * 4))
         kept.append(sum(sizes))
     assert kept[1] < 0.7 * kept[0]

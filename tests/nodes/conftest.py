@@ -126,7 +126,7 @@ def interrupted(comfy, monkeypatch) -> Callable[[], AbstractContextManager]:
 
         from blendswap.blending import sampler as core
 
-        calls, real = [], core._guided_prediction
+        calls, real = [], core.guided_prediction
 
         def interrupting(*arguments):
             calls.append(1)
@@ -135,7 +135,7 @@ def interrupted(comfy, monkeypatch) -> Callable[[], AbstractContextManager]:
             return real(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(core, "_guided_prediction", interrupting)
+            patch.setattr(core, "guided_prediction", interrupting)
             with pytest.raises(management.InterruptProcessingException):
                 yield
         assert len(calls) == 2

@@ -65,7 +65,7 @@ def assert_kept_outside(source: torch.Tensor, results: torch.Tensor, mask: torch
 @pytest.mark.parametrize("size", [(64, 64), (33, 70), (100, 40), (150, 256), (5, 3)])
 def test_every_pixel_outside_the_mask_is_the_source_whatever_the_size(sample, size):
     image, mask = random_image(*size), centre_mask(*size)
-    images, scores, _, _ = sample(image, mask, candidates=2)
+    images, _scores, _, _ = sample(image, mask, candidates=2)
     assert images.shape == (2, *size, 3)
     assert_kept_outside(image, images, mask)
     inside = mask[0] == 1

@@ -251,9 +251,10 @@ def test_an_interrupt_keeps_what_was_learned_and_the_next_run_goes_on(request, m
 
     learn, kind = request.getfixturevalue(node), "loras" if node == "dreambooth" else "embeddings"
     whole = learn(f"whole_{node}")
-    with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+    with monkeypatch.context() as patched:
         interrupting(patched, 2)
-        learn(f"broken_{node}")
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            learn(f"broken_{node}")
     assert (folder(kind) / f"broken_{node}_interrupted.safetensors").is_file()
     assert not (folder(kind) / f"broken_{node}.safetensors").exists()
     again = learn(f"broken_{node}")
@@ -274,9 +275,10 @@ def test_an_interrupt_keeps_what_was_learned_beside_a_file_that_a_loader_has_ope
 
     monkeypatch.setattr(os, "replace", replace)
     for step in (1, 2):
-        with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+        with monkeypatch.context() as patched:
             interrupting(patched, step)
-            dreambooth("held")
+            with pytest.raises(comfy.model_management.InterruptProcessingException):
+                dreambooth("held")
     assert sorted(path.name for path in folder("loras").glob("held*")) == [
         "held_interrupted.safetensors",
         "held_interrupted_00002.safetensors",
@@ -294,9 +296,10 @@ def test_a_finished_training_goes_on_when_asked_for_more_steps_and_begins_anew_w
 def test_an_unfinished_training_with_other_settings_says_which_and_how_to_begin_anew(dreambooth, monkeypatch):
     import comfy.model_management
 
-    with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+    with monkeypatch.context() as patched:
         interrupting(patched, 1)
-        dreambooth("unfinished")
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            dreambooth("unfinished")
     with pytest.raises(ValueError, match=r"lr was 0.001, now 0.01.*switch resume off"):
         dreambooth("unfinished", lr=1e-2)
     assert "went on" not in dreambooth("unfinished", lr=1e-2, resume=False)[5]
@@ -312,18 +315,20 @@ def test_resume_off_loses_nothing_where_the_new_training_ends_at_once(dreambooth
     if state == "finished":
         dreambooth(name, steps=2)
     else:
-        with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+        with monkeypatch.context() as patched:
             interrupting(patched, 2)
-            dreambooth(name)
+            with pytest.raises(comfy.model_management.InterruptProcessingException):
+                dreambooth(name)
     before = {path.name: path.read_bytes() for path in folder("concepts").glob(f"{name}_*")}
 
     def stopped(*_):
         raise comfy.model_management.InterruptProcessingException
 
     for changes in ({"resume": False}, *([{"lr": 1e-2}] if state == "finished" else [])):
-        with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+        with monkeypatch.context() as patched:
             patched.setattr(trainer, "masked_error", stopped)
-            dreambooth(name, **changes)
+            with pytest.raises(comfy.model_management.InterruptProcessingException):
+                dreambooth(name, **changes)
         assert {path.name: path.read_bytes() for path in folder("concepts").glob(f"{name}_*")} == before
     assert "(went on after step 2)" in dreambooth(name)[5]
     assert "went on" not in dreambooth(name, resume=False)[5]
@@ -340,7 +345,7 @@ def test_a_loss_that_is_nan_stops_the_training_and_keeps_the_steps_before(dreamb
         return plain(*args) * (math.nan if len(calls) == 3 else 1)
 
     monkeypatch.setattr(trainer, "masked_error", failing)
-    *_, name, losses, _, report = dreambooth("nan")
+    *_, name, _losses, _, report = dreambooth("nan")
     assert "STOPPED: The loss or its gradient became NaN or infinite at step 3" in report
     assert all(torch.isfinite(tensor).all() for tensor in load_file(folder("loras") / name).values())
     monkeypatch.setattr(trainer, "masked_error", lambda *args: plain(*args) * math.nan)
@@ -482,12 +487,12 @@ def test_pictures_of_the_subject_itself_score_high(kit, score, monkeypatch):
     from blendswap.nodes.demo import DemoSubject
 
     drawn = DemoSubject.execute("flower", 4, seed=77).args[0]
-    plain = concept_score._pictures
+    plain = concept_score.sampled_pictures
 
     def pictures(model, clip, vae, words, *rest):
         return iter([drawn]) if words == "a sks star" else plain(model, clip, vae, words, *rest)
 
-    monkeypatch.setattr(concept_score, "_pictures", pictures)
+    monkeypatch.setattr(concept_score, "sampled_pictures", pictures)
     value, report, _ = score()
     assert value > 0.5 and report.startswith("known")
 

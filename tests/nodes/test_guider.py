@@ -99,18 +99,25 @@ def source_of(guider) -> torch.Tensor:
 # Samplers -------------------------------------------------------------------------------------------------
 
 
-def test_every_sampler_of_comfyui_keeps_the_background_or_is_refused_by_name(guider):
+def is_refused(name: str) -> bool:
     import comfy.samplers
 
     from blendswap.hosts.comfy_guider import refuse_sampler
 
+    try:
+        refuse_sampler(comfy.samplers.sampler_object(name))
+    except ValueError:
+        return True
+    return False
+
+
+def test_every_sampler_of_comfyui_keeps_the_background_or_is_refused_by_name(guider):
+    import comfy.samplers
+
     refused = []
     for name in comfy.samplers.SAMPLER_NAMES:
         made = guider(gradient="direct")
-        try:
-            refuse_sampler(comfy.samplers.sampler_object(name))
-        except ValueError as error:
-            assert name in str(error)
+        if is_refused(name):
             refused.append(name)
             with pytest.raises(ValueError, match=f"The sampler {name} cannot be used with CLIPBlendGuider: .*"):
                 sampled(made, name)
@@ -218,7 +225,7 @@ def test_a_latent_of_another_size_a_batch_and_an_odd_size_are_refused(guider):
     with pytest.raises(ValueError, match="image holds 2 pictures"):
         guider(image=picture().repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match="latent_image is for a picture of 64×32 pixels"):
-        made._check_size(torch.zeros(1, 3, 32, 64))
+        made.check_size(torch.zeros(1, 3, 32, 64))
 
 
 @pytest.mark.parametrize("size", [(40, 72), (43, 74)])
@@ -334,8 +341,8 @@ def test_a_result_of_a_size_that_no_vae_cuts_is_refused(result):
 def test_a_report_on_what_a_vae_cut_names_the_node_that_puts_it_back():
     from blendswap.nodes.report import EditReport
 
+    source, result = torch.zeros(1, 67, 101, 3), torch.zeros(1, 64, 100, 3)
     with pytest.raises(ValueError, match=r"source is 101×67 .*result 100×64: a VAE cut it.*Exact Paste"):
-        source, result = torch.zeros(1, 67, 101, 3), torch.zeros(1, 64, 100, 3)
         run(EditReport, source=source, result=result, mask=torch.ones(1, 64, 100))
 
 

@@ -103,7 +103,7 @@ def test_a_region_may_be_larger_than_the_nodes_own_and_may_ask_for_nothing(sampl
 def test_a_negative_prompt_and_a_picture_each_change_what_is_made(sample):
     mask = box(16, 48)
     plain, _, _, _ = sample(mask, "a red star")
-    away, _, losses, summary = sample(mask, "a red star", negative_prompt="a blue ring")
+    away, _, _losses, summary = sample(mask, "a red star", negative_prompt="a blue ring")
     assert "away from 'a blue ring' (demo" in summary and "-0.5)" in summary and not torch.equal(plain, away)
     target = torch.zeros(1, 40, 30, 3)
     target[..., 1] = 1
@@ -176,13 +176,13 @@ def test_a_guide_connected_twice_is_loaded_once(parts):
 def test_a_schedule_says_which_steps_are_guided(sample, monkeypatch):
     from blendswap.blending import sampler as core
 
-    factors, real = [], core._guided_prediction
+    factors, real = [], core.guided_prediction
 
     def watched(*arguments):
         factors.append(arguments[-1])
         return real(*arguments)
 
-    monkeypatch.setattr(core, "_guided_prediction", watched)
+    monkeypatch.setattr(core, "guided_prediction", watched)
     mask = box(16, 48)
     sample(mask, "a red star", steps=6, start=0, schedule=schedule(start=0.3, every=2, curve="early"))
     assert factors == [3.0, 1.0]

@@ -143,7 +143,7 @@ def test_null_text_is_better_than_plain_inversion_and_direct_reaches_the_bound(i
 
 
 def test_pictures_figures_and_facts_come_along(parts, invert):
-    inversion, noise, null, reconstruction, report, losses = invert()
+    inversion, _noise, null, reconstruction, report, losses = invert()
     assert reconstruction.shape == parts[2].shape and losses.ndim == 4 and losses.shape[-1] == 3
     assert len(null) == STEPS and null[0][1].keys() >= {"start_percent", "end_percent"}
     assert inversion.facts["psnr_source"] == pytest.approx(quality(report), abs=0.01)
@@ -157,7 +157,7 @@ def test_without_the_picture_the_report_says_so(invert):
 
 
 def test_a_picture_that_the_vae_cut_is_compared_where_it_was_kept(parts, invert):
-    model, vae, image, *_ = parts
+    _model, vae, image, *_ = parts
     larger = torch.nn.functional.pad(image, (0, 0, 1, 2, 2, 1), value=0.5)
     with torch.inference_mode():
         latent = {"samples": vae.encode(larger)}

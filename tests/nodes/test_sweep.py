@@ -57,8 +57,8 @@ def test_each_target_is_the_swap_with_its_lambdas(kit, swept, sweep):
 def test_n_targets_cost_n_runs_and_the_source_one_more(kit, sweep, monkeypatch):
     from blendswap.hosts.comfy_host import ComfyHost
 
-    calls, real = [], ComfyHost._guide
-    monkeypatch.setattr(ComfyHost, "_guide", lambda self, *arguments: calls.append(1) or real(self, *arguments))
+    calls, real = [], ComfyHost.evaluate
+    monkeypatch.setattr(ComfyHost, "evaluate", lambda self, *arguments: calls.append(1) or real(self, *arguments))
     attention = kit.capture(settings=kit.settings("custom", self_output=20.0), for_sweep=True)[0]
     sweep(attention=attention, self_map="0, 10, 25", self_output="")
     assert len(calls) == (3 + 1) * STEPS
@@ -108,7 +108,7 @@ def test_bad_input_is_named_before_anything_is_run(sweep, more, message, monkeyp
     def never(*_):
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr(ComfyHost, "_guide", never)
+    monkeypatch.setattr(ComfyHost, "evaluate", never)
     with pytest.raises(ValueError, match=message):
         sweep(**more)
 
