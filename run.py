@@ -5,6 +5,7 @@
     python run.py comfyui   start ComfyUI with this pack and its workflows
     python run.py check     try everything for a few minutes on your own device and ComfyUI; writes a report
     python run.py test      run the tests
+    python run.py lint      look at the code: format, lint, types
     python run.py bench     measure time and memory
     python run.py train     train the demo models again
 
@@ -51,6 +52,9 @@ REPOSITORY = "https://github.com/Comfy-Org/ComfyUI.git"
 TORCH = ("torch>=2.7,<2.15", "torchvision>=0.22,<0.30", "torchaudio>=2.7,<2.12")
 # peft is for concept learning outside of ComfyUI alone, which tests and benchmarks do.
 TOOLS = ("pytest>=8,<10", "pytest-xdist>=3.5,<4", "setuptools>=77", "peft>=0.14")
+
+# Of `lint` alone. A formatter's next version may write a line otherwise, and a checker's find more: raise on purpose.
+LINT = ("ruff>=0.17,<0.18", "basedpyright>=1.40,<1.41")
 
 MOST_TEST_PROCESSES = 4  # about 3 GB each, and one of them has two servers beside it
 
@@ -533,6 +537,33 @@ def test(options: argparse.Namespace, extra: list[str]) -> int:
     return _child([python, "-m", "pytest", *parallel, *extra], environment)
 
 
+def lint(options: argparse.Namespace, _extra: list[str]) -> int:
+    python = ensure_venv(find_comfyui(options.comfyui, clone=False))
+    ensure_lint_tools(python)
+    ruff = [python, "-m", "ruff"]
+    if options.fix:
+        _child([*ruff, "check", "--fix-only", "--quiet"])
+        _child([*ruff, "format", "--quiet"])
+    checks = {
+        "format": [*ruff, "format", "--check"],
+        "lint": [*ruff, "check", "--quiet"],
+        "types": [python, "-m", "basedpyright", "--project", "pyproject.toml", "--pythonpath", python],
+    }
+    failed = [name for name, command in checks.items() if _child(command)]
+    say(", ".join(f"{name}: {'FAILED' if name in failed else 'ok'}" for name in checks))
+    if "format" in failed:
+        say("Format: python run.py lint --fix")
+    return 1 if failed else 0
+
+
+def ensure_lint_tools(python: Path, venv: Path = VENV) -> None:
+    """Installs what only `lint` needs into the virtual environment, where it is not there yet. Raises SetupError."""
+    stamp, wanted = venv / "blendswap-lint", "\n".join(LINT)
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        pip(python, ["install", *LINT], venv)
+        stamp.write_text(wanted, encoding="utf-8")
+
+
 def bench(options: argparse.Namespace, extra: list[str]) -> int:
     return _module("blendswap.benchmarks.run", options, extra)
 
@@ -551,12 +582,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,comfyui,check,test,bench,train}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, help_text in (
         (demo, "edit pictures in a real ComfyUI and judge the result"),
         (comfyui, "start ComfyUI with this pack; arguments after -- go to ComfyUI"),
         (check, "a self-test on your device; further arguments are names of workflows, to run no others"),
         (test, "run the tests; further arguments go to pytest"),
+        (lint, "look at the code: ruff's format and lint, and types"),
         (bench, "measure time and memory; further arguments go to benchmarks/run.py"),
         (train, "train the demo models; further arguments go to demo/train.py"),
     ):
@@ -565,7 +597,7 @@ def _parser() -> argparse.ArgumentParser:
             help=help_text,
             description=help_text,
             allow_abbrev=False,
-            add_help=command in (demo, comfyui, check),
+            add_help=command in (demo, comfyui, check, lint),
         )
         sub.set_defaults(function=command)
         sub.add_argument(
@@ -578,6 +610,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--out", metavar="DIR", default="demo_output", help="where pictures and report.json go")
         if command is check:
             sub.add_argument("--out", metavar="FILE", default="blendswap_check.txt", help="where the report goes")
+        if command is lint:
+            sub.add_argument("--fix", action="store_true", help="write what ruff can mend by itself")
         if command is comfyui:
             sub.add_argument("--port", type=int, default=8188)
     return parser
@@ -590,6 +624,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv, after = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     parser = _parser()
     options, unknown = parser.parse_known_args(argv)
+    if unknown and options.function is lint:
+        parser.error(f"unknown arguments {' '.join(unknown)}; lint looks at everything")
     if unknown and options.function is comfyui:
         parser.error(f"unknown arguments {' '.join(unknown)}; put what is for ComfyUI after --")
     try:

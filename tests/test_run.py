@@ -210,6 +210,36 @@ def test_every_package_of_the_checkout_is_installed_with_it():
     assert set(re.findall(r'"([^"]+)"', listed)) == found
 
 
+# -- looking at the code
+
+
+def test_lint_names_what_failed_and_mends_what_can_be_mended(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("ruff")
+    pytest.importorskip("basedpyright")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "ensure_venv", lambda comfy: Path(sys.executable))
+    monkeypatch.setattr(run, "ensure_lint_tools", lambda python: None)
+    (tmp_path / "pyproject.toml").write_text('[tool.pyright]\ninclude = ["code.py"]\n')
+    code = tmp_path / "code.py"
+    code.write_text("import os\nnumber : int = 'one'\n")
+    assert run.main(["lint"]) == 1
+    assert "format: FAILED, lint: FAILED, types: FAILED" in capfd.readouterr().out
+    assert run.main(["lint", "--fix"]) == 1
+    assert code.read_text() == 'number: int = "one"\n'
+    assert "format: ok, lint: ok, types: FAILED" in capfd.readouterr().out
+    code.write_text("number: int = 1\n")
+    assert run.main(["lint"]) == 0
+
+
+def test_what_lint_needs_is_installed_once(venv, installs, monkeypatch):
+    for _ in range(2):
+        run.ensure_lint_tools(run.venv_python(venv), venv)
+    assert installs == [["install", *run.LINT]]
+    monkeypatch.setattr(run, "LINT", ("ruff==0.1",))
+    run.ensure_lint_tools(run.venv_python(venv), venv)
+    assert installs[1:] == [["install", "ruff==0.1"]]
+
+
 # -- driving a server
 
 
