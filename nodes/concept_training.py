@@ -365,7 +365,7 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
 
     settings, prior = training.settings, training.settings.prior_weight > 0
     size = training.size or native_size(model)
-    precision = _precision(training.precision, model.load_device)
+    precision = trained_precision(training.precision, model.load_device)
     checkpoint = _Checkpoint(training)
     progress = _Progress(training.class_images if prior and not training.own_class else 0, settings.steps, node_id)
     with open_learner(
@@ -403,7 +403,7 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
     return Trained(state, file, to_bhwc(previews), loss_plot(result.history(), f"{training.kind}: {file.stem}"), report)
 
 
-def _precision(choice: str, device: torch.device) -> str:
+def trained_precision(choice: str, device: torch.device) -> str:
     from ..hosts.learning import has_autocast
 
     if choice != "auto":

@@ -152,7 +152,7 @@ class AttentionSwapSweep(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..attention_swap import sweep
 
-        scorers = _Scorers(mask, clip_guide, prompt.strip(), reference, lpips)
+        scorers = Scorers(mask, clip_guide, prompt.strip(), reference, lpips)
         if len(attention.capture.noise) != 1:
             raise ValueError(
                 f"attention holds {len(attention.capture.noise)} pictures; a sweep is of one: capture a latent of one "
@@ -222,7 +222,7 @@ def _check_tape(target: Target, wanted: list[SwapSettings], labels: list[str]) -
             )
 
 
-class _Scorers:
+class Scorers:
     """What the results are scored by; `said` names what is missing."""
 
     def __init__(self, mask, clip_guide: ComfyGuide | None, prompt: str, reference, lpips: str) -> None:

@@ -280,9 +280,9 @@ def test_fp32_enters_no_autocast_where_there_is_none(monkeypatch):
 @pytest.mark.needs_comfy
 def test_a_concept_is_learned_in_fp32_on_a_device_without_autocast(parts, monkeypatch):
     from blendswap.hosts.comfy_learner import open_learner
-    from blendswap.nodes.concept_training import _precision
+    from blendswap.nodes.concept_training import trained_precision
 
-    assert _precision("auto", DIRECTML) == "fp32"
+    assert trained_precision("auto", DIRECTML) == "fp32"
 
     def none(*_, **__):
         raise AssertionError(

@@ -157,13 +157,13 @@ def test_every_shape_is_taken_by_every_node_that_takes_a_mask(kit, parts):
     from blendswap.nodes.masks import ShrinkingMask
     from blendswap.nodes.rank import RankCandidates
     from blendswap.nodes.report import EditReport
-    from blendswap.nodes.sweep import _Scorers
+    from blendswap.nodes.sweep import Scorers
 
     image, mask, result = picture(64, 64), square(64, 10, 20, 30), picture(64, 64, channels=4)[..., 1:]
     taped = kit.capture()[0]
 
     def scored(mask):
-        scorers = _Scorers(mask, None, "", None, "none")
+        scorers = Scorers(mask, None, "", None, "none")
         scorers.fit((64, 64), None)
         return scorers.mask
 
