@@ -4,6 +4,9 @@ tape    what is needed is kept in main memory while the source is sampled once
 replay  nothing is kept; the source runs again beside the target, one step at a time
 """
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportArgumentType=false
+# (what a capture may lack (tape, host, trajectory) follows from its storage; as one class that cannot be said)
+
 from __future__ import annotations
 
 import contextlib

@@ -202,9 +202,10 @@ def invert(
     _check(host, latent, settings.method)
     sigmas = ddim_grid(host.train_sigmas, settings.steps, settings.scheduler)
     trajectory = ddim_inversion(host, latent, sigmas, on_step)
-    null, facts = None, dict(facts or {})
+    null, facts, sampled = None, dict(facts or {}), None
     if settings.method == "null_text":
         path, null, reports = optimise_null_text(host, trajectory, sigmas, settings.null_text, on_step)
+        sampled = path, reports
         facts |= {"optimiser": settings.null_text.optimiser}
     elif settings.method in ("negative_prompt", "proximal"):
         null = host.positive.float().cpu().expand(len(sigmas) - 1, -1, -1, -1)
@@ -212,8 +213,7 @@ def invert(
             facts |= settings.proximal.facts()
     facts |= {"scheduler": settings.scheduler}
     inversion = Inversion(sigmas, trajectory, null, settings.method, float(host.cfg), facts)
-    if settings.method != "null_text":
-        path, reports = sample_source(host, inversion, on_step)
+    path, reports = sampled or sample_source(host, inversion, on_step)
     return Inverted(inversion, from_level(path[-1], float(sigmas[-1])), reports)
 
 

@@ -131,18 +131,15 @@ class _Probe:
         self.features: dict[int, FeatureInfo] = {}
 
     def attention(self, call: AttentionCall) -> Tensor:
-        self.layers.setdefault(
-            (call.layer.kind, call.layer.index),
-            LayerInfo(
-                call.layer, tuple(call.size), call.heads, call.q.shape[-1], call.k.shape[1], call.q.element_size()
-            ),
-        )
+        q, height, width = call.q, *call.size
+        info = LayerInfo(call.layer, (height, width), call.heads, q.shape[-1], call.k.shape[1], q.element_size())
+        self.layers.setdefault((call.layer.kind, call.layer.index), info)
         return call.attend(call.q, call.k, call.v)
 
     def feature(self, call: FeatureCall) -> Tensor:
-        self.features.setdefault(
-            call.index, FeatureInfo(call.index, call.h.shape[1], tuple(call.h.shape[2:]), call.h.element_size())
-        )
+        _, channels, height, width = call.h.shape
+        info = FeatureInfo(call.index, channels, (height, width), call.h.element_size())
+        self.features.setdefault(call.index, info)
         return call.h
 
 
@@ -160,7 +157,7 @@ def probe(host: TextHost, x: Tensor, sigma: float) -> Layout:
             "no attention layer of the MODEL showed itself: it is not a UNet with attention (SD 1.x, SD 2.x, SDXL), or "
             "a patch on it replaced all of its attention"
         )
-    return Layout(tuple(seen.layers.values()), tuple(seen.features.values()), tuple(x.shape[1:]))
+    return Layout(tuple(seen.layers.values()), tuple(seen.features.values()), (x.shape[1], x.shape[2], x.shape[3]))
 
 
 @contextlib.contextmanager
@@ -187,8 +184,8 @@ class Needs:
     @classmethod
     def gather(cls, keys: Iterable[Key]) -> Needs:
         found: dict[tuple[Part, int, Branch, What], set[int]] = {}
-        for step, *rest in keys:
-            found.setdefault(tuple(rest), set()).add(step)
+        for step, kind, index, branch, what in keys:
+            found.setdefault((kind, index, branch, what), set()).add(step)
         return cls({key: frozenset(steps) for key, steps in found.items()})
 
     def __or__(self, other: Needs) -> Needs:
@@ -237,8 +234,9 @@ def steps_text(steps: Iterable[int]) -> str:
     ordered = sorted(steps)
     if not ordered:
         return "no step"
-    runs, start = [], ordered[0]
-    for one, following in itertools.pairwise([*ordered, None]):
+    runs: list[str] = []
+    start = ordered[0]
+    for one, following in itertools.pairwise([*ordered, ordered[-1] + 2]):  # after the last there is a gap
         if following != one + 1:
             runs.append(f"{start + 1}" if start == one else f"{start + 1} to {one + 1}")
             start = following

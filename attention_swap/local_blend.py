@@ -38,7 +38,7 @@ def word_map(
     the M tokens are copies; copies are added up.
     """
     q, k = (tensor.unflatten(2, (heads, -1)).transpose(1, 2).float() for tensor in (q, k))
-    total = None
+    total: Tensor | None = None
     for head in range(heads):  # one head at a time: [B, N, M] is all that is held
         scores = q[:, head] @ k[:, head].transpose(1, 2) * q.shape[-1] ** -0.5
         one = scores.softmax(-1)
@@ -46,6 +46,7 @@ def word_map(
             copies = one.unflatten(2, (-1, length or one.shape[2])).sum(2)
             one = copies[..., list(positions)]
         total = one if total is None else total + one
+    assert total is not None, "a layer without heads"
     return total / heads
 
 

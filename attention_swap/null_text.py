@@ -241,6 +241,7 @@ class _Point:
     def gradient(self) -> Tensor:
         if self._objective is None:
             self._look()
+        assert self._objective is not None, "_look sets it"
         gradient = self.step.gradient(self._objective, self._leaf)
         self.forget()
         return gradient

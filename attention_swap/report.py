@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from ..hosts.attention import Branch
 from .capture import Capture
@@ -64,7 +65,7 @@ class SwapReport:
         """Of the attention calls, 0..1."""
         return self.touched / self.total if self.total else 0.0
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**dataclasses.asdict(self), "share": self.share}
 

@@ -1,9 +1,13 @@
 """The target's run: sampled from the source's noise, with attention taken from the source (Gu et al. 2023)."""
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportArgumentType=false
+# (what a capture may lack (tape, host) follows from its storage; as one class that cannot be said)
+
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -175,7 +179,7 @@ class _Run:
         parts = [] if self.held is None else [self.held.to(x)]
         complete = not self.free
         if self.words is not None:
-            found = self.words.masks(tuple(x.shape[-2:])) if index >= self.words.start else None
+            found = self.words.masks((x.shape[-2], x.shape[-1])) if index >= self.words.start else None
             complete = complete and found is not None
             parts += found or []
         mask = None
@@ -201,10 +205,10 @@ def _prepare(
 ) -> _Run:
     notes = [str(capture.facts["note"])] if "note" in capture.facts else []
     _check_host(host, capture, notes)
-    size, batch = capture.noise.shape[-2:], len(capture.noise)
+    size, batch = (capture.noise.shape[-2], capture.noise.shape[-1]), len(capture.noise)
 
     def fitted(given: Tensor, name: str) -> Tensor:
-        return _fit(given, name, tuple(size), host.downscale, batch, notes)
+        return _fit(given, name, size, host.downscale, batch, notes)
 
     masks = [
         None if subject.mask is None else fitted(subject.mask, f"the mask of {subject.name}") for subject in subjects
@@ -317,7 +321,7 @@ def _regions(
         own.append((plan(changed), mask))
     if not own:
         return [Region(plan(settings))]
-    total = sum(mask for _, mask in own)
+    total = functools.reduce(torch.add, [mask for _, mask in own])
     regions = [Region(chosen, mask / total.clamp(min=1)) for chosen, mask in own]
     return [Region(plan(settings), (1 - total).clamp(min=0)), *regions]
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,17 +164,20 @@ class MeanMap:
     def _components(self, row: int, count: int) -> Components:
         cells = self.grid[0] * self.grid[1]
 
-        def centred(product, x: np.ndarray) -> np.ndarray:
+        def centred(product: Callable[[Tensor, int], Tensor], x: np.ndarray) -> np.ndarray:
             given = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).reshape(cells, -1)
             # Each row of M̄ sums to one: without its mean it is less by 1/n throughout.
             return (product(given, row) - given.sum(0) / cells).numpy().reshape(x.shape)
 
         forward, backward = (functools.partial(centred, one) for one in (self.times, self.transposed_times))
-        operator = LinearOperator(
+        # scipy has no annotations: what can be inferred of these two is wrong.
+        make_operator: Any = LinearOperator
+        decompose: Any = svds
+        operator = make_operator(
             (cells, cells), dtype=np.float32, matvec=forward, matmat=forward, rmatvec=backward, rmatmat=backward
         )
         start = np.random.default_rng(0).standard_normal(cells).astype(np.float32)
-        _, values, vectors = svds(operator, count, tol=TOLERANCE, v0=start, return_singular_vectors="vh")
+        _, values, vectors = decompose(operator, count, tol=TOLERANCE, v0=start, return_singular_vectors="vh")
         order = np.argsort(-values)
         vectors = torch.from_numpy(vectors[order].copy())
         vectors = vectors * torch.where(vectors.pow(3).sum(1, keepdim=True) < 0, -1.0, 1.0)

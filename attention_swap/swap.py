@@ -9,11 +9,15 @@ swapped is which q, k and v go in:
         keep their own map are a second term
 """
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportArgumentType=false
+# (what a swap may lack (alignment, blend, tape) follows from its plan; as one class that cannot be said)
+
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +36,9 @@ class Term:
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+
+
+Call = TypeVar("Call", AttentionCall, FeatureCall)
 
 
 # Pure functions ---------------------------------------------------------------------------------------------------
@@ -267,7 +274,7 @@ class Swapper:
         self.step = 0
         self.touched = Touched()
         self._words: dict[tuple[torch.device, torch.dtype], TokenWeights] = {}
-        self._masks: dict[tuple, Tensor] = {}
+        self._masks: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def active(self) -> bool:
@@ -424,7 +431,8 @@ class Swapper:
             return None
         key = (tuple(chosen), tuple(size), like.device, like.dtype)
         if key not in self._masks:
-            mask = sum(region.mask for region, has in zip(self.regions, chosen, strict=True) if has)
+            masks = [region.mask for region, has in zip(self.regions, chosen, strict=True) if has]
+            mask = functools.reduce(torch.add, [mask for mask in masks if mask is not None])
             self._masks[key] = torch.nn.functional.interpolate(mask, size=tuple(size), mode="area").to(like)
         return self._masks[key]
 
@@ -453,7 +461,7 @@ class Together:
     def feature(self, call: FeatureCall) -> Tensor:
         return self._both(call, self.recorder.feature, self.swapper.feature)
 
-    def _both(self, call: AttentionCall | FeatureCall, record: Callable, swap: Callable) -> Tensor:
+    def _both(self, call: Call, record: Callable[[Call], Tensor], swap: Callable[[Call], Tensor]) -> Tensor:
         half = len(call.rows) // 2
         made = record(call.part(range(half))), swap(call.part(range(half, 2 * half)))
         self.recorder.tape.clear()
@@ -482,7 +490,7 @@ def branch_rows(rows: Sequence[Branch]) -> dict[Branch, list[int]]:
 
 def attend_terms(call: AttentionCall, jobs: Sequence[tuple[list[int], Term]]) -> list[Tensor]:
     """The fused attention of each (rows of the call, term), in as few calls as their lengths allow."""
-    outputs: list[Tensor | None] = [None] * len(jobs)
+    outputs: dict[int, Tensor] = {}
     by_length: dict[int, list[int]] = {}
     for number, (_, term) in enumerate(jobs):
         by_length.setdefault(_length(call, term), []).append(number)
@@ -491,7 +499,7 @@ def attend_terms(call: AttentionCall, jobs: Sequence[tuple[list[int], Term]]) ->
         parts = made.split([len(jobs[number][0]) for number in numbers])
         for number, part in zip(numbers, parts, strict=True):
             outputs[number] = part
-    return outputs
+    return [outputs[number] for number in range(len(jobs))]
 
 
 def _attend_once(call: AttentionCall, jobs: Sequence[tuple[list[int], Term]]) -> Tensor:

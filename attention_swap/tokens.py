@@ -382,7 +382,7 @@ def embeddings_in(prompt: str, taught: Iterable[str] = ()) -> list[str]:
 
 
 def from_comfy(
-    tokens: Mapping[str, Sequence[Sequence[tuple]]],
+    tokens: Mapping[str, Sequence[Sequence[tuple[Any, ...]]]],
     pieces: Callable[[int], str],
     prompt: str = "",
     embeddings: Sequence[str] | None = None,

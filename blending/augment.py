@@ -8,7 +8,7 @@ picture.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from kornia.geometry.transform import (
@@ -196,7 +196,7 @@ def _or_grey(views: Tensor) -> Tensor:
     return torch.where(views.isfinite(), views, torch.zeros_like(views))
 
 
-def _replace(images: Tensor, rows: Tensor, function) -> Tensor:
+def _replace(images: Tensor, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     rows = rows.to(images.device)
     return images.index_copy(0, rows, function(images[rows]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -109,6 +110,7 @@ class Guidance:
         return total, by_range, losses
 
     def _background(self, seen: Tensor, mask: Tensor) -> Tensor:
+        assert self.perceptual is not None, "the settings are refused without one"
         if self.settings.background_loss == "paper":
             return background_loss(seen, self.source, mask, self.perceptual)
         arguments = (seen, self.source, mask)
@@ -178,7 +180,8 @@ class Guidance:
                 views = self.augment.apply(leaf * mask, parameters, part, guide.image_size)
                 vectors = guide.embed_image(views)
                 shares = [distance(vectors, term.target).to(leaf).view(-1, count).sum(0) / copies for term in terms]
-                pull = sum(term.weight * share.sum() for term, share in zip(terms, shares, strict=True))
+                weighted = [term.weight * share.sum() for term, share in zip(terms, shares, strict=True)]
+                pull = functools.reduce(torch.add, weighted)
                 gradient += torch.autograd.grad(pull, leaf)[0]
             values += torch.stack(shares).detach()
         return values, gradient

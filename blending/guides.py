@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,11 +51,11 @@ class CombinedGuide:
     @torch.no_grad()
     def score(self, images: Tensor, prompt: str) -> Tensor:
         """Weighted mean cosine similarity [B], -1..1, of `images` [B, 3, H, W] in -1..1 to `prompt`."""
-        return sum(guide.score(images, prompt) * weight for guide, weight in self.members)
+        return functools.reduce(torch.add, [guide.score(images, prompt) * weight for guide, weight in self.members])
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
         """What of `prompts` its members do not read, and what they do not know."""
         return list(dict.fromkeys(note for guide, _ in self.members for note in guide.notes(prompts)))
 
-    def _joined(self, embed) -> Tensor:
+    def _joined(self, embed: Callable[[ClipGuide], Tensor]) -> Tensor:
         return torch.cat([embed(guide) * weight**0.5 for guide, weight in self.members], dim=-1)

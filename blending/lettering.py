@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import regex
@@ -48,11 +49,12 @@ def legend(texts: Iterable[str]) -> str:
     )
 
 
-def for_matplotlib(text: str) -> tuple[str, dict]:
+def for_matplotlib(text: str) -> tuple[str, dict[str, Any]]:
     """What to give matplotlib for `text`, and with which arguments: its fonts, and no mathematics in it."""
     shown = written(text)
     shown = shown if _MATPLOTLIB_SHAPES else _turned(shown)
-    others = {fonts_for(rare_letters(shown)).get(letter) for letter in shown} - {None}
+    fonts = fonts_for(rare_letters(shown))
+    others = {fonts[letter] for letter in shown if letter in fonts}
     return shown, {"fontfamily": [BASE, *sorted(name for name, _ in others)], "parse_math": False}
 
 

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lpips
 import torch
@@ -189,7 +190,7 @@ def _demo_network(path: Path) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # The smallest of lpips' networks serves as the frame; its own backbone is put aside.
-        network = lpips.LPIPS(net="squeeze", pnet_rand=True, lpips=False, verbose=False)
+        network: Any = lpips.LPIPS(net="squeeze", pnet_rand=True, lpips=False, verbose=False)
     network.net = backbone
     network.L, network.chns = len(backbone.channels), list(backbone.channels)
     network.scaling_layer = nn.Identity()

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class EditReport:
     prompt: str | None
     mask_share: float  # of the picture's pixels that may change, 0..1
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The measures by name, with null for what JSON cannot hold."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -68,7 +68,7 @@ class EditReport:
     def to_text(self) -> str:
         """The measures as lines to read."""
         lines = [f"may change: {self.mask_share:.1%} of the picture"]
-        if self.max_abs_outside is None:
+        if self.max_abs_outside is None or self.psnr_outside is None:
             lines.append("outside the mask: nothing (the mask covers the picture)")
         else:
             psnr = "infinite" if math.isinf(self.psnr_outside) else f"{self.psnr_outside:.2f} dB"
@@ -121,7 +121,7 @@ def edit_report(
         )
     source, result, mask = (tensor.detach().cpu().float() for tensor in (source, result, mask))
     outside = (mask == 0)[0, 0]
-    measures = dict.fromkeys(field.name for field in dataclasses.fields(EditReport))
+    measures: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(EditReport))
     measures["mask_share"] = 1 - outside.float().mean().item()
     if outside.any():
         measures |= _outside_measures(source, result, mask, outside.numpy(), perceptual)
@@ -144,7 +144,7 @@ def _model_layout(image: Tensor) -> Tensor:
 
 def _outside_measures(
     source: Tensor, result: Tensor, mask: Tensor, outside: np.ndarray, perceptual: Perceptual | None
-) -> dict:
+) -> dict[str, Any]:
     before, after = to_8_bit(source)[0][outside], to_8_bit(result)[0][outside]
     difference = np.abs(before.astype(int) - after)
     kept, kept_after = source[0].numpy()[outside], result[0].numpy()[outside]
@@ -172,10 +172,10 @@ def _ssim(source: np.ndarray, result: np.ndarray, outside: np.ndarray) -> float 
     if window < 3:
         return None
     kept = outside[..., None].astype(source.dtype)
-    _, similarity = structural_similarity(
+    of_all_and_each: Any = structural_similarity(
         source * kept, result * kept, win_size=window, data_range=1.0, channel_axis=-1, full=True
     )
-    return float(similarity[outside].mean())
+    return float(of_all_and_each[1][outside].mean())
 
 
 def picture(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:

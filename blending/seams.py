@@ -45,7 +45,8 @@ def _pull_and_push(value: Tensor, weight: Tensor) -> Tensor:
     """The weighted values [B, C, H, W], `weight` [B, 1, H, W] already in them, spread to where there are none."""
     levels = [(value, weight)]
     while max(levels[-1][0].shape[-2:]) > 1:
-        levels.append(tuple(F.avg_pool2d(part, 2, ceil_mode=True, count_include_pad=False) for part in levels[-1]))
+        value, weight = (F.avg_pool2d(part, 2, ceil_mode=True, count_include_pad=False) for part in levels[-1])
+        levels.append((value, weight))
     value, weight = levels[-1]
     filled = value / weight.clamp(min=1e-12)
     for value, weight in reversed(levels[:-1]):

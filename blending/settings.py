@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from .decode import DECODES
 from .schedule import GuideSchedule
@@ -101,11 +102,11 @@ class Preset:
     `dials` are the fields of BlendSettings that the preset fixes.
     """
 
-    dials: dict[str, object]
+    dials: Mapping[str, Any]
     copies: int
 
 
-_PAPER: dict[str, object] = {
+_PAPER: dict[str, Any] = {
     name: BlendSettings.__dataclass_fields__[name].default
     for name in (
         "steps",
@@ -131,7 +132,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset_settings(name: str, dials: Mapping[str, object]) -> BlendSettings:
+def preset_settings(name: str, dials: Mapping[str, Any]) -> BlendSettings:
     """Settings of `dials` (fields of BlendSettings) with a preset laid over them.
 
     Dials that the preset replaces may hold anything. The guidance weight stays a dial under every preset, because it

@@ -104,7 +104,7 @@ def window_for(mask: Tensor, mode: str, context: float, size: int) -> Window:
     """
     if not _wanted(mask, mode, context, size):
         return Window.of(mask)
-    return _around(_spans(mask[0, 0] > 0), context, size, tuple(mask.shape[-2:]))
+    return _around(_spans(mask[0, 0] > 0), context, size, (mask.shape[-2], mask.shape[-1]))
 
 
 def windows_for(masks: Sequence[Tensor], mode: str, context: float, size: int) -> tuple[list[Window], list[str]]:
@@ -119,7 +119,8 @@ def windows_for(masks: Sequence[Tensor], mode: str, context: float, size: int) -
     if not _wanted(given, mode, context, size):
         return [Window.of(given)], []
     mask = editable([_without_specks(one) for one in masks])
-    picture, notes = tuple(mask.shape[-2:]), []
+    picture = (mask.shape[-2], mask.shape[-1])
+    notes: list[str] = []
     windows = [_around(_spans(mask[0, 0] > 0), context, size, picture)]
     parts = _parts(mask)
     if len(parts) > MOST_PARTS:
@@ -204,7 +205,8 @@ def _apart(parts: Sequence[Spans], context: float, size: int, picture: tuple[int
 
 
 def _joined(one: Spans, two: Spans) -> Spans:
-    return tuple((min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(one, two, strict=True))
+    rows, columns = ((min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(one, two, strict=True))
+    return rows, columns
 
 
 def _around(spans: Spans, context: float, size: int, picture: tuple[int, int]) -> Window:

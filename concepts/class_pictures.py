@@ -117,7 +117,9 @@ def kept_class_pictures(
         found[number] = _read(folder / _file(number), size)
         if on_picture is not None:
             on_picture(sum(picture is not None for picture in found.values()))
-    return Kept(list(found.values()), len(missing), folder)
+    pictures = [picture for picture in found.values() if picture is not None]
+    assert len(pictures) == count, "what was missing has been written"
+    return Kept(pictures, len(missing), folder)
 
 
 def make_class_pictures(

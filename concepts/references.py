@@ -65,8 +65,9 @@ def prepare(
     latents, mirrored, kept, digest = [], [], [], hashlib.sha256(str(size).encode())
     for number, (image, mask) in enumerate(zip(images, masks, strict=True), 1):
         image = image.detach().float().cpu()
-        shape = nearest_bucket(tuple(image.shape[-2:]), shapes)
-        lost = 1 - _kept_share(tuple(image.shape[-2:]), shape)
+        of_image = (image.shape[-2], image.shape[-1])
+        shape = nearest_bucket(of_image, shapes)
+        lost = 1 - _kept_share(of_image, shape)
         if lost > LARGE_LOSS:
             notes.append(
                 f"Reference {number} is {image.shape[-1]} × {image.shape[-2]}: {lost:.0%} of it is cut off at its "

@@ -109,13 +109,14 @@ def learn(
     training = _Training(learner, settings, draw, checkpoint, identity)
     source = checkpoint if resume is True else resume or None
     begun = training.read(source) if source is not None and source.exists() else None
-    if prior and (begun.step if begun else 0) < settings.steps:
+    if prior and class_pictures is not None and (begun.step if begun else 0) < settings.steps:
         # By the model as it is before anything that was learned is put into it.
         training.draw = dataclasses.replace(draw, pictures=_encoded(learner, class_pictures))
-    if begun is not None:
+    if begun is not None and source is not None:
         training.go_on(begun, source)
         del begun  # as large as what is trained, three times over
-    preview_size = tuple(side * learner.downscale for side in references.latents[0].shape[-2:])
+    height, width = references.latents[0].shape[-2:]
+    preview_size = (height * learner.downscale, width * learner.downscale)
     try:
         while training.step < settings.steps:
             losses = training.advance()
