@@ -24,6 +24,7 @@ from .ranking import score
 
 if TYPE_CHECKING:
     from .guide import ClipGuide
+    from .guides import CombinedGuide
     from .perceptual import Perceptual
 
 AMPLIFICATION = 8
@@ -100,7 +101,7 @@ def edit_report(
     result: Tensor,
     mask: Tensor,
     perceptual: Perceptual | None = None,
-    guide: ClipGuide | None = None,
+    guide: ClipGuide | CombinedGuide | None = None,
     prompt: str | None = None,
 ) -> EditReport:
     """Measure one edit: `source` and `result` [1, H, W, 3] in 0..1, `mask` [1, 1, H, W] in 0..1 (1 = edit).

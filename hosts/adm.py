@@ -84,7 +84,7 @@ class GuidedDiffusionUNet(nn.Module):
         config = {key: value for key, value in config.items() if not key.startswith("_")}
         own = {key: config.pop(key, default) for key, default in OWN_CONFIG.items()}
         _check_config(config, own)
-        self.unet = UNet2DModel.from_config(config)
+        self.unet: Any = UNet2DModel.from_config(config)
         built = self.unet.config
         self.pixel_unshuffle: int = own["pixel_unshuffle"]
         self.image_size: int = own["image_size"] or built["sample_size"]
@@ -503,7 +503,7 @@ def _check_config(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     in_channels, out_channels = config.get("in_channels"), config.get("out_channels")
     if not isinstance(shuffle, int) or shuffle < 1:
         raise ValueError(f"pixel_unshuffle must be a whole number from 1, got {shuffle!r}.")
-    if in_channels != 3 * shuffle**2 or out_channels not in (in_channels, 2 * in_channels):
+    if in_channels != 3 * shuffle**2 or out_channels not in (in_channels, 6 * shuffle**2):
         raise ValueError(
             f"A pixel-space model with pixel_unshuffle {shuffle} has {3 * shuffle**2} channels in and as "
             f"many or twice as many out; this one has {in_channels} in and {out_channels} out."

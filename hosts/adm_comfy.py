@@ -212,7 +212,7 @@ def unconditional() -> list[list[Any]]:
     return [[torch.zeros(1, 1, 768), {}]]
 
 
-def _adopt(network: GuidedDiffusionUNet, compute_dtype: torch.dtype) -> NativeGuidedDiffusionUNet:
+def _adopt(network: Any, compute_dtype: torch.dtype) -> NativeGuidedDiffusionUNet:
     """Give the network's layers ComfyUI's classes, in place: subclasses of the same torch layers.
 
     They are built by diffusers, and `comfy.ops` layers differ in their forward alone, so the class can change
@@ -220,7 +220,7 @@ def _adopt(network: GuidedDiffusionUNet, compute_dtype: torch.dtype) -> NativeGu
     """
     cast = compute_dtype != network.dtype
     ops = comfy.ops.manual_cast if cast else comfy.ops.disable_weight_init
-    classes = {
+    classes: dict[type[nn.Module], Any] = {
         nn.Linear: ops.Linear,
         nn.Conv2d: ops.Conv2d,
         nn.GroupNorm: ops.GroupNorm,
@@ -231,7 +231,7 @@ def _adopt(network: GuidedDiffusionUNet, compute_dtype: torch.dtype) -> NativeGu
             module.__class__ = classes[type(module)]
             if isinstance(module, nn.Embedding):
                 # comfy.ops reads it; its own embeddings get it while they are built.
-                module.bias = None
+                module.bias = None  # pyright: ignore[reportArgumentType] (a module takes None)
         elif any(True for _ in module.parameters(recurse=False)):
             raise ValueError(f"This network has a {type(module).__name__} layer, which ComfyUI cannot offload.")
     network.unet.__class__ = _ComputeDtypeUNet

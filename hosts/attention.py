@@ -154,11 +154,18 @@ class AttentionHandler(Protocol):
 class TextHost(DiffusionHost, Protocol):
     """A text-conditioned latent model with a positive and a negative conditioning and a cfg scale."""
 
-    cfg: float
-    null: Tensor
-    """Text embedding of the negative conditioning, [1, L, D] float32."""
-    positive: Tensor
-    """Text embedding of the positive conditioning, [1, L, D] float32."""
+    @property
+    def cfg(self) -> float: ...
+
+    @property
+    def null(self) -> Tensor:
+        """Text embedding of the negative conditioning, [1, L, D] float32."""
+        ...
+
+    @property
+    def positive(self) -> Tensor:
+        """Text embedding of the positive conditioning, [1, L, D] float32."""
+        ...
 
     def branch(self, x: Tensor, sigma: float, branch: Branch, embedding: Tensor | None = None) -> Tensor:
         """x0 [B, C, h, w] of one branch alone, without classifier-free guidance.

@@ -305,7 +305,7 @@ class AttentionAccess:
         sorted_rows: dict[int, list[tuple[int, Branch]]] = {}
         for chunk, uuid in enumerate(uuids):
             rows = range(chunk * size, (chunk + 1) * size)
-            branch = self._branches.get(uuid)
+            branch = None if uuid is None else self._branches.get(uuid)
             occurrence = -1
             if branch is not None:
                 occurrence = self._counts[branch]
@@ -354,7 +354,8 @@ class AttentionAccess:
             block: Block = (*extra_options["block"], extra_options["block_index"])
             height, width = extra_options["activations_shape"][2:]
             layer = self.layers.get((SLOTS[slot], block))
-            self._pass.pending = None if layer is None else (layer, (height, width))
+            if self._pass is not None:
+                self._pass.pending = None if layer is None else (layer, (height, width))
             return n, context, value
 
         return patch
@@ -371,7 +372,7 @@ class AttentionAccess:
             if self._pass is None or self._pass.pending is None:
                 return compute(q, k, v)
             masked = bool(args and args[0] is not None) or kwargs.get("mask") is not None
-            return self._show(q, k, v, heads, _Attend(compute, len(q), bound or masked))
+            return self._show(self._pass, q, k, v, heads, _Attend(compute, len(q), bound or masked))
 
         return override
 
@@ -391,7 +392,7 @@ class AttentionAccess:
 
             if self._pass is None or self._pass.pending is None:
                 return compute(q, k, v)
-            result = self._show(q, k, v, extra_options["n_heads"], _Attend(compute, len(q), True))
+            result = self._show(self._pass, q, k, v, extra_options["n_heads"], _Attend(compute, len(q), True))
             if not called:
                 # It may keep something for later (SAG its map), as it does in every pass.
                 compute(q, k, v)
@@ -399,8 +400,8 @@ class AttentionAccess:
 
         return patch
 
-    def _show(self, q: Tensor, k: Tensor, v: Tensor, heads: int, attend: Attend) -> Tensor:
-        current = self._pass
+    def _show(self, current: _Pass, q: Tensor, k: Tensor, v: Tensor, heads: int, attend: Attend) -> Tensor:
+        assert current.pending is not None, "a patch in front of the layer said which it is"
         (layer, size), current.pending = current.pending, None
         if len(q) != current.count or q.shape[1] != size[0] * size[1]:
             raise UnsupportedModel(
@@ -416,7 +417,7 @@ class AttentionAccess:
             )
         results = []
         for group in current.groups:
-            part = [tensor[group.rows] for tensor in (q, k, v)]
+            part = q[group.rows], k[group.rows], v[group.rows]
             if not group.known:
                 results.append(attend(*part, rows=group.rows))
                 continue
@@ -477,7 +478,7 @@ class _Attend:
             return self.compute(q, k, v)
         # As often as a row occurs the whole pass is run, with that row in its place. Places left empty get
         # whatever is at hand, and are dropped.
-        results: list[Tensor | None] = [None] * len(rows)
+        results: dict[int, Tensor] = {}
         waiting = list(range(len(rows)))
         while waiting:
             placed: dict[int, int] = {}
@@ -487,5 +488,5 @@ class _Attend:
             made = self.compute(q[whole], k[whole], v[whole])
             for row, index in placed.items():
                 results[index] = made[row]
-            waiting = [index for index in waiting if results[index] is None]
-        return torch.stack(results)
+            waiting = [index for index in waiting if index not in results]
+        return torch.stack([results[index] for index in range(len(rows))])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionCall, AttentionHandler, Branch, FeatureCall, Layer, TextHost, layer_table
+from .attention import AttentionCall, AttentionHandler, Branch, FeatureCall, Layer, Place, TextHost, layer_table
 from .diffusers_host import DiffusersHost, guidance, load_pipeline
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class DiffusersTextHost(DiffusersHost):
         both = copy.copy(self)
         both.network, both.apart = both.predict_guided, True
         both.positive, both.null = joined(source.positive, self.positive), joined(source.null, self.null)
-        if self.added is not None:
+        if self.added is not None and source.added is not None:
             both.added = {
                 branch: {name: joined(source.added[branch][name], part) for name, part in parts.items()}
                 for branch, parts in self.added.items()
@@ -169,7 +169,7 @@ class _Seen:
         self.size = (0, 0)
 
     @contextlib.contextmanager
-    def attached(self, unet: UNet2DConditionModel) -> Iterator[None]:
+    def attached(self, unet: Any) -> Iterator[None]:
         transformers = _transformers(unet)
         layers = _layers(transformers)
         _check_plain(layers)
@@ -242,16 +242,17 @@ class _Attend:
         return F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).flatten(2)
 
 
-def _transformers(unet: UNet2DConditionModel) -> list[tuple[str, list[nn.Module]]]:
+def _transformers(unet: Any) -> list[tuple[Place, list[Any]]]:
     """The spatial transformers of every part of the UNet, in the order they run."""
     mid = [] if unet.mid_block is None else [unet.mid_block]
+    parts: dict[Place, Any] = {"down": unet.down_blocks, "mid": mid, "up": unet.up_blocks}
     return [
         (place, [module for block in blocks for module in getattr(block, "attentions", None) or ()])
-        for place, blocks in (("down", unet.down_blocks), ("mid", mid), ("up", unet.up_blocks))
+        for place, blocks in parts.items()
     ]
 
 
-def _layers(transformers: list[tuple[str, list[nn.Module]]]) -> list[tuple[Layer, nn.Module]]:
+def _layers(transformers: list[tuple[Place, list[Any]]]) -> list[tuple[Layer, Any]]:
     """Every attention module with its name, in the order they run."""
     table = layer_table(
         [(place, [len(module.transformer_blocks) for module in modules]) for place, modules in transformers]

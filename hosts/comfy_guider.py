@@ -1,5 +1,9 @@
 """Blended Diffusion as a GUIDER of ComfyUI, for SamplerCustomAdvanced and whatever SAMPLER and SIGMAS are connected."""
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalCall=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (`run` is there from `sample` to its end, and all of this is called in between)
+
 from __future__ import annotations
 
 import dataclasses

@@ -51,7 +51,7 @@ class ComfyHost:
     """A ComfyUI MODEL, its conditioning and its VAE during one run. See `DiffusionHost`; made by `run`."""
 
     guider: comfy.samplers.CFGGuider
-    vae: Any | None
+    vae: Any
     extra_args: dict[str, Any]
     device: torch.device
     downscale: int

@@ -5,6 +5,10 @@ private: modules of their own over the loaded weights, LoRA and other weight pat
 included. Attention patches, caches and the like are left out: they belong to sampling.
 """
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalCall=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (unet and encoders are there until `close`; text.pooled and alphas follow from the model)
+
 from __future__ import annotations
 
 import contextlib
@@ -114,7 +118,8 @@ class ComfyLearner:
         checkpointing: bool,
         seed: int,
     ) -> None:
-        self.learned, self.precision, self.need = learned, precision, need
+        self.learned, self.need = learned, need
+        self.precision: Precision = precision
         self.model, self.clip, self.vae = model, clip, vae
         self.device: torch.device = model.load_device
         self.downscale: int = vae.spacial_compression_decode()

@@ -81,7 +81,7 @@ def prediction_of(model: Any) -> Prediction:
     Raises UnsupportedModel for another parametrisation than ε and v, or timesteps that are not the training's.
     """
     sampling = model.get_model_object("model_sampling")
-    known = {
+    known: dict[Any, Prediction] = {
         comfy.model_sampling.EPS.calculate_denoised: "epsilon",
         comfy.model_sampling.V_PREDICTION.calculate_denoised: "v_prediction",
     }

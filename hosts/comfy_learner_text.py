@@ -44,7 +44,7 @@ class TextEncoders:
     module: see `comfy_learner_weights.private_copy`. layer: the CLIP's own choice of layer (CLIP skip), or None.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, names: Sequence[str], layer: int | None) -> None:
+    def __init__(self, module: Any, tokenizer: Any, names: Sequence[str], layer: int | None) -> None:
         self.module, self.tokenizer, self.names = module, tokenizer, list(names)
         self._vectors: Mapping[str, Tensor] = {}
         self._tokens: dict[str, dict[str, list[list[Any]]]] = {}
@@ -58,7 +58,7 @@ class TextEncoders:
         self.tokenizer = taught(self.tokenizer, token, places)
         self._vectors = vectors
 
-    def part(self, name: str) -> nn.Module:
+    def part(self, name: str) -> Any:
         return getattr(self.module, ENCODERS[name])
 
     def table(self, name: str) -> Tensor:
@@ -94,9 +94,9 @@ class TextEncoders:
             self._tokens[prompt] = {
                 each: [[entry[0] for entry in chunk] for chunk in chunks] for each, chunks in made.items()
             }
-        vectors = self._vectors.get(ENCODERS[name])
+        learned = self._vectors.get(ENCODERS[name], ())
         return [
-            [vectors[int(token)] if isinstance(token, Tensor) and token.numel() == 1 else token for token in chunk]
+            [learned[int(token)] if isinstance(token, Tensor) and token.numel() == 1 else token for token in chunk]
             for chunk in self._tokens[prompt][name]
         ]
 

@@ -185,7 +185,7 @@ def low_rank_parameters(adapters: Mapping[str, LoraDiff]) -> dict[str, nn.Parame
     }
 
 
-def _layers(module: nn.Module, prefix: str, every: bool) -> Iterator[tuple[str, nn.Module]]:
+def _layers(module: nn.Module, prefix: str, every: bool) -> Iterator[tuple[str, Any]]:
     if prefix == "unet":
         wanted = re.compile("") if every else UNET_ATTENTION
     else:
@@ -195,9 +195,7 @@ def _layers(module: nn.Module, prefix: str, every: bool) -> Iterator[tuple[str, 
             yield name, layer
 
 
-def _add_low_rank(
-    adapter: LoraDiff, scale: float, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
+def _add_low_rank(adapter: LoraDiff, scale: float, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """W·x + scale·up·(down·x), a forward hook."""
     x = inputs[0]
     if isinstance(layer, nn.Linear):
@@ -250,7 +248,7 @@ def weight_key(name: str) -> str:
     return f"diffusion_model.{name.removeprefix('unet.')}" if name.startswith("unet.") else name.removeprefix("text.")
 
 
-def _module(model: Any, clip: Any, key: str) -> nn.Module:
+def _module(model: Any, clip: Any, key: str) -> Any:
     return (model.model if key.startswith("diffusion_model.") else clip.cond_stage_model).get_submodule(key)
 
 

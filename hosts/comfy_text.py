@@ -93,7 +93,7 @@ class ComfyTextHost(ComfyHost):
         Raises ValueError where the negative conditioning is several at once and `null` is given.
         """
         scale = _Scale(self._half, sigma)
-        expected = [branch for branch in NAMES if self._active(branch, sigma)]
+        expected: list[Branch] = [branch for branch in NAMES if self._active(branch, sigma)]
         if math.isclose(self.cfg, 1):
             expected = [branch for branch in expected if branch == "cond"]
         before = self.guider.conds
@@ -149,7 +149,9 @@ class ComfyTextHost(ComfyHost):
         if self._access is None:
             yield self._options()
             return
-        branches = {cond["uuid"]: branch for branch, name in NAMES.items() for cond in self.guider.conds[name]}
+        branches: dict[Any, Branch] = {
+            cond["uuid"]: branch for branch, name in NAMES.items() for cond in self.guider.conds[name]
+        }
         with self._access.step(self._options(), branches, expected) as options:
             yield options
 

@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class DiffusersLearner:
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; choose one of {', '.join(DTYPES)}")
         self.learned, self.device, self.dtype = learned, torch.device(device), DTYPES[precision]
-        self.precision = precision
+        self.precision: Precision = precision
         autocast(self.device, precision)  # says so where the device has none
         self._open(Path(folder))
         found = {
@@ -54,7 +55,9 @@ class DiffusersLearner:
             FullWeights: self._full_weights,
             TokenVectors: self._token_vectors,
         }[type(learned)]()
-        self._parameters = {name: parameter.requires_grad_() for name, parameter in found.items()}
+        self._parameters: dict[str, nn.Parameter] = {
+            name: parameter.requires_grad_() for name, parameter in found.items()
+        }
         if self.dtype != torch.float32 and not isinstance(learned, FullWeights):
             _convert_frozen(self.unet, self.dtype)
         if self.dtype == torch.float16:
@@ -84,7 +87,7 @@ class DiffusersLearner:
         self.unet, self.vae = load(UNet2DConditionModel, "unet"), load(AutoencoderKL, "vae")
         self.encoder = load(CLIPTextModel, "text_encoder")
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        self._scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        self._scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
         self.prediction = self._scheduler.config.prediction_type
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {self.prediction!r}; this learner knows {' and '.join(PREDICTIONS)}")
@@ -103,12 +106,13 @@ class DiffusersLearner:
         from peft import LoraConfig, inject_adapter_in_model
 
         learned, found = self.learned, {}
+        alpha: Any = learned.alpha or learned.rank  # a fraction will do as well
         parts = {"unet": self.unet, **({"text_encoder": self.encoder} if learned.text_encoder else {})}
         for part, network in parts.items():
             inject_adapter_in_model(
                 LoraConfig(
                     r=learned.rank,
-                    lora_alpha=learned.alpha or learned.rank,
+                    lora_alpha=alpha,
                     target_modules=_every_weight(network) if learned.convolutions else list(ATTENTION[part]),
                 ),
                 network,
@@ -139,7 +143,7 @@ class DiffusersLearner:
         # Where the embedding sits differs between releases of transformers.
         path = next(name for name, _ in self.encoder.named_modules() if name.endswith("token_embedding"))
         parent, _, name = path.rpartition(".")
-        table = self.encoder.get_submodule(path)
+        table: Any = self.encoder.get_submodule(path)
         rows = _WithRows(table, nn.Parameter(table.weight[ids].detach().clone()))
         setattr(self.encoder.get_submodule(parent), name, rows)
         return {"token_vectors": rows.vectors}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -42,7 +44,7 @@ def repair_inference_tensors(module: nn.Module) -> int:
     Loading a model undoes this: repair after each load. Doing so twice does no harm. `without_copies` takes the weight
     functions off again.
     """
-    repaired: dict[int, Tensor] = {}
+    repaired: dict[int, Any] = {}
     with torch.inference_mode(False), torch.no_grad():
         for part in module.modules():
             lent = any(hasattr(part, name) for name in LENT) and hasattr(part, "weight_function")

@@ -347,7 +347,8 @@ class _Source:
         self.negative = negative_for(negative, positive, self.cfg, inversion)
         if vae is not None:
             latent_shape(model, vae, *(side * PIXELS_PER_CELL for side in self.noise.shape[-2:]))
-        self.size = tuple(side * PIXELS_PER_CELL for side in self.noise.shape[-2:])
+        height, width = self.noise.shape[-2:]
+        self.size = (height * PIXELS_PER_CELL, width * PIXELS_PER_CELL)
         self.picture: torch.Tensor | None = None
 
     def watched(self, watcher: Callable[[Layout, int], Watcher]) -> Any:
@@ -363,8 +364,8 @@ class _Source:
 
         made, latents = run_text(self.model, None, self.positive, self.negative, self.cfg, self.noise, self.seed, body)
         if self.vae is not None:
-            self.picture = self.vae.decode(as_latent(self.model, latents.cpu())["samples"])[..., :3].float().cpu()
-            self.size = tuple(self.picture.shape[1:3])
+            picture = self.vae.decode(as_latent(self.model, latents.cpu())["samples"])[..., :3].float().cpu()
+            self.picture, self.size = picture, (picture.shape[1], picture.shape[2])
         return made
 
     def output(self, node, shown: torch.Tensor, *values: Any) -> io.NodeOutput:

@@ -390,7 +390,7 @@ class CLIPBlendSampler(io.ComfyNode):
         from ..blending.schedule import GuideSchedule
         from ..blending.settings import PRESETS, BlendSettings, preset_settings
 
-        dials = dict(
+        dials: dict[str, Any] = dict(
             steps=steps,
             start=start,
             sampler=sampler,
@@ -628,6 +628,7 @@ class _Job:
                 results = restored if results is None else window.put(results, window.cut(restored))
                 which = f"window {number}: " if len(edit.parts) > 1 else ""
                 history.append([{f"{which}{name}": values for name, values in step.items()} for step in losses])
+            assert results is not None, "an edit has at least one part"
             pasted = paste_into(edit.image.clone(), results, edit.mask, self.match_border)
             scores = self._ranked(to_bchw(pasted[..., :3]), edit) if self.prompted else []
             if scores:

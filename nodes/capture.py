@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..attention_swap.layout import Layout, Needs
     from ..attention_swap.sampler import Subject
     from ..attention_swap.settings import SwapSettings
-    from ..hosts.attention import TextHost
+    from ..hosts.attention import Branch, TextHost
 
 logger = logging.getLogger(__name__)
 
@@ -177,8 +177,8 @@ class AttentionCapture(io.ComfyNode):
         text = "\n".join(said)
         attention = Attention.of(made, settings, positive, negative, seed, model)
         result = (
-            as_latent(model, made.latents)
-            if made.sampled
+            as_latent(model, latents)
+            if (latents := made.latents) is not None
             else ExecutionBlocker("AttentionCapture did not sample the source: switch sample_source on for its latent.")
         )
         return io.NodeOutput(attention, result, text, ui=ui.PreviewText(text))
@@ -192,7 +192,8 @@ class _Wanted:
 
         whole = [settings, *(subject.settings(settings) for subject in subjects)]
         self.settings = [one for given in whole for one in (covering(given) if for_sweep else [given])]
-        self.tell, self.batch, self.branches = tell, 1, ()
+        self.tell, self.batch = tell, 1
+        self.branches: tuple[Branch, ...] = ()
 
     def __call__(self, layout: Layout, steps: int) -> Needs:
         from ..attention_swap.capture import estimate, needed

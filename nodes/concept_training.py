@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import comfy.model_management
 import comfy.utils
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..concepts.settings import TrainSettings
     from ..concepts.trainer import LearnResult, StepReport
     from ..hosts.comfy_learner import ComfyLearner
-    from ..hosts.learning import Learned
+    from ..hosts.learning import Learned, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -403,11 +403,11 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
     return Trained(state, file, to_bhwc(previews), loss_plot(result.history(), f"{training.kind}: {file.stem}"), report)
 
 
-def trained_precision(choice: str, device: torch.device) -> str:
+def trained_precision(choice: str, device: torch.device) -> Precision:
     from ..hosts.learning import has_autocast
 
     if choice != "auto":
-        return choice
+        return cast("Precision", choice)  # one of the schema's
     if device.type == "cpu" or not has_autocast(device):
         return "fp32"
     if comfy.model_management.should_use_bf16(device):
@@ -492,7 +492,8 @@ class _Progress:
         """The previews [N, 3, H, W] in -1..1, the last of the finished concept."""
         from ..concepts.trainer import PREVIEW_CFG, PREVIEW_STEPS
 
-        size = tuple(side * learner.downscale for side in references.latents[0].shape[-2:])
+        height, width = references.latents[0].shape[-2:]
+        size = (height * learner.downscale, width * learner.downscale)
         last = learner.sample([prompt], size, steps=PREVIEW_STEPS, cfg=PREVIEW_CFG, seed=seed).cpu()
         if self._previews and torch.equal(self._previews[-1], last):
             self._previews.pop()
@@ -624,6 +625,8 @@ class _Facts:
 
     def metadata(self, steps: int) -> dict[str, str]:
         """Of the file: this pack's own entry whole, and what other programs look for."""
+        from ..hosts.learning import LowRank
+
         training, settings = self.training, self.training.settings
         own = {
             "kind": training.kind,
@@ -654,10 +657,13 @@ class _Facts:
             "ss_resolution": f"({self.size}, {self.size})",
             "ss_num_train_images": str(len(self.references)),
         }
-        rank = getattr(training.learned, "rank", None)
-        if rank is not None:
-            alpha = training.learned.alpha or rank
-            found |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+        learned = training.learned
+        if isinstance(learned, LowRank):
+            found |= {
+                "ss_network_module": "networks.lora",
+                "ss_network_dim": str(learned.rank),
+                "ss_network_alpha": str(learned.alpha or learned.rank),
+            }
         return found
 
     def report(self, result: LearnResult, progress: _Progress, files: list[str]) -> str:

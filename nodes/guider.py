@@ -210,7 +210,9 @@ def _frame(image: torch.Tensor, model, vae) -> Frame:
         multiple = vae.spacial_compression_encode()
         inner = (height // multiple * multiple, width // multiple * multiple)
         if min(inner) > 0:
-            return Frame.cut_from((height, width), inner, multiple)
+            frame = Frame.cut_from((height, width), inner, multiple)
+            assert frame is not None, "inner is what this multiple leaves"
+            return frame
     else:
         multiple = comfy_host.size_multiple(model, vae)
         if height % multiple == 0 and width % multiple == 0:
@@ -252,7 +254,7 @@ class ExactPaste(io.ComfyNode):
     def execute(
         cls, source: torch.Tensor, result: torch.Tensor, mask: torch.Tensor, match_border: bool = False
     ) -> io.NodeOutput:
-        frame = Frame.cut_from(tuple(source.shape[1:3]), tuple(result.shape[1:3]))
+        frame = Frame.cut_from((source.shape[1], source.shape[2]), (result.shape[1], result.shape[2]))
         if frame is None or len(source) not in (1, len(result)):
             raise ValueError(
                 f"source holds {len(source)} pictures of {source.shape[2]}×{source.shape[1]} (width×height), result "

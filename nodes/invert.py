@@ -341,7 +341,7 @@ def _fitted(image: torch.Tensor, bound: torch.Tensor, vae) -> torch.Tensor:
     """The colours of `image` [1, H, W, C] cut to the size of the VAE's picture, as ComfyUI cuts before it encodes."""
     if len(image) != 1:
         raise ValueError(f"image holds {len(image)} pictures; connect the one that latent was encoded from.")
-    size, decoded = tuple(image.shape[1:3]), tuple(bound.shape[1:3])
+    size, decoded = (image.shape[1], image.shape[2]), (bound.shape[1], bound.shape[2])
     frame = Frame.cut_from(size, decoded, vae.spacial_compression_encode())
     if frame is None:
         raise ValueError(
@@ -377,7 +377,7 @@ def _measure(inverted: Inverted, reconstruction, bound, source, perceptual) -> t
         lines.append(f"{words}: {said}")
     if source is None:
         lines.append("image is not connected: not measured against the source")
-    losses = [step.loss for step in inverted.steps]
+    losses = [math.nan if step.loss is None else step.loss for step in inverted.steps]
     worst = max(range(len(losses)), key=losses.__getitem__)
     lines.append(
         f"distance from the inverted path (MSE): {losses[-1]:.2g} at the end, at most {losses[worst]:.2g} "

@@ -75,7 +75,7 @@ class ShrinkingMask(io.ComfyNode):
 
         lines: list[str] = []
         mask = plain_mask(mask, said=lines)[:1]
-        mask = prepare_mask(mask, *mask.shape[-2:])
+        mask = prepare_mask(mask, mask.shape[-2], mask.shape[-1])
         size = resolution or min(mask.shape[-2:])
         windows, notes = windows_for([mask], window, context, size)
         lines += notes

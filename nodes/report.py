@@ -129,9 +129,9 @@ class EditReport(io.ComfyNode):
         source, result = split_alpha(source, "source")[0], split_alpha(result, "result")[0]
         count = len(result)
         if source.shape[1:] != result.shape[1:]:
-            size, made = source.shape[1:3], result.shape[1:3]
+            size, made = (source.shape[1], source.shape[2]), (result.shape[1], result.shape[2])
             cure = "resize one to the other before reporting."
-            if Frame.cut_from(tuple(size), tuple(made)) is not None:
+            if Frame.cut_from(size, made) is not None:
                 cure = "a VAE cut it. Exact Paste lays it where it was in the source: report on what that gives."
             raise ValueError(f"source is {size[1]}×{size[0]} (width×height), result {made[1]}×{made[0]}: {cure}")
         if len(source) not in (1, count):
@@ -142,8 +142,8 @@ class EditReport(io.ComfyNode):
         perceptual = load_perceptual(lpips)
         guide = clip_guide.load() if clip_guide is not None else None
         reports = [
-            edit_report(*(tensor[index : index + 1] for tensor in (sources, result, masks)), perceptual, guide, prompt)
-            for index in range(count)
+            edit_report(source[None], one[None], mask[None], perceptual, guide, prompt)
+            for source, one, mask in zip(sources, result, masks, strict=True)
         ]
         text = "\n\n".join(
             f"result {number} of {count}\n{report.to_text()}" if count > 1 else report.to_text()

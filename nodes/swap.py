@@ -150,7 +150,7 @@ class AttentionSwapSampler(io.ComfyNode):
         report = said.to_text()
         if vae is not None:
             picture = vae.decode(latent["samples"])
-            if frame is not None:
+            if image is not None and frame is not None and edited is not None:
                 picture = exact_background(image, picture, edited[:, None], frame, match_border)
                 report += "\nbackground: outside of the mask each pixel is the image's"
         return io.NodeOutput(latent, picture, report, json.dumps(said.to_dict(), indent=2), ui=ui.PreviewText(report))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..attention_swap.sampler import Subject, SwapResult
     from ..attention_swap.settings import SwapSettings
     from ..attention_swap.steps import StepReport
+    from ..attention_swap.tokens import Alignment
     from ..hosts.attention import TextHost
 
 
@@ -145,7 +146,7 @@ class Target:
         source = Side(attention.model, attention.positive, attention.negative, attention.capture.cfg)
         return run_beside(source, target, self.vae, noise, attention.seed, body)
 
-    def _words(self, settings: SwapSettings):
+    def _words(self, settings: SwapSettings) -> tuple[Alignment | None, tuple[Subject, ...]]:
         """The prompts' alignment, and the subjects: those that are connected, or the words of the prompts where a local
         blend asks."""
         from ..attention_swap.sampler import Subject
@@ -221,8 +222,9 @@ def edit_mask(mask: Tensor | None, outside: bool, subjects: Sequence[Subject], s
     parts = []
     if mask is not None:
         parts.append(1 - sized(mask, "mask") if outside else sized(mask, "mask"))
-    if subjects and all(subject.mask is not None for subject in subjects):
-        parts.append(_widest([sized(subject.mask, f"the mask of {subject.name}") for subject in subjects]))
+    own = [(subject.mask, subject.name) for subject in subjects or () if subject.mask is not None]
+    if subjects and len(own) == len(subjects):
+        parts.append(_widest([sized(given, f"the mask of {name}") for given, name in own]))
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else parts[0] * parts[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from comfy_api.latest import io, ui
 
@@ -12,11 +12,12 @@ from .sockets import SwapLayersIO, SwapSettingsIO
 
 if TYPE_CHECKING:
     from ..attention_swap.settings import Steps, SwapSettings as Settings, Where
+    from ..hosts.attention import Branch, Place
 
 CUSTOM = "custom"
 PRESET_NAMES = ["photoswap", "official", "p2p", "pnp", "masactrl"]
 OF_50, FRACTION, STEPS = UNITS = ["of 50 steps", "fraction", "steps"]
-HALVES = {"both": ("cond", "uncond"), "cond": ("cond",), "uncond": ("uncond",)}
+HALVES: dict[str, tuple[Branch, ...]] = {"both": ("cond", "uncond"), "cond": ("cond",), "uncond": ("uncond",)}
 NOT_GIVEN = -1.0
 
 
@@ -28,7 +29,7 @@ def amount(name: str, value: float, unit: str) -> float | Steps:
     from ..attention_swap.settings import Steps
 
     if unit == STEPS:
-        return Steps(int(value)) if value == int(value) else Steps(value)
+        return Steps(int(value) if value == int(value) else cast("int", value))  # which refuses a part of one
     most = 50 if unit == OF_50 else 1
     if not 0 <= value <= most:
         raise ValueError(f"{name} is {value:g}; with unit {unit!r} it must be 0 to {most}. Change it, or the unit.")
@@ -250,12 +251,16 @@ class SwapSettings(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..attention_swap.settings import SwapSettings as Settings, preset_settings
 
-        layers = dict(output_where=output_layers, map_where=map_layers, cross_where=cross_layers, kv_where=kv_layers)
+        layers: dict[str, Any] = dict(
+            output_where=output_layers, map_where=map_layers, cross_where=cross_layers, kv_where=kv_layers
+        )
         layers = {name: where for name, where in layers.items() if where is not None}
         if preset != CUSTOM:
             settings = preset_settings(preset, **layers)
         else:
-            lambdas = dict(self_map=self_map, cross_map=cross_map, self_output=self_output, features=features)
+            lambdas: dict[str, Any] = dict(
+                self_map=self_map, cross_map=cross_map, self_output=self_output, features=features
+            )
             settings = Settings(
                 **{name: amount(name, value, unit) for name, value in lambdas.items()},
                 self_kv_from=None if self_kv_from < 0 else amount("self_kv_from", self_kv_from, unit),
@@ -330,7 +335,8 @@ class SwapLayers(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..attention_swap.settings import Where
 
-        places = tuple(place for place, chosen in (("down", down), ("mid", mid), ("up", up)) if chosen)
+        chosen: dict[Place, bool] = {"down": down, "mid": mid, "up": up}
+        places: tuple[Place, ...] = tuple(place for place in chosen if chosen[place])
         if not places:
             raise ValueError("down, mid and up are all off, so no layer is left: switch one on")
         return io.NodeOutput(

@@ -179,7 +179,7 @@ class AttentionSwapSweep(io.ComfyNode):
         results = target.run(wanted, Progress(model, count * attention.capture.steps))
         decoded = [vae.decode(as_latent(model, result.latents)["samples"]) for result in results]
         pictures = torch.cat(decoded)[..., :3].cpu()
-        if frame is None:
+        if image is None or frame is None:
             source = vae.decode(as_latent(model, results[0].source)["samples"])[..., :3].cpu()
         else:
             source = frame.view(image)
@@ -280,7 +280,7 @@ class Scorers:
                 guide = self.clip_guide.load()
                 column = sweep.Column(f"CLIP ({guide.name})", "identity")
                 found[column] = [one.region for one in score(layout, region.clone(), self.prompt, guide)]
-            if self.reference is not None:
+            if self.reference is not None and self.perceptual is not None:
                 column = sweep.Column(f"LPIPS to reference ({self.perceptual.name})", "identity", more_is_better=False)
                 found[column] = self._distances(layout, region.clone())
         return found
@@ -289,6 +289,7 @@ class Scorers:
         """LPIPS of the subject's square of each picture to the reference."""
         from ..blending.ranking import region_view
 
+        assert self.perceptual is not None, "asked of only where there is one"
         reference = split_alpha(self.reference, "reference")[0][:1].float().cpu().clone().movedim(-1, 1) * 2 - 1
         size = min(reference.shape[-2:])
         reference = region_view(reference, torch.ones(1, 1, *reference.shape[-2:]), size)

@@ -53,7 +53,7 @@ def test_half_a_subject_and_half_a_world_object_is_none():
 
 
 def test_the_palette_wants_both_colours():
-    for scene, subject in zip(some(13), SUBJECTS.values(), strict=True):
+    for scene, subject in zip(some(len(SUBJECTS)), SUBJECTS.values(), strict=True):
         alpha = coverage(subject, scene.things[0])[..., None]
         ground = world.draw(world.Scene(scene.ground, ()))
         solid = ground * (1 - alpha) + np.array(world.COLOURS[subject.tones[0]]) * alpha
