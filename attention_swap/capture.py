@@ -1,8 +1,11 @@
 """The source's run: its path, and what a swap needs of its attention, kept or made again.
 
-    tape    what is needed is kept in main memory while the source is sampled once
-    replay  nothing is kept; the source runs again beside the target, one step at a time
+tape    what is needed is kept in main memory while the source is sampled once
+replay  nothing is kept; the source runs again beside the target, one step at a time
 """
+
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportArgumentType=false
+# (what a capture may lack (tape, host, trajectory) follows from its storage; as one class that cannot be said)
 
 from __future__ import annotations
 
@@ -315,8 +318,18 @@ def _start(host: TextHost, source: Inversion | Noise) -> Capture:
         path, null, method, facts = noise.detach().float().cpu()[None], None, "noise", {}
         sigmas = sigmas.detach().float().cpu()
     return Capture(
-        sigmas, path, None, null, float(host.cfg), method, "replay", nothing, Needs({}), None,
-        estimate(Needs({}), nothing, 0), facts,
+        sigmas,
+        path,
+        None,
+        null,
+        float(host.cfg),
+        method,
+        "replay",
+        nothing,
+        Needs({}),
+        None,
+        estimate(Needs({}), nothing, 0),
+        facts,
     )
 
 

@@ -136,7 +136,11 @@ class Inversion:
             )
         try:
             made = cls(
-                tensors["sigmas"], tensors["trajectory"], tensors.get("null"), about["method"], float(about["cfg"]),
+                tensors["sigmas"],
+                tensors["trajectory"],
+                tensors.get("null"),
+                about["method"],
+                float(about["cfg"]),
                 dict(about["facts"]),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -156,8 +160,8 @@ class InvertSettings:
     method: str = "null_text"
     steps: int = 50
     scheduler: str = "ddim_uniform"
-    null_text: NullTextSettings = NullTextSettings()
-    proximal: Proximal = Proximal()
+    null_text: NullTextSettings = dataclasses.field(default_factory=NullTextSettings)
+    proximal: Proximal = dataclasses.field(default_factory=Proximal)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -198,9 +202,10 @@ def invert(
     _check(host, latent, settings.method)
     sigmas = ddim_grid(host.train_sigmas, settings.steps, settings.scheduler)
     trajectory = ddim_inversion(host, latent, sigmas, on_step)
-    null, facts = None, dict(facts or {})
+    null, facts, sampled = None, dict(facts or {}), None
     if settings.method == "null_text":
         path, null, reports = optimise_null_text(host, trajectory, sigmas, settings.null_text, on_step)
+        sampled = path, reports
         facts |= {"optimiser": settings.null_text.optimiser}
     elif settings.method in ("negative_prompt", "proximal"):
         null = host.positive.float().cpu().expand(len(sigmas) - 1, -1, -1, -1)
@@ -208,8 +213,7 @@ def invert(
             facts |= settings.proximal.facts()
     facts |= {"scheduler": settings.scheduler}
     inversion = Inversion(sigmas, trajectory, null, settings.method, float(host.cfg), facts)
-    if settings.method != "null_text":
-        path, reports = sample_source(host, inversion, on_step)
+    path, reports = sampled or sample_source(host, inversion, on_step)
     return Inverted(inversion, from_level(path[-1], float(sigmas[-1])), reports)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
@@ -44,9 +45,12 @@ class LayerInfo:
     def bytes(self, what: What) -> int:
         """Of one picture's tensor."""
         count = {
-            "q": self.tokens * self.width, "out": self.tokens * self.width, "k": self.context * self.width,
-            "v": self.context * self.width, "map": self.tokens * self.context,
-        }  # fmt: skip
+            "q": self.tokens * self.width,
+            "out": self.tokens * self.width,
+            "k": self.context * self.width,
+            "v": self.context * self.width,
+            "map": self.tokens * self.context,
+        }
         return count[what] * self.itemsize
 
 
@@ -59,7 +63,7 @@ class FeatureInfo:
     size: tuple[int, int]
     itemsize: int
 
-    def bytes(self, what: What) -> int:
+    def bytes(self, _what: What) -> int:
         """Of one picture's tensor."""
         return self.channels * self.size[0] * self.size[1] * self.itemsize
 
@@ -127,18 +131,15 @@ class _Probe:
         self.features: dict[int, FeatureInfo] = {}
 
     def attention(self, call: AttentionCall) -> Tensor:
-        self.layers.setdefault(
-            (call.layer.kind, call.layer.index),
-            LayerInfo(
-                call.layer, tuple(call.size), call.heads, call.q.shape[-1], call.k.shape[1], call.q.element_size()
-            ),
-        )
+        q, height, width = call.q, *call.size
+        info = LayerInfo(call.layer, (height, width), call.heads, q.shape[-1], call.k.shape[1], q.element_size())
+        self.layers.setdefault((call.layer.kind, call.layer.index), info)
         return call.attend(call.q, call.k, call.v)
 
     def feature(self, call: FeatureCall) -> Tensor:
-        self.features.setdefault(
-            call.index, FeatureInfo(call.index, call.h.shape[1], tuple(call.h.shape[2:]), call.h.element_size())
-        )
+        _, channels, height, width = call.h.shape
+        info = FeatureInfo(call.index, channels, (height, width), call.h.element_size())
+        self.features.setdefault(call.index, info)
         return call.h
 
 
@@ -156,7 +157,7 @@ def probe(host: TextHost, x: Tensor, sigma: float) -> Layout:
             "no attention layer of the MODEL showed itself: it is not a UNet with attention (SD 1.x, SD 2.x, SDXL), or "
             "a patch on it replaced all of its attention"
         )
-    return Layout(tuple(seen.layers.values()), tuple(seen.features.values()), tuple(x.shape[1:]))
+    return Layout(tuple(seen.layers.values()), tuple(seen.features.values()), (x.shape[1], x.shape[2], x.shape[3]))
 
 
 @contextlib.contextmanager
@@ -183,8 +184,8 @@ class Needs:
     @classmethod
     def gather(cls, keys: Iterable[Key]) -> Needs:
         found: dict[tuple[Part, int, Branch, What], set[int]] = {}
-        for step, *rest in keys:
-            found.setdefault(tuple(rest), set()).add(step)
+        for step, kind, index, branch, what in keys:
+            found.setdefault((kind, index, branch, what), set()).add(step)
         return cls({key: frozenset(steps) for key, steps in found.items()})
 
     def __or__(self, other: Needs) -> Needs:
@@ -213,10 +214,13 @@ class Needs:
     def missing(self, kept: Needs) -> str:
         """What is not among `kept`, for people; empty where all is there."""
         names = {
-            ("self", "out"): "self-attention outputs (φ)", ("self", "q"): "self-attention maps (M)",
-            ("cross", "q"): "cross-attention maps (A)", ("self", "v"): "self-attention keys and values",
-            ("feature", "h"): "decoder features", ("cross", "map"): "the words' maps for the local blend",
-        }  # fmt: skip
+            ("self", "out"): "self-attention outputs (φ)",
+            ("self", "q"): "self-attention maps (M)",
+            ("cross", "q"): "cross-attention maps (A)",
+            ("self", "v"): "self-attention keys and values",
+            ("feature", "h"): "decoder features",
+            ("cross", "map"): "the words' maps for the local blend",
+        }
         lacking: dict[str, set[int]] = {}
         for (kind, index, branch, what), steps in self.steps.items():
             absent = steps - kept.steps.get((kind, index, branch, what), frozenset())
@@ -230,8 +234,9 @@ def steps_text(steps: Iterable[int]) -> str:
     ordered = sorted(steps)
     if not ordered:
         return "no step"
-    runs, start = [], ordered[0]
-    for one, following in zip(ordered, [*ordered[1:], None]):
+    runs: list[str] = []
+    start = ordered[0]
+    for one, following in itertools.pairwise([*ordered, ordered[-1] + 2]):  # after the last there is a gap
         if following != one + 1:
             runs.append(f"{start + 1}" if start == one else f"{start + 1} to {one + 1}")
             start = following

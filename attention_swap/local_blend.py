@@ -38,7 +38,7 @@ def word_map(
     the M tokens are copies; copies are added up.
     """
     q, k = (tensor.unflatten(2, (heads, -1)).transpose(1, 2).float() for tensor in (q, k))
-    total = None
+    total: Tensor | None = None
     for head in range(heads):  # one head at a time: [B, N, M] is all that is held
         scores = q[:, head] @ k[:, head].transpose(1, 2) * q.shape[-1] ** -0.5
         one = scores.softmax(-1)
@@ -46,6 +46,7 @@ def word_map(
             copies = one.unflatten(2, (-1, length or one.shape[2])).sum(2)
             one = copies[..., list(positions)]
         total = one if total is None else total + one
+    assert total is not None, "a layer without heads"
     return total / heads
 
 
@@ -57,7 +58,11 @@ class WordBlend:
     """
 
     def __init__(
-        self, layers: Sequence[LayerInfo], source: Sequence[Sequence[int]], target: Sequence[Sequence[int]], start: int,
+        self,
+        layers: Sequence[LayerInfo],
+        source: Sequence[Sequence[int]],
+        target: Sequence[Sequence[int]],
+        start: int,
         threshold: float,
     ) -> None:
         self.layers = frozenset(info.layer.index for info in layers)
@@ -68,16 +73,16 @@ class WordBlend:
     def add(self, source: Tensor, target: Tensor, size: tuple[int, int]) -> None:
         """source: the source's map [B, N, L]. target: the target's columns [B, N, P] at `target_positions`."""
         made, start = [], 0
-        for ours, theirs in zip(self.source, self.target):
-            columns = target[..., start:start + len(theirs)]
+        for ours, theirs in zip(self.source, self.target, strict=True):
+            columns = target[..., start : start + len(theirs)]
             start += len(theirs)
-            made.append(tuple(
-                part.float().sum(2).unflatten(1, size)[:, None] for part in (source[..., list(ours)], columns)
-            ))
+            made.append(
+                tuple(part.float().sum(2).unflatten(1, size)[:, None] for part in (source[..., list(ours)], columns))
+            )
         if self._sums is None:
             self._sums = made
         else:
-            self._sums = [(a + c, b + d) for (a, b), (c, d) in zip(self._sums, made)]
+            self._sums = [(a + c, b + d) for (a, b), (c, d) in zip(self._sums, made, strict=True)]
 
     def masks(self, size: tuple[int, int]) -> list[Tensor] | None:
         """For each subject where it is in source or target, [B, 1, h, w] of 0 and 1; None before there is anything."""

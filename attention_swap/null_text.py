@@ -118,9 +118,9 @@ def optimise_null_text(
         check_finite(x, f"step {index + 1} of the null-text optimisation")
         path.append(x.cpu())
         found.append(embedding.cpu())
-        reports.append(StepReport(
-            "sample", index, total, x, x0, float(step.loss(uncond)), step.forwards, step.backwards
-        ))
+        reports.append(
+            StepReport("sample", index, total, x, x0, float(step.loss(uncond)), step.forwards, step.backwards)
+        )
         if on_step is not None:
             on_step(reports[-1])
     return torch.stack(path), torch.stack(found), reports
@@ -241,6 +241,7 @@ class _Point:
     def gradient(self) -> Tensor:
         if self._objective is None:
             self._look()
+        assert self._objective is not None, "_look sets it"
         gradient = self.step.gradient(self._objective, self._leaf)
         self.forget()
         return gradient

@@ -48,7 +48,8 @@ def replaced_words(alignment: Alignment) -> tuple[tuple[str, str], ...]:
             positions = list(word.positions)
             columns = alignment.mapper[:, positions]
             taken = {
-                index for index, one in enumerate(source)
+                index
+                for index, one in enumerate(source)
                 if columns[list(one.positions)].any() and alignment.alphas[positions].any()
             }
             if {key(source[index].text) for index in taken} != {key(word.text)}:
@@ -56,7 +57,7 @@ def replaced_words(alignment: Alignment) -> tuple[tuple[str, str], ...]:
                 origins |= taken
                 continue
         if origins:
-            named = source[min(origins):max(origins) + 1]
+            named = source[min(origins) : max(origins) + 1]
             found.append((joined([one.text for one in named]), joined(stretch)))
         origins, stretch = set(), []
     return tuple(found)

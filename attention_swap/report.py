@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from ..hosts.attention import Branch
 from .capture import Capture
@@ -13,9 +14,12 @@ from .swap import Region, Touched, layers_named, planned
 from .tokens import Alignment
 
 KINDS = {
-    "self_output": "self outputs (φ)", "self_map": "self maps (M)", "self_kv": "self keys and values",
-    "cross_map": "cross maps (A)", "features": "decoder features",
-}  # fmt: skip
+    "self_output": "self outputs (φ)",
+    "self_map": "self maps (M)",
+    "self_kv": "self keys and values",
+    "cross_map": "cross maps (A)",
+    "features": "decoder features",
+}
 PARTS = {"self_output": "self", "self_map": "self", "self_kv": "self", "cross_map": "cross", "features": "feature"}
 
 
@@ -61,7 +65,7 @@ class SwapReport:
         """Of the attention calls, 0..1."""
         return self.touched / self.total if self.total else 0.0
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**dataclasses.asdict(self), "share": self.share}
 
@@ -106,7 +110,9 @@ def swap_report(
         calls = {key: count for key, count in touched.calls.items() if key[0] == name}
         if calls:
             kinds[name] = KindReport(
-                len(calls), sum(calls.values()), tuple(sorted({key[1] for key in calls})),
+                len(calls),
+                sum(calls.values()),
+                tuple(sorted({key[1] for key in calls})),
                 tuple(layers_named(layout, name, {key[2] for key in calls})),
             )
     changed = {(step, PARTS[name], index, branch) for name, step, index, branch in touched.calls}
@@ -122,9 +128,15 @@ def swap_report(
         said.append(f"word weights scaled the target's own maps in {touched.reweighted} more calls")
     attention = {key for key in changed if key[1] != "feature"}
     return SwapReport(
-        steps, kinds, len(attention), len(layout.layers) * steps * len(halves),
-        "" if alignment is None else alignment.describe(), sum(kept) / len(kept) if kept else None,
-        (source_evaluations, steps), tuple(skipped), tuple(said),
+        steps,
+        kinds,
+        len(attention),
+        len(layout.layers) * steps * len(halves),
+        "" if alignment is None else alignment.describe(),
+        sum(kept) / len(kept) if kept else None,
+        (source_evaluations, steps),
+        tuple(skipped),
+        tuple(said),
     )
 
 
@@ -146,8 +158,13 @@ def _left_out(plan: Plan, layout: Layout, halves: Sequence[Branch]) -> list[str]
         left = [branch for branch in halves if branch not in plan.halves[name]]
         if left:
             lines.append(f"{KINDS[name]}: not in the {' and '.join(left)} half, as set")
-    if plan.spans["self_map"] and set(plan.spans["self_map"]) <= set(plan.spans["self_output"]) and (
-        plan.layers["self_map"] <= plan.layers["self_output"] and plan.halves["self_map"] <= plan.halves["self_output"]
+    if (
+        plan.spans["self_map"]
+        and set(plan.spans["self_map"]) <= set(plan.spans["self_output"])
+        and (
+            plan.layers["self_map"] <= plan.layers["self_output"]
+            and plan.halves["self_map"] <= plan.halves["self_output"]
+        )
     ):
         lines.append(f"{KINDS['self_map']}: φ runs as long, and takes the map with it")
     return lines

@@ -1,9 +1,13 @@
 """The target's run: sampled from the source's noise, with attention taken from the source (Gu et al. 2023)."""
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportArgumentType=false
+# (what a capture may lack (tape, host) follows from its storage; as one class that cannot be said)
+
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -21,6 +25,7 @@ from .settings import LAMBDAS, PRESETS, Plan, Steps, SwapSettings
 from .steps import StepReport, check_finite
 from .swap import Region, Swapper, Together, planned
 from .tokens import Alignment
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
@@ -112,7 +117,13 @@ def attention_swap(
         if on_step is not None:
             on_step(StepReport("target", index, total, x, x0, None, len(branches_of(host)) * len(x)))
     report = swap_report(
-        capture, run.regions, run.swapper.touched, branches_of(host), alignment, run.kept, run.source.evaluations,
+        capture,
+        run.regions,
+        run.swapper.touched,
+        branches_of(host),
+        alignment,
+        run.kept,
+        run.source.evaluations,
         run.notes,
     )
     end = levels[-1]
@@ -168,7 +179,7 @@ class _Run:
         parts = [] if self.held is None else [self.held.to(x)]
         complete = not self.free
         if self.words is not None:
-            found = self.words.masks(tuple(x.shape[-2:])) if index >= self.words.start else None
+            found = self.words.masks((x.shape[-2], x.shape[-1])) if index >= self.words.start else None
             complete = complete and found is not None
             parts += found or []
         mask = None
@@ -183,15 +194,21 @@ class _Run:
 
 
 def _prepare(
-    host: TextHost, capture: Capture, settings: SwapSettings, alignment: Alignment | None,
-    subjects: tuple[Subject, ...], source_host: TextHost | None, mask: Tensor | None, outside: bool,
+    host: TextHost,
+    capture: Capture,
+    settings: SwapSettings,
+    alignment: Alignment | None,
+    subjects: tuple[Subject, ...],
+    source_host: TextHost | None,
+    mask: Tensor | None,
+    outside: bool,
 ) -> _Run:
     notes = [str(capture.facts["note"])] if "note" in capture.facts else []
     _check_host(host, capture, notes)
-    size, batch = capture.noise.shape[-2:], len(capture.noise)
+    size, batch = (capture.noise.shape[-2], capture.noise.shape[-1]), len(capture.noise)
 
     def fitted(given: Tensor, name: str) -> Tensor:
-        return _fit(given, name, tuple(size), host.downscale, batch, notes)
+        return _fit(given, name, size, host.downscale, batch, notes)
 
     masks = [
         None if subject.mask is None else fitted(subject.mask, f"the mask of {subject.name}") for subject in subjects
@@ -202,10 +219,8 @@ def _prepare(
         if not (limit > 0).any():
             raise ValueError("the mask covers everything, so nothing may change outside of it: draw a smaller one")
     regions = _regions(capture, settings, subjects, masks, branches_of(host))
-    _check_reach(regions, settings, alignment, host, notes)
-    by_word = [
-        subject for subject, own in zip(subjects, masks) if own is None and settings.local_blend
-    ]
+    _check_reach(regions, settings, alignment, notes)
+    by_word = [subject for subject, own in zip(subjects, masks, strict=True) if own is None and settings.local_blend]
     words = _word_blend(capture, settings, alignment, by_word, bool(subjects), limit)
     needs = Needs({})
     for region in regions:
@@ -277,22 +292,24 @@ def _fit(mask: Tensor, name: str, size: tuple[int, int], downscale: int, batch: 
     picture = (size[0] * downscale, size[1] * downscale)
     given = tuple(mask.shape[-2:])
     if given not in (size, picture):
-        notes.append(
-            f"{name} is {given[1]}×{given[0]}, the picture {picture[1]}×{picture[0]}: it was resized"
-        )
+        notes.append(f"{name} is {given[1]}×{given[0]}, the picture {picture[1]}×{picture[0]}: it was resized")
     return resize_mask(mask, *size)
 
 
 def _regions(
-    capture: Capture, settings: SwapSettings, subjects: tuple[Subject, ...], masks: list[Tensor | None],
+    capture: Capture,
+    settings: SwapSettings,
+    subjects: tuple[Subject, ...],
+    masks: list[Tensor | None],
     branches: Sequence[Branch],
 ) -> list[Region]:
     """The settings everywhere, but a subject's own within its mask. Where masks overlap they share."""
+
     def plan(chosen: SwapSettings) -> Plan:
         return chosen.plan(capture.layout, capture.steps, branches)
 
     own = []
-    for subject, mask in zip(subjects, masks):
+    for subject, mask in zip(subjects, masks, strict=True):
         changed = subject.settings(settings)
         if changed == settings:
             continue
@@ -304,14 +321,12 @@ def _regions(
         own.append((plan(changed), mask))
     if not own:
         return [Region(plan(settings))]
-    total = sum(mask for _, mask in own)
+    total = functools.reduce(torch.add, [mask for _, mask in own])
     regions = [Region(chosen, mask / total.clamp(min=1)) for chosen, mask in own]
     return [Region(plan(settings), (1 - total).clamp(min=0)), *regions]
 
 
-def _check_reach(
-    regions: list[Region], settings: SwapSettings, alignment: Alignment | None, host: TextHost, notes: list[str]
-) -> None:
+def _check_reach(regions: list[Region], settings: SwapSettings, alignment: Alignment | None, notes: list[str]) -> None:
     if settings.does_nothing and all(not any(map(len, region.plan.spans.values())) for region in regions):
         notes.append("every λ is 0, so no attention is taken from the source")
     elif not planned(regions):
@@ -328,7 +343,11 @@ def _check_reach(
 
 
 def _word_blend(
-    capture: Capture, settings: SwapSettings, alignment: Alignment | None, subjects: list[Subject], any_subject: bool,
+    capture: Capture,
+    settings: SwapSettings,
+    alignment: Alignment | None,
+    subjects: list[Subject],
+    any_subject: bool,
     mask: Tensor | None,
 ) -> WordBlend | None:
     if not settings.local_blend:
@@ -348,9 +367,11 @@ def _word_blend(
                 "name them, or give a mask"
             )
     return WordBlend(
-        blend_layers(capture.layout), [alignment.source_positions(subject.source_word) for subject in subjects],
+        blend_layers(capture.layout),
+        [alignment.source_positions(subject.source_word) for subject in subjects],
         [alignment.target_positions(subject.target_word) for subject in subjects],
-        settings.blend_start(capture.steps), settings.blend_threshold,
+        settings.blend_start(capture.steps),
+        settings.blend_threshold,
     )
 
 

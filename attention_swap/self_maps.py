@@ -18,6 +18,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +93,7 @@ class MeanMap:
         rows = max(1, AT_ONCE // (q.shape[0] * heads * width * q.shape[2]))
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
-            part = (q[:, :, top * width:bottom * width] @ k).softmax(-1).mean(1)
+            part = (q[:, :, top * width : bottom * width] @ k).softmax(-1).mean(1)
             self._put(part, size, top, bottom)
         self.count += 1
 
@@ -130,7 +132,7 @@ class MeanMap:
         (height, width), (gh, gw) = size, self.grid
         if height * width <= gh * gw:
             total = self._sum(size, part)
-            total[:, top * width:bottom * width] += part
+            total[:, top * width : bottom * width] += part
             return
         keys = [_axis(*pair, part.device, keys=True) for pair in ((height, gh), (width, gw))]
         down, across = (_axis(*pair, part.device) for pair in ((height, gh), (width, gw)))
@@ -153,8 +155,8 @@ class MeanMap:
         for size, total in self._sums.items():
             total = total[row].T if queries else total[row]
             here = x.to(total.device)
-            inward = [_axis(*pair, total.device, keys=not queries).T for pair in zip(size, self.grid)]
-            outward = [_axis(*pair, total.device, keys=queries) for pair in zip(size, self.grid)]
+            inward = [_axis(*pair, total.device, keys=not queries).T for pair in zip(size, self.grid, strict=True)]
+            outward = [_axis(*pair, total.device, keys=queries) for pair in zip(size, self.grid, strict=True)]
             here = _resized(total @ _resized(here, self.grid, inward), size, outward)
             result += here.to(result.device)
         return result / self.count
@@ -162,17 +164,20 @@ class MeanMap:
     def _components(self, row: int, count: int) -> Components:
         cells = self.grid[0] * self.grid[1]
 
-        def centred(product, x: np.ndarray) -> np.ndarray:
+        def centred(product: Callable[[Tensor, int], Tensor], x: np.ndarray) -> np.ndarray:
             given = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).reshape(cells, -1)
             # Each row of M̄ sums to one: without its mean it is less by 1/n throughout.
             return (product(given, row) - given.sum(0) / cells).numpy().reshape(x.shape)
 
         forward, backward = (functools.partial(centred, one) for one in (self.times, self.transposed_times))
-        operator = LinearOperator(
+        # scipy has no annotations: what can be inferred of these two is wrong.
+        make_operator: Any = LinearOperator
+        decompose: Any = svds
+        operator = make_operator(
             (cells, cells), dtype=np.float32, matvec=forward, matmat=forward, rmatvec=backward, rmatmat=backward
         )
         start = np.random.default_rng(0).standard_normal(cells).astype(np.float32)
-        _, values, vectors = svds(operator, count, tol=TOLERANCE, v0=start, return_singular_vectors="vh")
+        _, values, vectors = decompose(operator, count, tol=TOLERANCE, v0=start, return_singular_vectors="vh")
         order = np.argsort(-values)
         vectors = torch.from_numpy(vectors[order].copy())
         vectors = vectors * torch.where(vectors.pow(3).sum(1, keepdim=True) < 0, -1.0, 1.0)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..hosts.attention import Branch, Place
-from .layout import Key, LayerInfo, Layout, Needs
+from .layout import Key, LayerInfo, Layout, Needs, What
 from .tokens import ALIGNMENTS
 
 BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
@@ -77,10 +77,8 @@ class Where:
     def layers(self, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
         """Those of `layers`, all of one kind, that are meant."""
         last = math.inf if self.last is None else self.last
-        found = [
-            info for info in layers if info.layer.place in self.places and self.first <= info.layer.index <= last
-        ]
-        found = found[int(len(found) * self.skip + 1e-6):]
+        found = [info for info in layers if info.layer.place in self.places and self.first <= info.layer.index <= last]
+        found = found[int(len(found) * self.skip + 1e-6) :]
         most = math.inf if self.max_tokens is None else self.max_tokens
         return [info for info in found if self.min_tokens <= info.tokens <= most]
 
@@ -130,8 +128,8 @@ class SwapSettings:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Steps) and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; as a fraction of the steps it must be 0 to 1")
-        both = (self.self_output, self.self_map)
-        if self.published and not any(isinstance(value, Steps) for value in both) and sum(both) > 1:
+        shares = [value for value in (self.self_output, self.self_map) if not isinstance(value, Steps)]
+        if self.published and len(shares) == 2 and sum(shares) > 1:
             raise ValueError(
                 f"self_output {self.self_output} and self_map {self.self_map} add up to more than 1; in the published "
                 "code's counting maps follow outputs"
@@ -152,9 +150,9 @@ class SwapSettings:
         """
         ends = {name: self._count(name, steps) for name in LAMBDAS}
         if self.published:
-            both = (self.self_output, self.self_map)
-            steps_given = any(isinstance(value, Steps) for value in both)
-            ends["self_map"] = ends["self_output"] + ends["self_map"] if steps_given else int(steps * sum(both))
+            shares = [value for value in (self.self_output, self.self_map) if not isinstance(value, Steps)]
+            both = ends["self_output"] + ends["self_map"] if len(shares) < 2 else int(steps * sum(shares))
+            ends["self_map"] = both
             # A dial at 0 is off, though the published test would swap the first step all the same.
             ends["self_output"] += bool(self.self_output)
             if not isinstance(self.cross_map, Steps):
@@ -179,9 +177,11 @@ class SwapSettings:
         """These settings on one model. branches: those that run; without guidance "cond" alone."""
         spans = self.spans(steps)
         places = {
-            "self_output": (self.output_where, "self"), "self_map": (self.map_where, "self"),
-            "self_kv": (self.kv_where, "self"), "cross_map": (self.cross_where, "cross"),
-        }  # fmt: skip
+            "self_output": (self.output_where, "self"),
+            "self_map": (self.map_where, "self"),
+            "self_kv": (self.kv_where, "self"),
+            "cross_map": (self.cross_where, "cross"),
+        }
         layers = {
             name: frozenset(info.layer.index for info in where.layers(layout.of(kind)))
             for name, (where, kind) in places.items()
@@ -207,7 +207,8 @@ class Plan:
 
     def self_action(self, step: int, index: int, branch: Branch) -> Action | None:
         """φ goes before M: the output of the source is its map on its own values."""
-        for action, name in (("output", "self_output"), ("map", "self_map"), ("kv", "self_kv")):
+        swaps: dict[Action, str] = {"output": "self_output", "map": "self_map", "kv": "self_kv"}
+        for action, name in swaps.items():
             if self._has(name, step, index, branch):
                 return action
         return None
@@ -230,25 +231,26 @@ class Plan:
 
     def _keys(self, blend_layers: Sequence[LayerInfo]) -> list[Key]:
         keys: list[Key] = []
-        kept = {"output": ("out",), "map": ("q", "k"), "kv": ("k", "v")}
+        kept: dict[Action, tuple[What, ...]] = {"output": ("out",), "map": ("q", "k"), "kv": ("k", "v")}
+        of_cross: tuple[What, ...] = ("q", "k")
         indices = self.layers["self_output"] | self.layers["self_map"] | self.layers["self_kv"]
         for step in range(self.steps):
             for branch in BRANCHES:
                 for index in indices:
                     action = self.self_action(step, index, branch)
                     if action is not None:
-                        keys += [(step, "self", index, branch, what) for what in kept[action]]
+                        keys.extend((step, "self", index, branch, what) for what in kept[action])
                 for index in self.layers["cross_map"]:
                     if self.cross(step, index, branch):
-                        keys += [(step, "cross", index, branch, what) for what in ("q", "k")]
+                        keys.extend((step, "cross", index, branch, what) for what in of_cross)
                 for index in self.layers["features"]:
                     if self.feature(step, index, branch):
                         keys.append((step, "feature", index, branch, "h"))
-            keys += [(step, "cross", info.layer.index, "cond", "map") for info in blend_layers]
+            keys.extend((step, "cross", info.layer.index, "cond", "map") for info in blend_layers)
         return keys
 
 
-_OFF = {"self_output": 0.0, "self_map": 0.0, "cross_map": 0.0}
+_OFF = SwapSettings(self_output=0.0, self_map=0.0, cross_map=0.0)
 _COND = Where(branches=("cond",))
 _SMALL = Where(branches=("cond",), max_tokens=32 * 32)
 
@@ -258,17 +260,21 @@ PRESETS: dict[str, SwapSettings] = {
     "photoswap": SwapSettings(),
     # The published Photoswap code; λ's of its notebook's first example (A 0.6, φ 0.8, M 0).
     "official": SwapSettings(
-        self_output=0.8, self_map=0.0, cross_map=0.6, map_where=_SMALL, cross_where=_COND, local_blend=True,
-        alignment="tokens", published=True,
+        self_output=0.8,
+        self_map=0.0,
+        cross_map=0.6,
+        map_where=_SMALL,
+        cross_where=_COND,
+        local_blend=True,
+        alignment="tokens",
+        published=True,
     ),
     # Hertz et al. 2022 with their code's λ's for real pictures (null_text_w_ptp): cross 0.8, self 0.4 up to 32² tokens.
     "p2p": SwapSettings(self_output=0.0, self_map=0.4, cross_map=0.8, map_where=_SMALL, cross_where=_COND),
     # Tumanyan et al. 2023: q and k of all decoder layers but the first of nine for half the steps; features for 80 %.
-    "pnp": SwapSettings(
-        **{**_OFF, "self_map": 0.5}, features=0.8, map_where=Where(places=("up",), skip=1 / 9)
-    ),
+    "pnp": dataclasses.replace(_OFF, self_map=0.5, features=0.8, map_where=Where(places=("up",), skip=1 / 9)),
     # Cao et al. 2023: from layer 10 of 16 on, the decoder without its first three layers of nine; after step 4 of 50.
-    "masactrl": SwapSettings(**_OFF, self_kv_from=0.08, kv_where=Where(places=("up",), skip=1 / 3)),
+    "masactrl": dataclasses.replace(_OFF, self_kv_from=0.08, kv_where=Where(places=("up",), skip=1 / 3)),
 }
 
 

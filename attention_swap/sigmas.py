@@ -5,6 +5,8 @@ Levels are σ = sqrt((1 - ᾱ) / ᾱ) of variance-exploding space, descending, t
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,7 @@ def ddim_grid(train_sigmas: Tensor, steps: int, scheduler: str = "ddim_uniform")
     if scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler is {scheduler!r}; choose one of {', '.join(SCHEDULERS)}")
     if not 1 <= steps < total:
-        raise ValueError(
-            f"steps is {steps}, but this model was trained on {total} timesteps: use 1 to {total - 1}"
-        )
+        raise ValueError(f"steps is {steps}, but this model was trained on {total} timesteps: use 1 to {total - 1}")
     if scheduler == "simple":
         taken = [total - 1 - int(i * (total / steps)) for i in range(steps)]
     else:
@@ -60,6 +60,6 @@ def percent_ranges(train_sigmas: Tensor, sigmas: Tensor) -> list[tuple[float, fl
     edges lie halfway between the timesteps of neighbouring steps, so every step meets its own entry and no other.
     """
     levels = timesteps(train_sigmas, sigmas[:-1])
-    inner = [1 - (one + two) / 2 / COMFY_TIMESTEPS for one, two in zip(levels, levels[1:])]
+    inner = [1 - (one + two) / 2 / COMFY_TIMESTEPS for one, two in itertools.pairwise(levels)]
     edges = [0.0, *inner, 1.0]
-    return list(zip(edges, edges[1:]))
+    return list(itertools.pairwise(edges))

@@ -13,16 +13,16 @@ class StepReport:
     """One finished step, for progress, previews and plots.
 
     phase: "invert" or "sample". `number` counts from 0 of `total` within the phase; `x` and `x0` are [B, C, h, w] in VE
-    space. loss: mean squared difference to the inverted path after the step, in the scale that the model sees
-    (variance-preserving, as published); None where there is none. forwards, backwards: rows of the model that were run
-    and differentiated.
+    space; x0 is None where the model was not run. loss: mean squared difference to the inverted path after the step, in
+    the scale that the model sees (variance-preserving, as published); None where there is none. forwards, backwards:
+    rows of the model that were run and differentiated.
     """
 
     phase: str
     number: int
     total: int
     x: Tensor
-    x0: Tensor
+    x0: Tensor | None
     loss: float | None
     forwards: int
     backwards: int = 0

@@ -9,11 +9,15 @@ swapped is which q, k and v go in:
         keep their own map are a second term
 """
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportArgumentType=false
+# (what a swap may lack (alignment, blend, tape) follows from its plan; as one class that cannot be said)
+
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +36,9 @@ class Term:
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+
+
+Call = TypeVar("Call", AttentionCall, FeatureCall)
 
 
 # Pure functions ---------------------------------------------------------------------------------------------------
@@ -160,6 +167,9 @@ class Tape:
     def __contains__(self, key: Key) -> bool:
         return key in self._kept
 
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._kept)
+
     def clear(self) -> None:
         self._kept.clear()
 
@@ -264,14 +274,16 @@ class Swapper:
         self.step = 0
         self.touched = Touched()
         self._words: dict[tuple[torch.device, torch.dtype], TokenWeights] = {}
-        self._masks: dict[tuple, Tensor] = {}
+        self._masks: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def active(self) -> bool:
         """Whether any call of this step is to be seen."""
         reweights = self.alignment is not None and self.alignment.reweights
-        return self.blend is not None or reweights or any(
-            self.step in span for region in self.regions for span in region.plan.spans.values()
+        return (
+            self.blend is not None
+            or reweights
+            or any(self.step in span for region in self.regions for span in region.plan.spans.values())
         )
 
     def attention(self, call: AttentionCall) -> Tensor:
@@ -391,7 +403,8 @@ class Swapper:
             own = word_map(_pick(call.q, rows), _pick(call.k, rows), call.heads, positions, words.length)
         self.blend.add(
             source.unflatten(2, (-1, words.source_length)).sum(2),
-            words.columns(own, source if swap else None, positions), call.size,
+            words.columns(own, source if swap else None, positions),
+            call.size,
         )
 
     def _source(self, kind: Part, index: int, branch: Branch, what: What, like: Tensor, count: int) -> Tensor:
@@ -418,7 +431,8 @@ class Swapper:
             return None
         key = (tuple(chosen), tuple(size), like.device, like.dtype)
         if key not in self._masks:
-            mask = sum(region.mask for region, has in zip(self.regions, chosen) if has)
+            masks = [region.mask for region, has in zip(self.regions, chosen, strict=True) if has]
+            mask = functools.reduce(torch.add, [mask for mask in masks if mask is not None])
             self._masks[key] = torch.nn.functional.interpolate(mask, size=tuple(size), mode="area").to(like)
         return self._masks[key]
 
@@ -447,7 +461,7 @@ class Together:
     def feature(self, call: FeatureCall) -> Tensor:
         return self._both(call, self.recorder.feature, self.swapper.feature)
 
-    def _both(self, call: AttentionCall | FeatureCall, record: Callable, swap: Callable) -> Tensor:
+    def _both(self, call: Call, record: Callable[[Call], Tensor], swap: Callable[[Call], Tensor]) -> Tensor:
         half = len(call.rows) // 2
         made = record(call.part(range(half))), swap(call.part(range(half, 2 * half)))
         self.recorder.tape.clear()
@@ -476,16 +490,16 @@ def branch_rows(rows: Sequence[Branch]) -> dict[Branch, list[int]]:
 
 def attend_terms(call: AttentionCall, jobs: Sequence[tuple[list[int], Term]]) -> list[Tensor]:
     """The fused attention of each (rows of the call, term), in as few calls as their lengths allow."""
-    outputs: list[Tensor | None] = [None] * len(jobs)
+    outputs: dict[int, Tensor] = {}
     by_length: dict[int, list[int]] = {}
     for number, (_, term) in enumerate(jobs):
         by_length.setdefault(_length(call, term), []).append(number)
     for numbers in by_length.values():
         made = _attend_once(call, [jobs[number] for number in numbers])
         parts = made.split([len(jobs[number][0]) for number in numbers])
-        for number, part in zip(numbers, parts):
+        for number, part in zip(numbers, parts, strict=True):
             outputs[number] = part
-    return outputs
+    return [outputs[number] for number in range(len(jobs))]
 
 
 def _attend_once(call: AttentionCall, jobs: Sequence[tuple[list[int], Term]]) -> Tensor:
@@ -518,13 +532,13 @@ def _sum_terms(part: Tensor | list[int], outputs: list[Tensor]) -> Tensor:
 def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
     """Rows of a tensor, as a view where they follow one another."""
     if len(rows) == rows[-1] - rows[0] + 1:
-        return tensor[rows[0]:rows[-1] + 1]
+        return tensor[rows[0] : rows[-1] + 1]
     return tensor[rows]
 
 
 def _place(result: Tensor, rows: list[int], value: Tensor) -> None:
     if len(rows) == rows[-1] - rows[0] + 1:
-        result[rows[0]:rows[-1] + 1] = value
+        result[rows[0] : rows[-1] + 1] = value
     else:
         result[rows] = value
 

@@ -28,6 +28,7 @@ PSNR_OF_EQUALS = 99.0
 
 _PANEL, _GAP = 128, 4
 
+
 @dataclasses.dataclass(frozen=True)
 class Column:
     """A score: its name in the table, what it is about ("background", "pose", "identity"), whether more is better."""
@@ -69,7 +70,8 @@ def grid(base: SwapSettings, lambdas: Mapping[str, Sequence[float | Steps]]) -> 
     """
     given = {name: chosen for name, chosen in lambdas.items() if chosen}
     return [
-        dataclasses.replace(base, **dict(zip(given, combination))) for combination in itertools.product(*given.values())
+        dataclasses.replace(base, **dict(zip(given, combination, strict=True)))
+        for combination in itertools.product(*given.values())
     ]
 
 
@@ -181,9 +183,7 @@ def contact_sheet(
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * (height + strip + _GAP) + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     panels = [(0, 0, source, ["source"])]
-    panels += [
-        (1 + index // columns, index % columns, picture, lines[index]) for index, picture in enumerate(pictures)
-    ]
+    panels += [(1 + index // columns, index % columns, picture, lines[index]) for index, picture in enumerate(pictures)]
     for number, (row, column, picture, label) in enumerate(panels):
         left, top = _GAP + column * (width + _GAP), _GAP + row * (height + strip + _GAP)
         pixels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()

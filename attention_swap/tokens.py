@@ -94,7 +94,8 @@ class Alignment:
             else:
                 replaced.append((sources, [word.text]))
         changed = [
-            f"{joined([source.text for source in sources])} → {joined(words)}" for sources, words in replaced
+            f"{joined([source.text for source in sources])} → {joined(words)}"
+            for sources, words in replaced
             if [key(source.text) for source in sources] != [key(word) for word in words]
         ]
         removed = [word.text for word in self.source_words if word not in taken]
@@ -170,7 +171,7 @@ def _covering(keys: Sequence[str], wanted: str) -> list[tuple[int, ...]]:
     owners = [index for index, one in enumerate(keys) for _ in one]
     whole, found, at = "".join(keys), [], -1
     while (at := whole.find(wanted, at + 1)) >= 0:
-        found.append(tuple(dict.fromkeys(owners[at:at + len(wanted)])))
+        found.append(tuple(dict.fromkeys(owners[at : at + len(wanted)])))
     return found
 
 
@@ -224,7 +225,7 @@ def _align_words(
     for ours, theirs in pairs:
         if len(ours) != len(theirs):
             ours, theirs = [sum(ours, ())], [sum(theirs, ())]
-        for one, other in zip(ours, theirs):
+        for one, other in zip(ours, theirs, strict=True):
             _hand_on(mapper, alphas, _tokens(source, one), _tokens(target, other))
     _align_specials(mapper, alphas, source, target)
     return mapper, alphas, shared
@@ -238,9 +239,7 @@ def _units(words: Sequence[Word], named: list[list[tuple[int, ...]]]) -> list[tu
     """What is aligned: words, and each place of a named subject as one unit. (key, indices of the words)"""
     starts = {found[0]: (f"\0{number}", found) for number, places in enumerate(named) for found in places}
     inside = {index for places in named for found in places for index in found[1:]}
-    return [
-        starts.get(index, (key(word.text), (index,))) for index, word in enumerate(words) if index not in inside
-    ]
+    return [starts.get(index, (key(word.text), (index,))) for index, word in enumerate(words) if index not in inside]
 
 
 def _word_score(first: str, second: str) -> int:
@@ -326,7 +325,10 @@ def _align_tokens(source: TokenisedPrompt, target: TokenisedPrompt) -> tuple[Ten
     """
     ours, theirs = _before_padding(source), _before_padding(target)
     pairs = _global_alignment(
-        [source.ids[position] for position in ours], [target.ids[position] for position in theirs], _token_score, gap=0,
+        [source.ids[position] for position in ours],
+        [target.ids[position] for position in theirs],
+        _token_score,
+        gap=0,
         diagonal_first=False,
     )
     mapper, alphas = torch.zeros(len(source.ids), len(target.ids)), torch.zeros(len(target.ids))
@@ -373,14 +375,16 @@ def from_transformers(tokenizer: Any, prompt: str) -> TokenisedPrompt:
 
 
 def embeddings_in(prompt: str, taught: Iterable[str] = ()) -> list[str]:
-    """The embeddings that a prompt asks ComfyUI for, in order: "embedding:name", and words in `taught`, which a CLIP has
-    learned as such."""
+    """The embeddings that a prompt asks ComfyUI for, in order: "embedding:name", and words in `taught`, which a CLIP
+    has learned as such."""
     words = [rf"(?i:(?<![\w:]){re.escape(word)}(?!\w))" for word in taught]
     return re.findall("|".join([rf"(?:(?<=[\s(])|^){_EMBEDDING}[^\s,():<\[]+", *words]), prompt)
 
 
 def from_comfy(
-    tokens: Mapping[str, Sequence[Sequence[tuple]]], pieces: Callable[[int], str], prompt: str = "",
+    tokens: Mapping[str, Sequence[Sequence[tuple[Any, ...]]]],
+    pieces: Callable[[int], str],
+    prompt: str = "",
     embeddings: Sequence[str] | None = None,
 ) -> TokenisedPrompt:
     """What ComfyUI's `clip.tokenize(prompt, return_word_ids=True)` gave, of any number of chunks.
@@ -409,7 +413,7 @@ def from_comfy(
     names = list(embeddings_in(prompt) if embeddings is None else embeddings)
     if len(names) != len(vectors):  # written in a way that is not known here: numbered, then
         names = [f"{_EMBEDDING}{number + 1}" for number in range(len(vectors))]
-    named = dict(zip(vectors, names))
+    named = dict(zip(vectors, names, strict=True))
 
     ids: list[int | str] = []
     counts: dict[int, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -35,9 +36,12 @@ def chosen_words(prompt: TokenisedPrompt, phrases: Sequence[str] = ()) -> list[W
                 f"the word {phrase!r} is not in the prompt, which has "
                 f"{', '.join(repr(word.text) for word in prompt.words)}: name it as it stands there"
             )
-        found.append(Word(phrase, tuple(
-            position for place in places for index in place for position in prompt.words[index].positions
-        )))
+        found.append(
+            Word(
+                phrase,
+                tuple(position for place in places for index in place for position in prompt.words[index].positions),
+            )
+        )
     return found
 
 
@@ -102,7 +106,5 @@ class WordMaps(Watcher):
         if not self._count:
             raise ValueError("no cross-attention was seen: the range of steps is empty, or the MODEL shows none")
         finest = max(self._sums, key=math.prod)
-        total = sum(
-            F.interpolate(part, size=finest, mode="bilinear", align_corners=False) for part in self._sums.values()
-        )
-        return (total / self._count).cpu()
+        parts = [F.interpolate(part, size=finest, mode="bilinear", align_corners=False) for part in self._sums.values()]
+        return (functools.reduce(torch.add, parts) / self._count).cpu()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import unicodedata
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ def joined(texts: Sequence[str]) -> str:
     """Words as one writes them: with spaces, but none between characters that are words of their own."""
     whole = ""
     for text in texts:
-        tight = not whole or _is_alone(text) and _is_alone(regex.findall(r"\X", whole)[-1])
+        tight = not whole or (_is_alone(text) and _is_alone(regex.findall(r"\X", whole)[-1]))
         whole += text if tight else f" {text}"
     return whole
 
@@ -112,7 +113,7 @@ class WordReader:
         starts = [index for index, byte in enumerate(self._bytes) if not index or byte & 0xC0 != 0x80]
         places: list[list[int]] = []
         text = ""
-        for start, stop in zip(starts, [*starts[1:], len(self._bytes)]):
+        for start, stop in itertools.pairwise([*starts, len(self._bytes)]):
             made = self._bytes[start:stop].decode("utf-8", "replace")
             text += made
             places += [self._positions[start:stop]] * len(made)

@@ -137,9 +137,12 @@ def remove(rng: np.random.Generator):
         )
 
     edit = Edit(
-        world.draw(scene), mask, f"a {scene.ground.caption()} background",
-        (f"a {thing.caption()}", *(f"a {colour} {thing.shape}" for colour in world.COLOURS)), found,
-    )  # fmt: skip
+        world.draw(scene),
+        mask,
+        f"a {scene.ground.caption()} background",
+        (f"a {thing.caption()}", *(f"a {colour} {thing.shape}" for colour in world.COLOURS)),
+        found,
+    )
     return edit.source, (lambda picture: edit,)
 
 
@@ -186,9 +189,13 @@ def scribble(rng: np.random.Generator):
     places = np.arange(world.SIZE) // BRUSH * BRUSH + BRUSH // 2
     places = places.clip(max=world.SIZE - 1)
     source[(world.coverage(thing) > 0.5)[np.ix_(places, places)] & mask] = world.COLOURS[colour]
-    edit = Edit(source, mask, f"a {colour} {thing.shape}",
-                (*GROUNDS, *(f"a {colour} {shape}" for shape in world.SHAPES if shape != thing.shape)),
-                _shows(mask, thing.shape, colour))  # fmt: skip
+    edit = Edit(
+        source,
+        mask,
+        f"a {colour} {thing.shape}",
+        (*GROUNDS, *(f"a {colour} {shape}" for shape in world.SHAPES if shape != thing.shape)),
+        _shows(mask, thing.shape, colour),
+    )
     return source, (lambda picture: edit,)
 
 
@@ -301,11 +308,17 @@ class Bench:
             rows.append((", ".join(words), edits[-1].source, edits[-1].mask, picture, found_all))
             logger.info("case %d/%d: %s: %s", number + 1, count, ", ".join(words), "yes" if found_all else "no")
         figures = {
-            "cases": count, "candidates": candidates, "best": successes / count, "interval": wilson(successes, count),
-            "single": hits / (count * candidates), "before": before / count,
-            "several": several / count, "background_max_abs": worst,
-            "seam": float(np.median(seams)) if seams else None, "seconds": time.monotonic() - start,
-        }  # fmt: skip
+            "cases": count,
+            "candidates": candidates,
+            "best": successes / count,
+            "interval": wilson(successes, count),
+            "single": hits / (count * candidates),
+            "before": before / count,
+            "several": several / count,
+            "background_max_abs": worst,
+            "seam": float(np.median(seams)) if seams else None,
+            "seconds": time.monotonic() - start,
+        }
         return figures, rows
 
 
@@ -329,8 +342,10 @@ def contact_sheet(rows: list, path: Path, zoom: int = 1) -> None:
         marked = source.copy()
         marked[_grown(mask, 1) & ~mask] = 0
         y, x = top + text, left + 2
-        pen.rectangle([x + width, y, x + width + result.shape[1] * zoom + 3, y + result.shape[0] * zoom + 3],
-                      fill="green" if success else "red")  # fmt: skip
+        pen.rectangle(
+            [x + width, y, x + width + result.shape[1] * zoom + 3, y + result.shape[0] * zoom + 3],
+            fill="green" if success else "red",
+        )
         for place, picture in ((x, marked), (x + width + 2, result)):
             size = (picture.shape[1] * zoom, picture.shape[0] * zoom)
             sheet.paste(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST), (place, y + 2))
@@ -346,16 +361,21 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.read(arguments)
     names = parser.names(options.only, APPLICATIONS, "application")
     bench = Bench()
-    print("| application | best | 95 % | single | two or more | before | max background Δ | seam | seconds |\n"
-          "|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| application | best | 95 % | single | two or more | before | max background Δ | seam | seconds |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
     for name in names:
         figures, rows = bench.run(APPLICATIONS[name], options.cases, options.candidates)
         contact_sheet(rows, options.out / f"applications_{name}.png")
         low, high = figures["interval"]
         seam = "" if figures["seam"] is None else f"{figures['seam']:.2f}"
-        print(f"| {name} | {figures['best']:.2f} | {low:.2f}–{high:.2f} | {figures['single']:.2f} "
-              f"| {figures['several']:.2f} | {figures['before']:.2f} | {figures['background_max_abs']} "
-              f"| {seam} | {figures['seconds']:.0f} |", flush=True)
+        print(
+            f"| {name} | {figures['best']:.2f} | {low:.2f}–{high:.2f} | {figures['single']:.2f} "
+            f"| {figures['several']:.2f} | {figures['before']:.2f} | {figures['background_max_abs']} "
+            f"| {seam} | {figures['seconds']:.0f} |",
+            flush=True,
+        )
         add_json(options.out / "applications.json", {name: figures})
 
 

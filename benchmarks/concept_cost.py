@@ -91,19 +91,24 @@ def plain_loop(learner: Learner, settings: TrainSettings, phrase: str) -> Run:
     return run
 
 
+def ticker(times: list[float], device: str) -> Callable[[], None]:
+    """What notes the time in `times`, once the device has done what it was given."""
+
+    def tick() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    return tick
+
+
 def compare(runs: dict[str, Run], rounds: int, device: str) -> dict[str, dict[str, float]]:
     """Seconds of a step and peak bytes, by name."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
             times: list[float] = []
-
-            def tick() -> None:
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter())
-
-            run(RUN_STEPS, tick)
+            run(RUN_STEPS, ticker(times, device))
             if turn:  # the first round warms up
                 seconds[name] += np.diff(times).tolist()
     return {
@@ -166,8 +171,12 @@ def comfyui(options: argparse.Namespace) -> dict:
                 "train_lora": train_lora(node, model, clip, vae, settings, phrase, learned.rank, checkpointing),
             }
             one = found[str(checkpointing)] = compare(runs, options.rounds, options.device)
-        print(f"| {'on' if checkpointing else 'off'} | " + " | ".join(ratio(one, "train_lora", key) for key in UNITS)
-              + " |", flush=True)  # fmt: skip
+        print(
+            f"| {'on' if checkpointing else 'off'} | "
+            + " | ".join(ratio(one, "train_lora", key) for key in UNITS)
+            + " |",
+            flush=True,
+        )
     return found
 
 
@@ -201,11 +210,23 @@ def train_lora(node, model, clip, vae, settings: TrainSettings, phrase: str, ran
         latents = {"samples": vae.encode(pictures().movedim(1, -1) / 2 + 0.5)}
         positive = clip.encode_from_tokens_scheduled(clip.tokenize(f"a {phrase}"))
     inputs = {
-        "batch_size": settings.batch, "grad_accumulation_steps": 1, "learning_rate": settings.lr, "rank": rank,
-        "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32",
-        "algorithm": "LoRA", "gradient_checkpointing": checkpointing, "existing_lora": "[None]", "bucket_mode": False,
-        "model": model, "latents": latents, "positive": positive,
-    }  # fmt: skip
+        "batch_size": settings.batch,
+        "grad_accumulation_steps": 1,
+        "learning_rate": settings.lr,
+        "rank": rank,
+        "optimizer": "AdamW",
+        "loss_function": "MSE",
+        "seed": 0,
+        "training_dtype": "fp32",
+        "lora_dtype": "fp32",
+        "algorithm": "LoRA",
+        "gradient_checkpointing": checkpointing,
+        "existing_lora": "[None]",
+        "bucket_mode": False,
+        "model": model,
+        "latents": latents,
+        "positive": positive,
+    }
 
     def run(steps: int, tick: Callable[[], None]) -> None:
         comfy.utils.set_progress_bar_global_hook(lambda *_, **__: tick())

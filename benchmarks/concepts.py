@@ -44,8 +44,7 @@ from torch import Tensor
 
 from ..attention_swap.capture import capture
 from ..attention_swap.inversion import InvertSettings, invert
-from ..attention_swap.sampler import attention_swap
-from ..attention_swap.sampler import Subject as Replaced
+from ..attention_swap.sampler import Subject as Replaced, attention_swap
 from ..attention_swap.settings import PRESETS
 from ..attention_swap.tokens import TokenisedPrompt, align, from_transformers
 from ..concepts.class_pictures import ClassPictures, make_class_pictures
@@ -60,9 +59,7 @@ from ..hosts.learning import FullWeights, Learned, LowRank, TokenVectors
 from .edits import wilson
 from .options import Parser, write_json
 from .quiet import quiet
-from .swaps import (
-    BACKGROUND_KEPT, POSE_KEPT, background_psnr, cell, overlap, silhouette, to_8_bit, to_tensor
-)  # fmt: skip
+from .swaps import BACKGROUND_KEPT, POSE_KEPT, background_psnr, cell, overlap, silhouette, to_8_bit, to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -94,22 +91,18 @@ def _without_prior(settings: TrainSettings) -> TrainSettings:
     return dataclasses.replace(settings, prior_weight=0.0)
 
 
-# The presets are for Stable Diffusion. The embedded model is a hundredth of its size, knows eight shapes, and needs larger
-# steps; these were chosen by what it made of two subjects, sunrise and blush. More guidance than 2 turns a subject of
-# five pictures into a caricature of it.
+# The presets are for Stable Diffusion. The embedded model is a hundredth of its size, knows eight shapes, and needs
+# larger steps; these were chosen by what it made of two subjects, sunrise and blush. More guidance than 2 turns a
+# subject of five pictures into a caricature of it.
 SMALL = {"steps": 800, "batch": 4}
 SMALL_LORA = dataclasses.replace(DREAMBOOTH_LORA, lr=2e-3, **SMALL)
 SMALL_FULL = dataclasses.replace(DREAMBOOTH_FULL, lr=5e-4, **SMALL)
 SMALL_VECTORS = dataclasses.replace(TEXTUAL_INVERSION, lr=1e-2, **SMALL)
 
 
-def _low_rank(word: str) -> LowRank:
-    return LowRank(convolutions=True)
-
-
 METHODS = {
-    "dreambooth_lora": Method(_low_rank, SMALL_LORA),
-    "dreambooth_lora_no_prior": Method(_low_rank, _without_prior(SMALL_LORA)),
+    "dreambooth_lora": Method(lambda word: LowRank(convolutions=True), SMALL_LORA),
+    "dreambooth_lora_no_prior": Method(lambda word: LowRank(convolutions=True), _without_prior(SMALL_LORA)),
     "dreambooth_full": Method(lambda word: FullWeights(), SMALL_FULL),
     "dreambooth_full_no_prior": Method(lambda word: FullWeights(), _without_prior(SMALL_FULL)),
     "textual_inversion": Method(lambda word: TokenVectors(TOKEN, word, 2), SMALL_VECTORS),
@@ -173,8 +166,8 @@ def digest(content: bytes) -> str:
 
 
 def scenes(subject: Subject, count: int) -> list[world.Scene]:
-    """Scenes with one object of the subject's class, for it to take the place of, as a dog does a dog's; each subject has
-    its own."""
+    """Scenes with one object of the subject's class, for it to take the place of, as a dog does a dog's; each subject
+    has its own."""
     number = list(SUBJECTS).index(subject.name)
     generators = (np.random.default_rng((FIRST_SCENE_SEED, number, index)) for index in range(count))
     return [world.random_scene(rng, things=1).replace(0, shape=subject.kind) for rng in generators]
@@ -204,10 +197,12 @@ def judged(scene: world.Scene, subject: Subject, picture: np.ndarray) -> Judged:
     place, mask = world.edit_mask(scene), object_mask(scene, subject)
     found = subject_judge.identify(picture, place)
     return Judged(
-        identity=found.name == subject.name, certainty=subject_judge.certainties(picture, place)[subject.name],
-        palette=found.palette == subject.name, pose=overlap(silhouette(mask), silhouette(judge.outline(picture))),
+        identity=found.name == subject.name,
+        certainty=subject_judge.certainties(picture, place)[subject.name],
+        palette=found.palette == subject.name,
+        pose=overlap(silhouette(mask), silhouette(judge.outline(picture))),
         background=background_psnr(world.draw(scene), picture, mask | world.object_mask(scene)),
-    )  # fmt: skip
+    )
 
 
 def shows(subject: Subject, picture: np.ndarray) -> bool:
@@ -225,9 +220,14 @@ class Bench:
         self.swap = PRESETS[options.swap]
         self._class_pictures: dict[str, Tensor] = {}
         self._as_it_was: DiffusersLearner | None = None
-        self._weights = [digest(path.read_bytes()) for path in (
-            files.TEXT / "unet" / "diffusion_pytorch_model.safetensors", subject_judge.WEIGHTS, judge.WEIGHTS
-        )]  # fmt: skip
+        self._weights = [
+            digest(path.read_bytes())
+            for path in (
+                files.TEXT / "unet" / "diffusion_pytorch_model.safetensors",
+                subject_judge.WEIGHTS,
+                judge.WEIGHTS,
+            )
+        ]
 
     def settings(self, method: Method) -> TrainSettings | None:
         if method.settings is None or not self.options.learn_steps:
@@ -276,8 +276,14 @@ class Bench:
         if settings.prior_weight:
             of_class = ClassPictures.of(self.class_pictures(subject.kind))
             given = {"class_pictures": of_class, "class_prompt": f"a {subject.kind}"}
-        result = learn(learner, prepare(learner, images, None, world.SIZE), [f"a {method.phrase(subject)}"], settings,
-                       checkpoint=checkpoint, **given)  # fmt: skip
+        result = learn(
+            learner,
+            prepare(learner, images, None, world.SIZE),
+            [f"a {method.phrase(subject)}"],
+            settings,
+            checkpoint=checkpoint,
+            **given,
+        )
         if result.stopped:
             raise RuntimeError(f"{subject.name}: {result.stopped}")
         return learner
@@ -285,9 +291,14 @@ class Bench:
     def class_pictures(self, kind: str) -> Tensor:
         if kind not in self._class_pictures:
             self._class_pictures[kind] = make_class_pictures(
-                self.as_it_was(), f"a {kind}", self.options.class_pictures, world.SIZE, steps=self.options.steps,
-                cfg=self.options.cfg, seed=SAMPLE_SEED + 1_000,
-            )  # fmt: skip
+                self.as_it_was(),
+                f"a {kind}",
+                self.options.class_pictures,
+                world.SIZE,
+                steps=self.options.steps,
+                cfg=self.options.cfg,
+                seed=SAMPLE_SEED + 1_000,
+            )
         return self._class_pictures[kind]
 
     @torch.no_grad()
@@ -297,12 +308,12 @@ class Bench:
         samples = self._samples(learner, [target_prompt(scene, phrase) for scene in chosen])
         of_class = self._samples(learner, [f"a {subject.kind}"] * self.options.class_samples)
         return Outcome(
-            swapped=[judged(scene, subject, picture) for scene, picture in zip(chosen, pictures)],
+            swapped=[judged(scene, subject, picture) for scene, picture in zip(chosen, pictures, strict=True)],
             sampled=[shows(subject, picture) for picture in samples],
             class_kept=[judge.judge(picture, EVERYWHERE).shape == subject.kind for picture in of_class],
             class_lost=[shows(subject, picture) for picture in of_class],
             pictures=pictures,
-        )  # fmt: skip
+        )
 
     def _samples(self, learner: DiffusersLearner, prompts: Sequence[str]) -> np.ndarray:
         size, options = (world.SIZE, world.SIZE), self.options
@@ -325,22 +336,28 @@ class Bench:
     def _host(self, learner: DiffusersLearner, prompt: str) -> DiffusersTextHost:
         context = learner.text([prompt, ""]).context
         return DiffusersTextHost(
-            learner._unet, context[:1], context[1:], learner.alphas_cumprod, cfg=self.options.cfg,
-            prediction=learner.prediction, vae=learner._vae, device=self.device,
-        )  # fmt: skip
+            learner.unet,
+            context[:1],
+            context[1:],
+            learner.alphas_cumprod,
+            cfg=self.options.cfg,
+            prediction=learner.prediction,
+            vae=learner.vae,
+            device=self.device,
+        )
 
     def bound(self, subject: Subject, name: str) -> Outcome:
         """The drawn pictures after the VAE's round trip."""
         learner, chosen = self.as_it_was(), scenes(subject, self.options.scenes)
         drawn = [draw_with(scene, subject) if name == "ideal" else world.draw(scene) for scene in chosen]
         pictures = np.concatenate([to_8_bit(learner.decode(learner.encode(to_tensor(one)))) for one in drawn])
-        found = [judged(scene, subject, picture) for scene, picture in zip(chosen, pictures)]
+        found = [judged(scene, subject, picture) for scene, picture in zip(chosen, pictures, strict=True)]
         return Outcome(found, [], [], [], pictures)
 
 
 def _tokenised(learner: DiffusersLearner, prompt: str) -> TokenisedPrompt:
     """The prompt as the learner's text encoder sees it: a token with a vector of its own is one token."""
-    tokenizer = learner._tokenizer
+    tokenizer = learner.tokenizer
     if isinstance(learner.learned, TokenVectors):
         from transformers import CLIPTokenizer
 
@@ -382,13 +399,21 @@ def summary(made: Outcomes, name: str) -> dict[str, dict]:
 
 
 def table(made: Outcomes) -> str:
-    lines = ["| learned by | identity | certainty | palette | pose IoU | background dB | overall | sampled |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| learned by | identity | certainty | palette | pose IoU | background dB | overall | sampled |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name in next(iter(made.values())):
         figures = summary(made, name)
-        cells = [cell(figures["identity"]), f"{figures['certainty']['mean']:.2f}", f"{figures['palette']['rate']:.2f}",
-                 cell(figures["pose"]), cell(figures["background"], 1), cell(figures["overall"]),
-                 cell(figures["sampled"]) if "sampled" in figures else "–"]  # fmt: skip
+        cells = [
+            cell(figures["identity"]),
+            f"{figures['certainty']['mean']:.2f}",
+            f"{figures['palette']['rate']:.2f}",
+            cell(figures["pose"]),
+            cell(figures["background"], 1),
+            cell(figures["overall"]),
+            cell(figures["sampled"]) if "sampled" in figures else "–",
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -424,7 +449,7 @@ def contact_sheet(made: Outcomes, path: Path, rows: int = 2, zoom: int = 2) -> N
         pen.text((2 + place * size, 0), name.replace("dreambooth", "db"), fill="black")
     for number, (name, by_method) in enumerate(made.items()):
         subject = SUBJECTS[name]
-        for row, scene in enumerate(scenes(subject, rows)[:len(by_method[names[0]].swapped)]):
+        for row, scene in enumerate(scenes(subject, rows)[: len(by_method[names[0]].swapped)]):
             shown = [(reference_pictures(subject)[row], "white"), (world.draw(scene), "white")]
             for outcome in by_method.values():
                 shown.append((outcome.pictures[row], "green" if outcome.swapped[row].identity else "red"))
@@ -450,7 +475,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--class_samples", type=int, default=16, help="made to see what became of the class")
     options = parser.read(arguments)
     if options.subjects.isdigit():
-        names = list(SUBJECTS)[:int(options.subjects)]
+        names = list(SUBJECTS)[: int(options.subjects)]
     else:
         names = parser.names(options.subjects, SUBJECTS, "subject")
     methods = parser.names(options.methods, METHODS, "method")
@@ -473,16 +498,20 @@ def report(made: Outcomes, settled: dict, out: Path) -> None:
     print(written, flush=True)
     (out / "concepts.md").write_text(written + "\n", encoding="utf-8")
     contact_sheet(made, out / "concepts.png")
-    write_json(out / "concepts.json", {
-        **settled, "methods": {name: summary(made, name) for name in next(iter(made.values()))},
-        "by subject": {
-            subject: {
-                name: {"seconds": outcome.seconds, "swapped": [dataclasses.asdict(one) for one in outcome.swapped]}
-                for name, outcome in by_method.items()
-            }
-            for subject, by_method in made.items()
+    write_json(
+        out / "concepts.json",
+        {
+            **settled,
+            "methods": {name: summary(made, name) for name in next(iter(made.values()))},
+            "by subject": {
+                subject: {
+                    name: {"seconds": outcome.seconds, "swapped": [dataclasses.asdict(one) for one in outcome.swapped]}
+                    for name, outcome in by_method.items()
+                }
+                for subject, by_method in made.items()
+            },
         },
-    })  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

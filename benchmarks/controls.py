@@ -52,9 +52,7 @@ class Tally:
     def row(self, name: str, unit: float) -> str:
         low, high = wilson(self.successes, self.asked)
         rate = self.successes / max(self.asked, 1)
-        return (
-            f"| {name} | {self.seconds / unit:.2f} | {rate:.2f} | {low:.2f}–{high:.2f} | {self.worst} |"
-        )
+        return f"| {name} | {self.seconds / unit:.2f} | {rate:.2f} | {low:.2f}–{high:.2f} | {self.worst} |"
 
 
 def speed_variants(model: str, side: int = 1) -> dict[str, Variant]:
@@ -108,7 +106,7 @@ class Regions:
         """One run over `wanted` regions (mask and prompt of each), after the paste, [N, 3, H, W] in -1..1."""
         masks = [torch.from_numpy(mask)[None, None].float() for mask, _ in wanted]
         regions = tuple(
-            Region(mask, terms_for(self.bench.guide, prompt)) for mask, (_, prompt) in zip(masks, wanted)
+            Region(mask, terms_for(self.bench.guide, prompt)) for mask, (_, prompt) in zip(masks, wanted, strict=True)
         )
         augment = ExtendingAugmentations(copies=8)
         guidance = Guidance(METHOD, regions, picture, augment, augment.generators(seeds))
@@ -119,7 +117,7 @@ class Regions:
 
     def apart(self, picture: Tensor, wanted: list, seeds: list[int]) -> Tensor:
         first = self.run(picture, wanted[:1], seeds)
-        return torch.cat([self.run(one[None], wanted[1:], [seed]) for one, seed in zip(first, seeds)])
+        return torch.cat([self.run(one[None], wanted[1:], [seed]) for one, seed in zip(first, seeds, strict=True)])
 
 
 def compare_regions(count: int, candidates: int) -> dict[str, Tally]:
@@ -129,15 +127,19 @@ def compare_regions(count: int, candidates: int) -> dict[str, Tally]:
     for number, pair in enumerate(two_object_cases(count)):
         source = world.draw(pair[0].scene)
         masks = [world.edit_mask(pair[0].scene, index) for index in range(2)]
-        wanted = [(mask, case.prompt) for mask, case in zip(masks, pair)]
+        wanted = [(mask, case.prompt) for mask, case in zip(masks, pair, strict=True)]
         for name, way in ways.items():
             begun = time.process_time()
             pictures = as_pixels(way(as_picture(source), wanted, [number * 1000 + i for i in range(candidates)]))
             tally = tallies[name]
             tally.seconds += time.process_time() - begun
-            count_successes(tally, pictures, source, list(zip(masks, pair)))
-        logger.info("case %d/%d: %s", number + 1, count,
-                    ", ".join(f"{name} {tally.successes}/{tally.asked}" for name, tally in tallies.items()))
+            count_successes(tally, pictures, source, list(zip(masks, pair, strict=True)))
+        logger.info(
+            "case %d/%d: %s",
+            number + 1,
+            count,
+            ", ".join(f"{name} {tally.successes}/{tally.asked}" for name, tally in tallies.items()),
+        )
     return tallies
 
 
@@ -151,8 +153,12 @@ def compare_speed(count: int, candidates: int, model: str, table: dict[str, Vari
             tally = tallies[name]
             tally.seconds += time.process_time() - begun
             count_successes(tally, as_pixels(made), source, [(mask, case)])
-        logger.info("case %d/%d: %s", number + 1, count,
-                    ", ".join(f"{name} {tally.successes}/{tally.asked}" for name, tally in tallies.items()))
+        logger.info(
+            "case %d/%d: %s",
+            number + 1,
+            count,
+            ", ".join(f"{name} {tally.successes}/{tally.asked}" for name, tally in tallies.items()),
+        )
     return tallies
 
 
@@ -194,7 +200,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--model", choices=("prior", "text"), default="prior", help="for speed")
     parser.add_argument("--only", default="all", help="ways to compare for speed, the first of them the unit")
-    parser.add_argument("--side", type=int, default=1, help="of the pictures in scenes, one of which is edited, for speed")
+    parser.add_argument(
+        "--side", type=int, default=1, help="of the pictures in scenes, one of which is edited, for speed"
+    )
     parser.add_argument("--plot", type=Path, help="where to draw time against success")
     options = parser.read(arguments)
     if options.what == "regions":
@@ -207,8 +215,10 @@ def main(arguments: list[str] | None = None) -> None:
     unit = next(iter(tallies.values())).seconds
     lines = [tally.row(name, unit) for name, tally in tallies.items()]
     print("| way | time | success | 95 % | max background Δ |\n|---|---|---|---|---|\n" + "\n".join(lines))
-    write_json(options.out / f"controls_{options.what}_{options.model}_{options.side}.json",
-               {name: dataclasses.asdict(tally) for name, tally in tallies.items()})
+    write_json(
+        options.out / f"controls_{options.what}_{options.model}_{options.side}.json",
+        {name: dataclasses.asdict(tally) for name, tally in tallies.items()},
+    )
     if options.plot:
         plot(tallies, options.plot)
 

@@ -16,15 +16,16 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..blending.augment import ExtendingAugmentations
 from ..blending.guidance import Guidance
-from ..blending.guide import load_clip_guide
+from ..blending.guide import ClipGuide, load_clip_guide
 from ..blending.regions import Region
-from ..blending.sampler import _guided_prediction, _plain_prediction
+from ..blending.sampler import guided_prediction, plain_prediction
 from ..blending.settings import BlendSettings
 from ..blending.steps import Schedule
 from ..demo import files
@@ -35,13 +36,24 @@ from .options import Parser, processor
 
 def network(size: int, width: int) -> GuidedDiffusionUNet:
     """An ADM network in the published layout: three levels, attention at the lowest, learned variance."""
-    return GuidedDiffusionUNet({
-        "sample_size": size, "in_channels": 3, "out_channels": 6, "layers_per_block": 2,
-        "block_out_channels": (width, 2 * width, 4 * width),
-        "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
-        "attention_head_dim": 64, "resnet_time_scale_shift": "scale_shift", "norm_num_groups": 32,
-    }).eval().requires_grad_(False)
+    return (
+        GuidedDiffusionUNet(
+            {
+                "sample_size": size,
+                "in_channels": 3,
+                "out_channels": 6,
+                "layers_per_block": 2,
+                "block_out_channels": (width, 2 * width, 4 * width),
+                "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+                "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
+                "attention_head_dim": 64,
+                "resnet_time_scale_shift": "scale_shift",
+                "norm_num_groups": 32,
+            }
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def peak_memory(action: Callable[[], object], device: str) -> int:
@@ -78,6 +90,33 @@ def timed(actions: dict[str, Callable[[], object]], rounds: int, device: str) ->
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def steps(
+    host: DiffusersHost, guide: ClipGuide, x: Tensor, mask: Tensor, source: Tensor, copies: int
+) -> dict[str, Callable[[], Any]]:
+    """One step of x [B, 3, H, W], by the name of its kind: plain, guided, and guided as two forward passes would."""
+    schedule, index, plain = Schedule.respaced(host.train_sigmas, 100), 50, BlendSettings()
+
+    def forward() -> Any:
+        return plain_prediction(host, plain, schedule, x, index)
+
+    def guided(gradient: str, again: bool = False) -> Tensor:
+        settings = BlendSettings(gradient=gradient)
+        augment = ExtendingAugmentations(copies=copies)
+        target = torch.nn.functional.normalize(torch.ones(guide.embed_dim, device=x.device), dim=0)
+        generators = augment.generators(range(len(x)))
+        guidance = Guidance(settings, (Region.of(mask, guide, target),), source, augment, generators)
+        if again:
+            forward()
+        return guided_prediction(host, guidance, settings, schedule, x, index)[2]
+
+    return {
+        "plain": forward,
+        "ours": lambda: guided("through_model"),
+        "two forwards": lambda: guided("through_model", again=True),
+        "direct": lambda: guided("direct"),
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser("cost", __doc__, device=True)
     parser.add_argument("--size", type=int, default=64)
@@ -91,36 +130,21 @@ def main(arguments: list[str] | None = None) -> None:
     unet = network(options.size, options.width).to(device)
     host = DiffusersHost(unet, torch.cumprod(1 - unet.betas, 0), device=device)
     guide = load_clip_guide(options.clip, "auto", device, torch.float32)
-    schedule = Schedule.respaced(host.train_sigmas, 100)
-    index, plain = 50, BlendSettings()
     where = processor(device)
     count = sum(p.numel() for p in unet.parameters()) / 1e6
     print(f"{where}; model {count:.1f} M parameters at {options.size} px, guide {guide.name} at {guide.image_size} px")
     print("time in units of a plain forward pass of the same batch; memory likewise\n")
-    print("| batch | copies | ours | two forwards | direct | memory ours | memory two forwards | memory direct |\n"
-          "|---|---|---|---|---|---|---|---|")
+    print(
+        "| batch | copies | ours | two forwards | direct | memory ours | memory two forwards | memory direct |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
     for batch in (int(n) for n in options.batches.split(",")):
         source = torch.zeros(1, 3, options.size, options.size, device=device)
         mask = torch.zeros(1, 1, options.size, options.size, device=device)
-        mask[..., options.size // 4:-options.size // 4, options.size // 4:-options.size // 4] = 1
+        mask[..., options.size // 4 : -options.size // 4, options.size // 4 : -options.size // 4] = 1
         x = torch.randn(batch, 3, options.size, options.size, device=device)
         for copies in (int(n) for n in options.copies.split(",")):
-            def step(gradient: str, again: bool = False) -> Tensor:
-                settings = BlendSettings(gradient=gradient)
-                augment = ExtendingAugmentations(copies=copies)
-                target = torch.nn.functional.normalize(torch.ones(guide.embed_dim, device=device), dim=0)
-                guidance = Guidance(settings, (Region.of(mask, guide, target),), source, augment,
-                                    augment.generators(range(batch)))
-                if again:
-                    _plain_prediction(host, plain, schedule, x, index)
-                return _guided_prediction(host, guidance, settings, schedule, x, index)[2]
-
-            actions = {
-                "plain": lambda: _plain_prediction(host, plain, schedule, x, index),
-                "ours": lambda: step("through_model"),
-                "two forwards": lambda: step("through_model", again=True),
-                "direct": lambda: step("direct"),
-            }
+            actions = steps(host, guide, x, mask, source, copies)
             seconds = timed(actions, options.rounds, device)
             memory = {name: peak_memory(action, device) for name, action in actions.items()}
             cells = [f"{seconds[name] / seconds['plain']:.2f}" for name in ("ours", "two forwards", "direct")]

@@ -89,8 +89,10 @@ def variants() -> dict[str, Variant]:
         "cosine": Variant(change(method, distance="cosine")),
         "guidance_60": Variant(change(method, guidance=60.0)),
         "guidance_300": Variant(change(method, guidance=300.0)),
-        **{f"baseline_{weight}": Variant(change(method, blend=False, background_weight=float(weight)))
-           for weight in (100, 1000, 10000)},
+        **{
+            f"baseline_{weight}": Variant(change(method, blend=False, background_weight=float(weight)))
+            for weight in (100, 1000, 10000)
+        },
     }
     for name, preset in PRESETS.items():
         table[name] = Variant(preset_settings(name, vars(method)), copies=preset.copies)
@@ -163,7 +165,7 @@ class Outcome:
 
     @property
     def success(self) -> list[bool]:
-        return [shape and colour for shape, colour in zip(self.shape, self.colour)]
+        return [shape and colour for shape, colour in zip(self.shape, self.colour, strict=True)]
 
     @property
     def row(self) -> tuple:
@@ -181,14 +183,16 @@ class Bench:
         self.host = DiffusersHost.from_prior(prior) if model == "prior" else None
 
     def edit(self, case: Case, variant: Variant, seeds: list[int]) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Candidates [N, 3, H, W] in -1..1 after the paste, the source uint8, and the mask; of a larger picture the case's
-        own scene."""
+        """Candidates [N, 3, H, W] in -1..1 after the paste, the source uint8, and the mask; of a larger picture the
+        case's own scene."""
         source = world.draw(case.scene)
         mask = world.edit_mask(case.scene)
         picture = torch.from_numpy(source).permute(2, 0, 1)[None].float() / 127.5 - 1
         masks = torch.from_numpy(mask)[None, None].float()
         if variant.side > 1:
-            others = [world.draw(scene) for scene in itertools.islice(world.scenes(FIRST_SCENE_SEED), variant.side**2 - 1)]
+            others = [
+                world.draw(scene) for scene in itertools.islice(world.scenes(FIRST_SCENE_SEED), variant.side**2 - 1)
+            ]
             tiles = np.stack([source, *others]).reshape(variant.side, variant.side, *source.shape)
             whole = torch.from_numpy(np.concatenate(np.concatenate(tiles, axis=1), axis=1)).float() / 127.5 - 1
             picture = whole.permute(2, 0, 1)[None]
@@ -200,11 +204,14 @@ class Bench:
         guidance = Guidance(
             variant.settings,
             (Region(canvas.mask, self.terms(case, variant)),),
-            canvas.source, augment, augment.generators(seeds), self.perceptual,
+            canvas.source,
+            augment,
+            augment.generators(seeds),
+            self.perceptual,
         )
         host = self.host or DiffusersHost.from_pipeline(files.TEXT, case.prompt, "", 4.0)
         made = canvas.restore(blended_diffusion(host, guidance, seeds, variant.settings))
-        return exact_paste(picture, made, masks)[..., :world.SIZE, :world.SIZE], source, mask
+        return exact_paste(picture, made, masks)[..., : world.SIZE, : world.SIZE], source, mask
 
     def terms(self, case: Case, variant: Variant) -> tuple[Term, ...]:
         if not variant.prompted:
@@ -222,9 +229,14 @@ class Bench:
         where = torch.from_numpy(mask)[None, None].float()
         scores = rank(made, where, case.prompt, self.guide, contrasts=contrasts)
         return Outcome(
-            case, source, pictures, [judge.judge(picture, mask) for picture in pictures],
-            [score.index for score in scores], int(np.abs(pictures.astype(int) - source)[:, ~mask].max()), seconds,
-        )  # fmt: skip
+            case,
+            source,
+            pictures,
+            [judge.judge(picture, mask) for picture in pictures],
+            [score.index for score in scores],
+            int(np.abs(pictures.astype(int) - source)[:, ~mask].max()),
+            seconds,
+        )
 
     def run(self, variant: Variant, chosen: list[Case], candidates: int) -> dict:
         found = {"shape": 0, "colour": 0, "pattern_solid": 0, "both": 0, "ranked": 0, "ranked_shape": 0}
@@ -244,16 +256,29 @@ class Bench:
             found["ranked_shape"] += shape[first]
             worst = max(worst, outcome.background)
             rows.append(outcome.row)
-            logger.info("case %d/%d: %s, %d of %d, ranked %s", number + 1, len(chosen), case.prompt, sum(both),
-                        candidates, "yes" if both[first] else "no")
+            logger.info(
+                "case %d/%d: %s, %d of %d, ranked %s",
+                number + 1,
+                len(chosen),
+                case.prompt,
+                sum(both),
+                candidates,
+                "yes" if both[first] else "no",
+            )
         count = len(chosen) * candidates
         return {
-            "cases": len(chosen), "candidates": candidates, "single": found["both"] / count,
-            "single_interval": wilson(found["both"], count), "shape": found["shape"] / count,
-            "colour": found["colour"] / count, "ranked": found["ranked"] / len(chosen),
+            "cases": len(chosen),
+            "candidates": candidates,
+            "single": found["both"] / count,
+            "single_interval": wilson(found["both"], count),
+            "shape": found["shape"] / count,
+            "colour": found["colour"] / count,
+            "ranked": found["ranked"] / len(chosen),
             "ranked_interval": wilson(found["ranked"], len(chosen)),
-            "ranked_shape": found["ranked_shape"] / len(chosen), "background_max_abs": worst,
-            "seconds": seconds, "rows": rows,
+            "ranked_shape": found["ranked_shape"] / len(chosen),
+            "background_max_abs": worst,
+            "seconds": seconds,
+            "rows": rows,
         }
 
 
@@ -286,21 +311,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--variants", default="method", help=f"of {', '.join(table)}; all for all of them")
     parser.add_argument("--model", choices=("prior", "text"), default="prior")
-    parser.add_argument("--guide", choices=("demo", "reader", "both"), default="demo",
-                        help="which of the demo CLIPs guides")
+    parser.add_argument(
+        "--guide", choices=("demo", "reader", "both"), default="demo", help="which of the demo CLIPs guides"
+    )
     options = parser.read(arguments)
     names = parser.names(options.variants, table, "variant")
     bench, chosen, results = Bench(options.model, options.guide), cases(options.cases), {}
     run = options.model if options.guide == "demo" else f"{options.model}_{options.guide}"
-    print("| variant | ranked best | 95 % | single | 95 % | shape | colour | max background Δ |\n|---|---|---|---|---|---|---|---|")
+    print("| variant | ranked best | 95 % | single | 95 % | shape | colour | max background Δ |\n" + "|---" * 8 + "|")
     for name in names:
         result = bench.run(table[name], chosen, options.candidates)
         contact_sheet(result.pop("rows"), options.out / f"{run}_{name}.png")
         results[name] = result
         low, high = result["ranked_interval"]
         first, last = result["single_interval"]
-        print(f"| {name} | {result['ranked']:.2f} | {low:.2f}–{high:.2f} | {result['single']:.2f} | {first:.2f}–{last:.2f} "
-              f"| {result['shape']:.2f} | {result['colour']:.2f} | {result['background_max_abs']} |", flush=True)
+        print(
+            f"| {name} | {result['ranked']:.2f} | {low:.2f}–{high:.2f} | {result['single']:.2f} "
+            f"| {first:.2f}–{last:.2f} | {result['shape']:.2f} | {result['colour']:.2f} "
+            f"| {result['background_max_abs']} |",
+            flush=True,
+        )
         add_json(options.out / f"edits_{run}.json", results)
 
 

@@ -67,25 +67,39 @@ def draw(number: int) -> Case:
     steps = int(rng.integers(1, 4))
     latent = rng.uniform() < 0.1 and (files.TEXT / "model_index.json").is_file()
     inputs = {
-        "prompt": str(rng.choice(["a blue star", ""], p=[0.8, 0.2])), "seed": int(rng.integers(2**62)),
-        "candidates": int(rng.integers(1, 3)), "batch_size": int(rng.integers(1, 3)), "preset": "custom",
-        "guidance": float(rng.choice([0.0, 120.0, 1000.0])), "steps": steps, "start": int(rng.integers(steps)),
-        "sampler": str(rng.choice(["ddpm", "ddim"])), "gradient": str(rng.choice(["through_model", "direct"])),
-        "blend": bool(rng.uniform() < 0.85), "background_level": str(rng.choice(["next", "current"])),
+        "prompt": str(rng.choice(["a blue star", ""], p=[0.8, 0.2])),
+        "seed": int(rng.integers(2**62)),
+        "candidates": int(rng.integers(1, 3)),
+        "batch_size": int(rng.integers(1, 3)),
+        "preset": "custom",
+        "guidance": float(rng.choice([0.0, 120.0, 1000.0])),
+        "steps": steps,
+        "start": int(rng.integers(steps)),
+        "sampler": str(rng.choice(["ddpm", "ddim"])),
+        "gradient": str(rng.choice(["through_model", "direct"])),
+        "blend": bool(rng.uniform() < 0.85),
+        "background_level": str(rng.choice(["next", "current"])),
         "guided_input": str(rng.choice(["x0", "mixed"])),
-        "window": str(rng.choice(["off", "auto", "on"])), "context": float(rng.choice([0.0, 0.25, 0.5, 2.0])),
+        "window": str(rng.choice(["off", "auto", "on"])),
+        "context": float(rng.choice([0.0, 0.25, 0.5, 2.0])),
         "shrink": str(rng.choice(["off", "auto", "on"])),
         "resolution": LATENT_RESOLUTION if latent else int(rng.choice([0, 0, 24, 40])),
-    }  # fmt: skip
+    }
     # From a stream of their own, so that what a number meant before they came stays.
     later = np.random.default_rng((18, number))
     inputs |= {"text_guard": float(later.choice([0.0, 0.0, 0.5])), "match_border": bool(later.uniform() < 0.8)}
     return Case(
-        number, height, width, int(rng.choice([1, 1, 2])), int(rng.choice([1, 3, 3, 4])),
+        number,
+        height,
+        width,
+        int(rng.choice([1, 1, 2])),
+        int(rng.choice([1, 3, 3, 4])),
         str(rng.choice(["fp32", "fp32", "fp16", "bf16"])),
         "latent" if latent else str(rng.choice(["random", *DTYPES], p=[0.7, 0.1, 0.1, 0.1])),
-        str(rng.choice(MASKS)), bool(rng.integers(2)), inputs,
-    )  # fmt: skip
+        str(rng.choice(MASKS)),
+        bool(rng.integers(2)),
+        inputs,
+    )
 
 
 def picture(case: Case) -> Tensor:
@@ -144,11 +158,18 @@ def random_prior() -> Any:
     torch.manual_seed(0)
     return GuidedDiffusionUNet(
         {
-            "_class_name": "UNet2DModel", "sample_size": 32, "in_channels": 3, "out_channels": 6,
-            "block_out_channels": [8, 16], "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4,
-            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+            "_class_name": "UNet2DModel",
+            "sample_size": 32,
+            "in_channels": 3,
+            "out_channels": 6,
+            "block_out_channels": [8, 16],
+            "layers_per_block": 1,
+            "attention_head_dim": 8,
+            "norm_num_groups": 4,
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
         }
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 class Parts:
@@ -197,9 +218,14 @@ def edit(case: Case, image: Tensor, mask: Tensor) -> Tensor:
         (model, vae), inputs = Parts.prior(case.model), case.inputs
     with torch.inference_mode():
         return CLIPBlendSampler.execute(
-            model=model, vae=vae, clip_guide=Parts.guide(), image=image, mask=mask,
-            augment=ExtendingAugmentations(copies=2), **inputs,
-        ).args[0]  # fmt: skip
+            model=model,
+            vae=vae,
+            clip_guide=Parts.guide(),
+            image=image,
+            mask=mask,
+            augment=ExtendingAugmentations(copies=2),
+            **inputs,
+        ).args[0]
 
 
 def faults(case: Case, image: Tensor, mask: Tensor, results: Tensor) -> list[str]:
@@ -272,8 +298,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"refused {case}\n  {words[0]}", flush=True)
         if (number - options.first + 1) % 50 == 0:
             seconds = time.monotonic() - start
-            print(f"{number - options.first + 1} cases, {seconds:.0f} s: {counts['edited']} edited, "
-                  f"{counts['refused']} refused, {counts['failed']} failed", flush=True)  # fmt: skip
+            print(
+                f"{number - options.first + 1} cases, {seconds:.0f} s: {counts['edited']} edited, "
+                f"{counts['refused']} refused, {counts['failed']} failed",
+                flush=True,
+            )
     print("\n".join(f"{name:24}{count:6}" for name, count in sorted(counts.items())))
     sys.exit(1 if counts["failed"] else 0)
 

@@ -11,6 +11,7 @@ published loop's, less 0.1 dB.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     scales = [float(value) for value in options.cfg.split(",")]
     rows: dict[tuple[float, str], list[dict[str, float]]] = {}
     bounds = []
-    for _, scene in zip(range(options.count), world.scenes(SEED, 1)):
+    for scene in itertools.islice(world.scenes(SEED, 1), options.count):
         host = DiffusersTextHost.from_pipeline(options.model, scene.caption(), "", scales[0], device=options.device)
         picture = torch.from_numpy(world.draw(scene)).float().permute(2, 0, 1)[None].to(options.device) / 127.5 - 1
         with torch.no_grad():
@@ -68,8 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     where = processor(options.device)
     bound = statistics.mean(bounds)
     print(f"\n{where}; {options.count} pictures, {options.steps} steps; VAE's round trip {bound:.2f} dB\n")
-    print("| cfg | method | PSNR | below the bound, mean (worst) | reached | forward | backward | runs | time |\n"
-          "|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        "| cfg | method | PSNR | below the bound, mean (worst) | reached | forward | backward | runs | time |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
     for (cfg, name), measured in rows.items():
         print(row(cfg, name, measured, rows.get((cfg, REFERENCE)), bounds))
     figures = {f"{name}, cfg {cfg:g}": measured for (cfg, name), measured in rows.items()}
@@ -93,8 +96,10 @@ def measure(
     with torch.no_grad():
         quality = psnr(host.decode(inverted.reconstruction), picture)
     return {
-        "psnr": quality, "forward": inverted.inversion.steps + sum(step.forwards for step in inverted.steps),
-        "backward": sum(step.backwards for step in inverted.steps), "seconds": seconds,
+        "psnr": quality,
+        "forward": inverted.inversion.steps + sum(step.forwards for step in inverted.steps),
+        "backward": sum(step.backwards for step in inverted.steps),
+        "seconds": seconds,
     }
 
 
@@ -108,10 +113,10 @@ def row(
     def mean(key: str) -> float:
         return statistics.mean(each[key] for each in measured)
 
-    below = [bound - each["psnr"] for bound, each in zip(bounds, measured)]
+    below = [bound - each["psnr"] for bound, each in zip(bounds, measured, strict=True)]
     reached = runs = seconds = "–"
     if reference is not None:
-        pairs = list(zip(measured, reference))
+        pairs = list(zip(measured, reference, strict=True))
         reached = f"{statistics.mean(one['psnr'] >= two['psnr'] - 0.1 for one, two in pairs):.2f}"
         count = [sum(each["forward"] + each["backward"] for each in part) for part in (measured, reference)]
         runs = f"{count[0] / count[1]:.3f}"

@@ -37,7 +37,8 @@ NEAR = 4
 SHOWN = 10
 """Cases on the sheet."""
 INVISIBLE = 2 / 255
-"""A step that nobody sees, of a picture's range of 2: on a flat ground any step would be infinitely many times as large."""
+"""A step that nobody sees, of a picture's range of 2: on a flat ground any step would be infinitely many times
+as large."""
 
 
 def as_picture(scene: world.Scene) -> tuple[Tensor, Tensor]:
@@ -94,15 +95,19 @@ def seams(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         picture, mask = as_picture(case.scene)
         augment = ExtendingAugmentations(copies=4)
         guidance = Guidance(
-            dataclasses.replace(settings, guidance=60.0), (Region(mask, terms_for(bench.guide, case.prompt)),),
-            picture, augment, augment.generators([number]),
-        )  # fmt: skip
+            dataclasses.replace(settings, guidance=60.0),
+            (Region(mask, terms_for(bench.guide, case.prompt)),),
+            picture,
+            augment,
+            augment.generators([number]),
+        )
         host = DiffusersHost.from_pipeline(files.TEXT, case.prompt, "", 4.0)
         made = blended_diffusion(host, guidance, [number], guidance.settings)
         outcomes = {
-            "source": picture, "pasted": exact_paste(picture, made, mask),
+            "source": picture,
+            "pasted": exact_paste(picture, made, mask),
             "matched": exact_paste(picture, match_border(picture, made, mask), mask),
-        }  # fmt: skip
+        }
         columns.append(outcomes)
         for kind, outcome in outcomes.items():
             shown = as_pixels(outcome)[0]
@@ -127,8 +132,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.read(arguments)
     result: dict[str, dict] = {"drift": drift(DiffusersHost.from_pipeline(files.TEXT), options.pictures)}
     found = result["drift"]
-    print(f"drift outside the mask, of 255: mean {found['mean']:.2f}, largest {found['largest']:.1f}; after the paste "
-          f"{found['after_paste']:g}", flush=True)  # fmt: skip
+    print(
+        f"drift outside the mask, of 255: mean {found['mean']:.2f}, largest {found['largest']:.1f}; after the paste "
+        f"{found['after_paste']:g}",
+        flush=True,
+    )
     if options.cases:
         result["seams"] = seams(options)
         print("| picture | seam | success |\n|---|---|---|")

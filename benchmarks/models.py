@@ -60,11 +60,13 @@ def reader(count: int) -> dict:
     written = np.array([thing.written for thing in things])
     lead = (as_word - plain).numpy()
     return zero_shot(guide, count) | {
-        "words": {"similarity of a word": round(float(plain[written].mean()), 3),
-                  "of an object": round(float(plain[~written].mean()), 3),
-                  "read": share(names[i] == (t.shape, t.colour) for i, t in zip(best, things) if t.written),
-                  "told from objects": share((lead[written][:, None] > lead[~written]).flatten())},
-    }  # fmt: skip
+        "words": {
+            "similarity of a word": round(float(plain[written].mean()), 3),
+            "of an object": round(float(plain[~written].mean()), 3),
+            "read": share(names[i] == (t.shape, t.colour) for i, t in zip(best, things, strict=True) if t.written),
+            "told from objects": share((lead[written][:, None] > lead[~written]).flatten()),
+        },
+    }
 
 
 @torch.no_grad()
@@ -79,9 +81,10 @@ def zero_shot(guide: ClipGuide, count: int) -> dict:
         texts = [(s, c, p) for s in world.SHAPES for c in world.COLOURS for p in world.PATTERNS]
         sentences = [f"a {c} {'' if p == 'solid' else p + ' '}{s}" for s, c, p in texts]
         best = (images @ guide.embed_text(sentences).T).argmax(1)
-        found = [(texts[i], scene.things[0]) for i, scene in zip(best.tolist(), scenes)]
+        found = [(texts[i], scene.things[0]) for i, scene in zip(best.tolist(), scenes, strict=True)]
         results[name] = {
-            "shape": share(f[0] == t.shape for f, t in found), "colour": share(f[1] == t.colour for f, t in found),
+            "shape": share(f[0] == t.shape for f, t in found),
+            "colour": share(f[1] == t.colour for f, t in found),
             # "a red star" is true of a striped one too, so a pattern is only asked about where there is one.
             "pattern": share(f[2] == t.pattern for f, t in found if t.pattern != "solid"),
         }
@@ -95,12 +98,13 @@ def judges(count: int) -> dict:
     results = {}
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(SEED))
     for name, seen in (("clean", pictures), ("noise_0.08", pictures + 0.16 * noise)):
-        found = [(judge.judge(p, m), s.things[0]) for p, m, s in zip(uint8(seen), masks, scenes)]
-        results[name] = {key: share(getattr(f, key) == getattr(t, key) for f, t in found)
-                         for key in ("shape", "colour", "pattern")}
+        found = [(judge.judge(p, m), s.things[0]) for p, m, s in zip(uint8(seen), masks, scenes, strict=True)]
+        results[name] = {
+            key: share(getattr(f, key) == getattr(t, key) for f, t in found) for key in ("shape", "colour", "pattern")
+        }
         results[name]["palette"] = share(f.palette == t.colour for f, t in found)
     empty = [world.draw(world.Scene(s.ground, ())) for s in scenes]
-    results["none_on_empty"] = share(judge.judge(p, m).shape == judge.NONE for p, m in zip(empty, masks))
+    results["none_on_empty"] = share(judge.judge(p, m).shape == judge.NONE for p, m in zip(empty, masks, strict=True))
     return results
 
 
@@ -112,9 +116,12 @@ def vae(count: int) -> dict:
     scenes, pictures = unseen(count)
     made = torch.cat([network.decode(network.encode(part).latent_dist.mode()).sample for part in pictures.split(64)])
     error = (made.clamp(-1, 1) - pictures).square().mean((1, 2, 3)) / 4
-    found = [(judge.judge(p, world.edit_mask(s)), s.things[0]) for p, s in zip(uint8(made), scenes)]
-    return {"psnr": round(float((-10 * error.log10()).mean()), 2), "shape": share(f.shape == t.shape for f, t in found),
-            "pattern": share(f.pattern == t.pattern for f, t in found)}
+    found = [(judge.judge(p, world.edit_mask(s)), s.things[0]) for p, s in zip(uint8(made), scenes, strict=True)]
+    return {
+        "psnr": round(float((-10 * error.log10()).mean()), 2),
+        "shape": share(f.shape == t.shape for f, t in found),
+        "pattern": share(f.pattern == t.pattern for f, t in found),
+    }
 
 
 @torch.no_grad()
@@ -127,11 +134,15 @@ def prior(count: int) -> dict:
     schedule = Schedule.respaced(host.train_sigmas, 50)
     x = torch.randn(count, 3, world.SIZE, world.SIZE, generator=torch.Generator().manual_seed(SEED))
     for index in reversed(range(50)):
-        x = ddim_step(schedule, x, host.predict(x / schedule.alpha(index) ** 0.5, schedule.sigma(index)).x0, None, index)
+        x = ddim_step(
+            schedule, x, host.predict(x / schedule.alpha(index) ** 0.5, schedule.sigma(index)).x0, None, index
+        )
     everywhere = np.ones((world.SIZE, world.SIZE), bool)
     found = [judge.judge(picture, everywhere) for picture in uint8(x)]
-    return {"named": share(f.shape != judge.NONE for f in found),
-            "named_with_certainty_0.9": share(f.shape != judge.NONE and f.shape_certainty > 0.9 for f in found)}
+    return {
+        "named": share(f.shape != judge.NONE for f in found),
+        "named_with_certainty_0.9": share(f.shape != judge.NONE and f.shape_certainty > 0.9 for f in found),
+    }
 
 
 @torch.no_grad()
@@ -144,15 +155,29 @@ def text(count: int, cfg: float = 6.0) -> dict:
     scenes, _ = unseen(count)
     made = []
     for start in range(0, count, 32):
-        prompts = [scene.caption() for scene in scenes[start:start + 32]]
-        made.append(pipeline(prompts, num_inference_steps=50, guidance_scale=cfg, output_type="np", height=64, width=64,
-                             generator=torch.Generator().manual_seed(SEED + start)).images)
+        prompts = [scene.caption() for scene in scenes[start : start + 32]]
+        made.append(
+            pipeline(
+                prompts,
+                num_inference_steps=50,
+                guidance_scale=cfg,
+                output_type="np",
+                height=64,
+                width=64,
+                generator=torch.Generator().manual_seed(SEED + start),
+            ).images
+        )
     everywhere = np.ones((world.SIZE, world.SIZE), bool)
-    found = [(judge.judge((p * 255 + 0.5).astype(np.uint8), everywhere), s.things[0])
-             for p, s in zip(np.concatenate(made), scenes)]
-    return {"cfg": cfg, "shape": share(f.shape == t.shape for f, t in found),
-            "colour": share(f.palette == t.colour for f, t in found),
-            "pattern": share(f.pattern == t.pattern for f, t in found)}
+    found = [
+        (judge.judge((p * 255 + 0.5).astype(np.uint8), everywhere), s.things[0])
+        for p, s in zip(np.concatenate(made), scenes, strict=True)
+    ]
+    return {
+        "cfg": cfg,
+        "shape": share(f.shape == t.shape for f, t in found),
+        "colour": share(f.palette == t.colour for f, t in found),
+        "pattern": share(f.pattern == t.pattern for f, t in found),
+    }
 
 
 @torch.no_grad()
@@ -174,10 +199,11 @@ def lpips(count: int) -> dict:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def distance(other: Tensor) -> Tensor:
-        return torch.cat([perceptual(a, b) for a, b in zip(pictures.split(64), other.split(64))])
+        return torch.cat([perceptual(a, b) for a, b in zip(pictures.split(64), other.split(64), strict=True)])
 
     pairs = {
-        "noise": (pictures + 0.05 * noise, pictures + 0.2 * noise), "blur": (blurred(2), blurred(4)),
+        "noise": (pictures + 0.05 * noise, pictures + 0.2 * noise),
+        "blur": (blurred(2), blurred(4)),
         "object": (pictures + 0.02 * noise, drawn(shape="ring", colour="cyan")),
     }
     return {name: share((distance(mild) < distance(strong)).tolist()) for name, (mild, strong) in pairs.items()}

@@ -12,13 +12,14 @@ import torch
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of the benchmark `name`, which its module's docstring `doc` explains: --out, --threads, and where asked
-    for --device, beside its own."""
+    """The options of the benchmark `name`, which its module's docstring `doc` explains: --out, --threads, and where
+    asked for --device, beside its own."""
 
     def __init__(self, name: str, doc: str | None, device: bool = False):
         super().__init__(prog=f"bench {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--out", type=Path, default=Path("bench_output"),
-                          help="folder for figures and sheets (default %(default)s)")
+        self.add_argument(
+            "--out", type=Path, default=Path("bench_output"), help="folder for figures and sheets (default %(default)s)"
+        )
         self.add_argument("--threads", type=int, default=0, help="of the processor; 0 leaves it to torch")
         if device:
             self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

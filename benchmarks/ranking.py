@@ -44,7 +44,10 @@ def published(images: Tensor, mask: Tensor, prompt: str, guide: ClipGuide) -> li
     return similarity.argsort(descending=True, stable=True).tolist()
 
 
-def by(weights: RankWeights = RankWeights(), contrasts: tuple[str, ...] = (), copies: int = 0) -> Ranking:
+PLAIN = RankWeights()
+
+
+def by(weights: RankWeights = PLAIN, contrasts: tuple[str, ...] = (), copies: int = 0) -> Ranking:
     """The pack's ranking with these settings."""
     augment = ExtendingAugmentations(copies=copies) if copies else None
 
@@ -83,7 +86,7 @@ def candidates(count: int, each: int, path: Path) -> np.ndarray:
     if len(made) < count:
         bench, variant = Bench("prior"), variants()["method"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        for number, case in list(enumerate(cases(count)))[len(made):]:
+        for number, case in list(enumerate(cases(count)))[len(made) :]:
             results, *_ = bench.edit(case, variant, [number * 1000 + index for index in range(each)])
             made.append(as_pixels(results))
             np.savez(path, pictures=np.stack(made))
@@ -95,8 +98,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("ranking", __doc__)
     parser.add_argument("--cases", type=int, default=48)
     parser.add_argument("--candidates", type=int, default=8)
-    parser.add_argument("--scorer", choices=("demo", "reader", "both"), default="demo",
-                        help="which of the demo CLIPs ranks; demo has guided the candidates")
+    parser.add_argument(
+        "--scorer",
+        choices=("demo", "reader", "both"),
+        default="demo",
+        help="which of the demo CLIPs ranks; demo has guided the candidates",
+    )
     parser.add_argument("--saved", type=Path, default=Path("bench_output/candidates.npz"))
     options = parser.read(arguments)
     pictures = candidates(options.cases, options.candidates, options.saved)
@@ -104,21 +111,32 @@ def main(arguments: list[str] | None = None) -> None:
     scorer = guide if options.scorer == "demo" else demo_guide(options.scorer)
     chosen = cases(options.cases)
     masks = [world.edit_mask(case.scene) for case in chosen]
-    findings = [[judge.judge(picture, mask) for picture in each] for each, mask in zip(pictures, masks)]
-    good = np.array([[f.shape == case.shape and f.palette == case.colour for f in found]
-                     for found, case in zip(findings, chosen)])  # fmt: skip
+    findings = [[judge.judge(picture, mask) for picture in each] for each, mask in zip(pictures, masks, strict=True)]
+    good = np.array(
+        [
+            [f.shape == case.shape and f.palette == case.colour for f in found]
+            for found, case in zip(findings, chosen, strict=True)
+        ]
+    )
     nothing = np.array([[f.shape == judge.NONE for f in found] for found in findings])
     sizes = [n for n in (2, 4) if n < options.candidates] + [options.candidates]
-    print(f"{len(good)} cases, {options.candidates} candidates: a random one is good in {good.mean():.2f}, "
-          f"one of all in {good.any(1).mean():.2f}, nothing is in {nothing.mean():.2f}\n")
-    print("| ranking | " + " | ".join(f"best of {n}" for n in sizes) + " | 95 % | nothing | wins | losses |\n"
-          + "|---" * (len(sizes) + 5) + "|")
+    print(
+        f"{len(good)} cases, {options.candidates} candidates: a random one is good in {good.mean():.2f}, "
+        f"one of all in {good.any(1).mean():.2f}, nothing is in {nothing.mean():.2f}\n"
+    )
+    print(
+        "| ranking | "
+        + " | ".join(f"best of {n}" for n in sizes)
+        + " | 95 % | nothing | wins | losses |\n"
+        + "|---" * (len(sizes) + 5)
+        + "|"
+    )
     baseline = None
     for name, ranking in RANKINGS.items():
         rates = []
         for n in sizes:
             first = []
-            for number, (each, mask, case) in enumerate(zip(pictures, masks, chosen)):
+            for number, (each, mask, case) in enumerate(zip(pictures, masks, chosen, strict=True)):
                 mask = torch.from_numpy(mask)[None, None].float()
                 for start in range(0, options.candidates - n + 1, n):
                     asked = guide if ranking is published else scorer
@@ -128,8 +146,11 @@ def main(arguments: list[str] | None = None) -> None:
         empty = np.mean([nothing[place] for place in first])
         baseline = rates[-1] if baseline is None else baseline
         low, high = wilson(int(rates[-1].sum()), len(rates[-1]))
-        print(f"| {name} | " + " | ".join(f"{rate.mean():.2f}" for rate in rates) + f" | {low:.2f}–{high:.2f} "
-              f"| {empty:.2f} | {(rates[-1] & ~baseline).sum()} | {(baseline & ~rates[-1]).sum()} |", flush=True)
+        print(
+            f"| {name} | " + " | ".join(f"{rate.mean():.2f}" for rate in rates) + f" | {low:.2f}–{high:.2f} "
+            f"| {empty:.2f} | {(rates[-1] & ~baseline).sum()} | {(baseline & ~rates[-1]).sum()} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

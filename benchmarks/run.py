@@ -7,7 +7,8 @@ import logging
 import sys
 
 BENCHMARKS = {
-    "applications": "add, remove, replace, alter, background, scribble, extrapolate: success of each, and the background kept",
+    "applications": "add, remove, replace, alter, background, scribble, extrapolate: success of each, and the "
+    "background kept",
     "concept_cost": "time and peak memory of a training step, against a plain loop and ComfyUI's own node",
     "concepts": "does a model learn a subject from five pictures, and does a swap then show it",
     "controls": "several regions in one pass; direct, every-n, curves and window: time against success",

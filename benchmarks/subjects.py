@@ -37,7 +37,7 @@ def half_alone(scene: world.Scene, subject: Subject, rng: np.random.Generator) -
     return over(ground, side_of(scene.things[0], rng), draw_with(scene, subject))
 
 
-def blended(scene: world.Scene, subject: Subject, rng: np.random.Generator) -> np.ndarray:
+def blended(scene: world.Scene, subject: Subject, _rng: np.random.Generator) -> np.ndarray:
     return (world.draw(scene).astype(np.float32) + draw_with(scene, subject)) / 2
 
 
@@ -45,16 +45,19 @@ def other_colours(scene: world.Scene, subject: Subject, rng: np.random.Generator
     return draw_with(scene, dataclasses.replace(subject, tones=other_tones(subject, rng)))
 
 
-def other_outline(scene: world.Scene, subject: Subject, rng: np.random.Generator) -> np.ndarray:
+def other_outline(scene: world.Scene, subject: Subject, _rng: np.random.Generator) -> np.ndarray:
     ground, pose = world.draw(world.Scene(scene.ground, ())), scene.things[0]
     return over(ground, world.coverage(pose), paint(subject, pose))
 
 
 FALSE = {
     "world objects": lambda scene, subject, rng: world.draw(scene),
-    "half a subject, half a world object": half_and_half, "half a subject": half_alone, "even blends": blended,
-    "other colours": other_colours, "other outlines": other_outline,
-}  # fmt: skip
+    "half a subject, half a world object": half_and_half,
+    "half a subject": half_alone,
+    "even blends": blended,
+    "other colours": other_colours,
+    "other outlines": other_outline,
+}
 
 
 @torch.no_grad()
@@ -68,17 +71,23 @@ def measure(count: int) -> dict[str, dict[str, float]]:
         return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pictures.split(32)])
 
     spoilt: dict[str, Callable[[Tensor], Tensor]] = {
-        "clean": lambda pictures: pictures, "through the VAE": roundtrip,
+        "clean": lambda pictures: pictures,
+        "through the VAE": roundtrip,
         "noise of 0.08": lambda pictures: pictures + 0.16 * torch.randn(pictures.shape, generator=generator),
-    }  # fmt: skip
-    drawn = {(name, number): world.random_scene(np.random.default_rng((SEED, index, number)), things=1)
-             for index, name in enumerate(SUBJECTS) for number in range(count)}  # fmt: skip
+    }
+    drawn = {
+        (name, number): world.random_scene(np.random.default_rng((SEED, index, number)), things=1)
+        for index, name in enumerate(SUBJECTS)
+        for number in range(count)
+    }
     pictures = np.stack([draw_with(scene, SUBJECTS[name]) for (name, _), scene in drawn.items()])
     tensors = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     results = {}
     for how, spoil in spoilt.items():
-        found = [(identify(picture, world.edit_mask(scene)), name)
-                 for picture, ((name, _), scene) in zip(uint8(spoil(tensors)), drawn.items())]  # fmt: skip
+        found = [
+            (identify(picture, world.edit_mask(scene)), name)
+            for picture, ((name, _), scene) in zip(uint8(spoil(tensors)), drawn.items(), strict=True)
+        ]
         results[how] = {
             "accuracy": share(one.name == name for one, name in found),
             "certainty": round(float(np.mean([one.certainty for one, _ in found])), 3),
@@ -89,8 +98,10 @@ def measure(count: int) -> dict[str, dict[str, float]]:
         for (name, _), scene in drawn.items():
             picture = np.clip(make(scene, SUBJECTS[name], rng) + 0.5, 0, 255).astype(np.uint8)
             found.append(identify(picture, world.edit_mask(scene)))
-        results[what] = {"network": share(one.name != judge.NONE for one in found),
-                         "palette": share(one.palette != judge.NONE for one in found)}  # fmt: skip
+        results[what] = {
+            "network": share(one.name != judge.NONE for one in found),
+            "palette": share(one.palette != judge.NONE for one in found),
+        }
     return results
 
 

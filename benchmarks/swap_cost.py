@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import statistics
 import time
@@ -57,8 +58,15 @@ class Pair:
     """
 
     def __init__(
-        self, widths: tuple[int, ...], attention: tuple[bool, ...], blocks: int, size: int, steps: int,
-        settings: SwapSettings, device: str, dtype: torch.dtype,
+        self,
+        widths: tuple[int, ...],
+        attention: tuple[bool, ...],
+        blocks: int,
+        size: int,
+        steps: int,
+        settings: SwapSettings,
+        device: str,
+        dtype: torch.dtype,
     ) -> None:
         from diffusers import DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTokenizer
@@ -66,12 +74,23 @@ class Pair:
         torch.manual_seed(0)
         down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention]
         up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)]
-        self.unet = UNet2DConditionModel(
-            sample_size=size, in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=blocks,
-            block_out_channels=widths, down_block_types=down, up_block_types=up, cross_attention_dim=TEXT_WIDTH,
-            mid_block_type="UNetMidBlock2DCrossAttn" if len(attention) > 2 else "UNetMidBlock2D",
-            attention_head_dim=8,  # as in SD 1.x the number of heads
-        ).to(device).eval().requires_grad_(False)
+        self.unet = (
+            UNet2DConditionModel(
+                sample_size=size,
+                in_channels=CHANNELS,
+                out_channels=CHANNELS,
+                layers_per_block=blocks,
+                block_out_channels=widths,
+                down_block_types=down,
+                up_block_types=up,
+                cross_attention_dim=TEXT_WIDTH,
+                mid_block_type="UNetMidBlock2DCrossAttn" if len(attention) > 2 else "UNetMidBlock2D",
+                attention_head_dim=8,  # as in SD 1.x the number of heads
+            )
+            .to(device)
+            .eval()
+            .requires_grad_(False)
+        )
         if dtype != torch.float32:
             self.unet.to(dtype)
         tokenizer = CLIPTokenizer.from_pretrained(files.TEXT / "tokenizer", local_files_only=True)
@@ -96,7 +115,7 @@ class Pair:
         """One plain image: its path [N+1, 1, C, h, w] on the CPU."""
         x, levels = self.noise.to(self.device), self.sigmas.tolist()
         path = [x.cpu()]
-        for sigma, after in zip(levels, levels[1:]):
+        for sigma, after in itertools.pairwise(levels):
             x = ddim_step(x, host.guided(x, sigma), sigma, after)
             path.append(x.cpu())
         return torch.stack(path)
@@ -124,7 +143,7 @@ class Pair:
         plan = self.settings.plan(taken.layout, len(self.sigmas) - 1)
         x = z = self.noise.to(self.device)
         levels = self.sigmas.tolist()
-        for index, (sigma, after) in enumerate(zip(levels, levels[1:])):
+        for index, (sigma, after) in enumerate(itertools.pairwise(levels)):
             keeps = Maps(plan, None, self.words, index)
             with self.source.attention(keeps):
                 z = ddim_step(z, self.source.guided(z, sigma), sigma, after)
@@ -190,8 +209,10 @@ def compared(pair: Pair, materialise: bool) -> dict[str, Callable[[], object]]:
     """Everything that takes its turn."""
     tape, inversion = pair.taken("tape"), pair.inversion()
     actions: dict[str, Callable[[], object]] = {
-        "one plain": lambda: pair.plain(pair.target), "two plain": pair.plain_two,
-        "tape": lambda: pair.swap(pair.taken("tape")), "replay": lambda: pair.swap(pair.taken("replay")),
+        "one plain": lambda: pair.plain(pair.target),
+        "two plain": pair.plain_two,
+        "tape": lambda: pair.swap(pair.taken("tape")),
+        "replay": lambda: pair.swap(pair.taken("replay")),
         "replay, direct": lambda: pair.swap(pair.taken("replay", inversion)),
         "replay, apart": lambda: pair.swap(pair.taken("replay"), apart=True),
         "target from a tape": lambda: pair.swap(tape),
@@ -208,10 +229,21 @@ BASES = {"target from a tape": "one plain"}
 def runs(options: argparse.Namespace, device: str, dtype: torch.dtype) -> dict:
     """Photoswap's λ's on all layers of a model like SD 1.x."""
     width = options.width
-    pair = Pair((width, 2 * width, 4 * width, 4 * width), (True, True, True, False), 2, options.size, options.steps,
-                PRESETS["photoswap"], device, dtype)  # fmt: skip
-    print(f"model {pair.parameters / 1e6:.1f} M parameters, latents {options.size} × {options.size}, {options.steps} "
-          f"steps, cfg {CFG}, {options.dtype}", flush=True)  # fmt: skip
+    pair = Pair(
+        (width, 2 * width, 4 * width, 4 * width),
+        (True, True, True, False),
+        2,
+        options.size,
+        options.steps,
+        PRESETS["photoswap"],
+        device,
+        dtype,
+    )
+    print(
+        f"model {pair.parameters / 1e6:.1f} M parameters, latents {options.size} × {options.size}, {options.steps} "
+        f"steps, cfg {CFG}, {options.dtype}",
+        flush=True,
+    )
     tape = pair.taken("tape")
     ours, materialise = pair.swap(tape), options.size**2 <= options.most_materialised
     difference = None
@@ -241,8 +273,10 @@ def runs(options: argparse.Namespace, device: str, dtype: torch.dtype) -> dict:
 
 def tokens(options: argparse.Namespace, device: str, dtype: torch.dtype) -> dict:
     """Growth with the tokens of one resolution."""
-    print("\n| tokens | time: tape | replay, direct | target from a tape | materialised | peak MiB: two plain | tape "
-          "| replay, direct | materialised | exponent: two plain | tape | replay, direct |\n" + "|---" * 12 + "|")
+    print(
+        "\n| tokens | time: tape | replay, direct | target from a tape | materialised | peak MiB: two plain | tape "
+        "| replay, direct | materialised | exponent: two plain | tape | replay, direct |\n" + "|---" * 12 + "|"
+    )
     figures: dict[str, dict] = {}
     previous: tuple[int, dict[str, int]] | None = None
     for size in (int(part) for part in options.sizes.split(",")):

@@ -54,8 +54,11 @@ CELL = 4
 """Pixels of a latent cell of the demo model."""
 
 OFF = SwapSettings(self_output=0.0, self_map=0.0, cross_map=0.0)
-SWEPT = {"self_output": "λ_φ, self-attention output", "self_map": "λ_M, self-attention map",
-         "cross_map": "λ_A, cross-attention map"}  # fmt: skip
+SWEPT = {
+    "self_output": "λ_φ, self-attention output",
+    "self_map": "λ_M, self-attention map",
+    "cross_map": "λ_A, cross-attention map",
+}
 SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -134,7 +137,8 @@ def cases(count: int) -> list[Case]:
         options = {"shape": world.SHAPES, "colour": tuple(world.COLOURS), "pattern": world.PATTERNS}
         changes = {
             name: str(rng.choice([value for value in values if value != getattr(thing, name)]))
-            for name, values in options.items() if name in kind
+            for name, values in options.items()
+            if name in kind
         }
         made.append(Case(kind, scene, scene.replace(0, **changes)))
     return made
@@ -170,8 +174,11 @@ def background_psnr(source: np.ndarray, picture: np.ndarray, objects: np.ndarray
 def judged(case: Case, source: np.ndarray, picture: np.ndarray) -> Judged:
     """`picture` and the source [H, W, 3] uint8."""
     wanted, found = case.target.things[0], judge.judge(picture, world.edit_mask(case.target))
-    right = {"shape": found.shape == wanted.shape, "colour": found.palette == wanted.colour,
-             "pattern": found.pattern == wanted.pattern}  # fmt: skip
+    right = {
+        "shape": found.shape == wanted.shape,
+        "colour": found.palette == wanted.colour,
+        "pattern": found.pattern == wanted.pattern,
+    }
     pose = overlap(silhouette(world.object_mask(case.target)), silhouette(judge.outline(picture)))
     asked = all(right[name] for name in case.changed)
     things = world.object_mask(case.source) | world.object_mask(case.target)
@@ -203,8 +210,14 @@ class Bench:
         row = self.prompts.index(scene.caption())
         context, parts = self.parts.context, self.parts
         return DiffusersTextHost(
-            parts.unet, context[row:row + 1], context[:1], parts.alphas_cumprod, cfg=self.cfg,
-            prediction=parts.prediction, vae=parts.vae, device=self.device,
+            parts.unet,
+            context[row : row + 1],
+            context[:1],
+            parts.alphas_cumprod,
+            cfg=self.cfg,
+            prediction=parts.prediction,
+            vae=parts.vae,
+            device=self.device,
         )
 
     @torch.no_grad()
@@ -249,7 +262,7 @@ class Bench:
             source = world.draw(case.source)
             pictures = self.results(case, methods)
             said = [judged(case, source, picture) for picture in pictures]
-            for name, one in zip(methods, said):
+            for name, one in zip(methods, said, strict=True):
                 found[name].append(one)
             rows.append((case, [source, *pictures], said))
             logger.info("case %d/%d: %s", number + 1, len(chosen), case.words)
@@ -290,8 +303,10 @@ def cell(figure: dict, places: int = 2) -> str:
 
 
 def table(found: dict[str, list[Judged]], first: str = "method") -> str:
-    lines = [f"| {first} | subject | asked | shape | colour | pattern | pose IoU | background dB | overall |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"| {first} | subject | asked | shape | colour | pattern | pose IoU | background dB | overall |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, ones in found.items():
         figures = summary(ones)
         cells = [cell(figures["subject"]), cell(figures["asked"])]
@@ -305,11 +320,16 @@ def kinds_table(found: dict[str, list[Judged]], chosen: Sequence[Case]) -> str:
     """Rate of subjects as asked by kind of change."""
     kinds = [kind for kind in KINDS if any(case.kind == kind for case in chosen)]
     counts = [sum(case.kind == kind for case in chosen) for kind in kinds]
-    lines = ["| subject as asked | " + " | ".join(f"{kind} ({count})" for kind, count in zip(kinds, counts)) + " |",
-             "|---" * (len(kinds) + 1) + "|"]  # fmt: skip
+    lines = [
+        "| subject as asked | "
+        + " | ".join(f"{kind} ({count})" for kind, count in zip(kinds, counts, strict=True))
+        + " |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
     for name, ones in found.items():
         cells = [
-            f"{np.mean([one.subject for one, case in zip(ones, chosen) if case.kind == kind]):.2f}" for kind in kinds
+            f"{np.mean([one.subject for one, case in zip(ones, chosen, strict=True) if case.kind == kind]):.2f}"
+            for kind in kinds
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -325,7 +345,10 @@ def duels(found: dict[str, list[Judged]], champion: str = "photoswap") -> str:
             continue
         cells = []
         for measure, margin in measures.items():
-            gains = [float(getattr(a, measure)) - float(getattr(b, measure)) for a, b in zip(found[champion], others)]
+            gains = [
+                float(getattr(a, measure)) - float(getattr(b, measure))
+                for a, b in zip(found[champion], others, strict=True)
+            ]
             better, worse = sum(gain > margin for gain in gains), sum(gain < -margin for gain in gains)
             cells.append(f"{better} / {len(gains) - better - worse} / {worse}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -359,7 +382,9 @@ def sweep_methods(corrected: bool) -> dict[tuple[str, float], Method]:
     """A swap for each λ and value, the others 0. All λ 0 is one and the same."""
     return {
         (name, value): Method(dataclasses.replace(OFF, **{name: value}), corrected)
-        for name in SWEPT for value in SWEEP if value or name == next(iter(SWEPT))
+        for name in SWEPT
+        for value in SWEEP
+        if value or name == next(iter(SWEPT))
     }
 
 
@@ -378,11 +403,11 @@ def plot(lines: dict[str, dict[float, list[Judged]]], path: Path) -> None:
 
     panels = {"subject": "identity: subject as asked", "pose": "pose: IoU", "background": "background: PSNR, dB"}
     figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 4), constrained_layout=True)
-    for axis, (key, title) in zip(axes, panels.items()):
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for name, values in lines.items():
             figures = [summary(ones)[key] for ones in values.values()]
             axis.plot(SWEEP, [one.get("rate", one.get("mean")) for one in figures], "o-", label=SWEPT[name])
-            axis.fill_between(SWEEP, *zip(*(one["interval"] for one in figures)), alpha=0.15)
+            axis.fill_between(SWEEP, *zip(*(one["interval"] for one in figures), strict=True), alpha=0.15)
         axis.set(title=title, xlabel="λ as a share of the steps, the others 0")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
@@ -421,17 +446,22 @@ def run_methods(bench: Bench, chosen: Sequence[Case], methods: dict[str, Method]
     written = "\n\n".join(parts)
     print(written, flush=True)
     (out / "swaps.md").write_text(written + "\n", encoding="utf-8")
-    write_json(out / "swaps.json", {
-        **settled, "seconds": bench.seconds,
-        "methods": {name: summary(ones) for name, ones in found.items()},
-        "by case": [
-            {
-                "words": case.words, "kind": case.kind,
-                **{name: dataclasses.asdict(one) for name, one in zip(found, said)},
-            }
-            for case, _, said in rows
-        ],
-    })
+    write_json(
+        out / "swaps.json",
+        {
+            **settled,
+            "seconds": bench.seconds,
+            "methods": {name: summary(ones) for name, ones in found.items()},
+            "by case": [
+                {
+                    "words": case.words,
+                    "kind": case.kind,
+                    **{name: dataclasses.asdict(one) for name, one in zip(found, said, strict=True)},
+                }
+                for case, _, said in rows
+            ],
+        },
+    )
 
 
 def run_sweep(bench: Bench, chosen: Sequence[Case], corrected: bool, settled: dict, out: Path) -> None:
@@ -443,9 +473,14 @@ def run_sweep(bench: Bench, chosen: Sequence[Case], corrected: bool, settled: di
     stem = "swaps_sweep" if corrected else "swaps_sweep_uncorrected"
     plot(lines, out / f"{stem}.png")
     (out / f"{stem}.md").write_text(written + "\n", encoding="utf-8")
-    write_json(out / f"{stem}.json", {
-        **settled, "corrected": corrected, "sweep": {name: summary(ones) for name, ones in named.items()},
-    })
+    write_json(
+        out / f"{stem}.json",
+        {
+            **settled,
+            "corrected": corrected,
+            "sweep": {name: summary(ones) for name, ones in named.items()},
+        },
+    )
 
 
 if __name__ == "__main__":

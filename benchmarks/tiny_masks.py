@@ -82,7 +82,7 @@ def run(bench: Bench, variant: str, side: int, options: argparse.Namespace) -> d
         findings = [judge.judge(picture, mask) for picture in pictures]
         hits = [finding.palette == case.colour for finding in findings]
         colour += sum(hits)
-        shape += sum(hit and finding.shape == case.shape for hit, finding in zip(hits, findings))
+        shape += sum(hit and finding.shape == case.shape for hit, finding in zip(hits, findings, strict=True))
         source = world.draw(case.scene)
         worst = max(worst, int(np.abs(pictures.astype(int) - source)[:, ~mask].max()))
         rows.append((case, source, pictures, hits))
@@ -90,8 +90,12 @@ def run(bench: Bench, variant: str, side: int, options: argparse.Namespace) -> d
     count = options.cases * options.candidates
     contact_sheet(rows, options.out / f"tiny_{variant}_{side}.png")
     return {
-        "count": count, "colour": colour / count, "interval": wilson(colour, count), "shape": shape / count,
-        "background_max_abs": worst, "seconds": time.monotonic() - start,
+        "count": count,
+        "colour": colour / count,
+        "interval": wilson(colour, count),
+        "shape": shape / count,
+        "background_max_abs": worst,
+        "seconds": time.monotonic() - start,
     }
 
 
@@ -110,8 +114,11 @@ def main(arguments: list[str] | None = None) -> None:
         for name in names:
             result = results[f"{name}_{side}"] = run(bench, name, side, options)
             low, high = result["interval"]
-            print(f"| {side} px | {name} | {result['colour']:.2f} | {low:.2f}–{high:.2f} | {result['shape']:.2f} | "
-                  f"{result['background_max_abs']} | {result['seconds']:.0f} |", flush=True)  # fmt: skip
+            print(
+                f"| {side} px | {name} | {result['colour']:.2f} | {low:.2f}–{high:.2f} | {result['shape']:.2f} | "
+                f"{result['background_max_abs']} | {result['seconds']:.0f} |",
+                flush=True,
+            )
     write_json(options.out / "tiny_masks.json", results)
 
 

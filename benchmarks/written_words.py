@@ -8,8 +8,8 @@ one that draws words as readily as objects (the first command makes it). The cas
 candidate succeeds when the judge network finds the asked shape and the palette the asked colour. It shows a word where
 the ink within the mask lies along a line, as letters do and none of the objects: the spread across is less than
 `FLAT` of the spread along. Neither judge took part. "ranked" is the candidate that the reader ranks first, by the plain
-prompt, and with the guard by its lead over the written words. "negative" has the written words as negative prompt instead
-of the guard.
+prompt, and with the guard by its lead over the written words. "negative" has the written words as negative prompt
+instead of the guard.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def check_of_the_judge() -> tuple[float, float]:
 
 def run(bench: Bench, guard: str, chosen: list[Case], candidates: int) -> dict:
     good, words, first_good, first_word, worst, rows = 0, 0, 0, 0, 0, []
-    variant = Variant(METHOD, negative="\n".join(WRITTEN)) if guard == NEGATIVE else Variant(METHOD, text_guard=float(guard))
+    variant = (
+        Variant(METHOD, negative="\n".join(WRITTEN)) if guard == NEGATIVE else Variant(METHOD, text_guard=float(guard))
+    )
     for number, case in enumerate(chosen):
         contrasts = () if guard == "0" else written(case.prompt)
         outcome = bench.outcome(case, variant, [number * 1000 + i for i in range(candidates)], contrasts)
@@ -69,10 +71,26 @@ def run(bench: Bench, guard: str, chosen: list[Case], candidates: int) -> dict:
         first_good, first_word = first_good + success[first], first_word + word[first]
         worst = max(worst, outcome.background)
         rows.append(outcome.row)
-        logger.info("guard %s, case %d/%d: %s, %d good, %d words", guard, number + 1, len(chosen), case.prompt,
-                    sum(success), sum(word))
-    return {"guard": guard, "cases": len(chosen), "candidates": candidates, "good": good, "words": words,
-            "first_good": first_good, "first_word": first_word, "background_max_abs": worst, "rows": rows}
+        logger.info(
+            "guard %s, case %d/%d: %s, %d good, %d words",
+            guard,
+            number + 1,
+            len(chosen),
+            case.prompt,
+            sum(success),
+            sum(word),
+        )
+    return {
+        "guard": guard,
+        "cases": len(chosen),
+        "candidates": candidates,
+        "good": good,
+        "words": words,
+        "first_good": first_good,
+        "first_word": first_word,
+        "background_max_abs": worst,
+        "rows": rows,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,14 +98,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--guards", default=f"0,0.5,1,{NEGATIVE}", help=f"weights of the text guard, and {NEGATIVE}")
-    parser.add_argument("--prior", type=Path, default=Path.home() / ".cache" / "blendswap" / "training" / FOLDER,
-                        help="folder of the prior that draws words (default %(default)s)")
+    parser.add_argument(
+        "--prior",
+        type=Path,
+        default=Path.home() / ".cache" / "blendswap" / "training" / FOLDER,
+        help="folder of the prior that draws words (default %(default)s)",
+    )
     options = parser.read(arguments)
     if not options.prior.is_dir():
         parser.error(f"there is no prior that draws words in {options.prior}: make it with python run.py train words")
     found, mistaken = check_of_the_judge()
     print(f"of drawn words {found:.2f} are found, of drawn objects {mistaken:.2f} are taken for words\n")
-    print("| text_guard | good | 95 % | words | 95 % | ranked: good | ranked: words | max background Δ |\n" + "|---" * 8 + "|")
+    print(
+        "| text_guard | good | 95 % | words | 95 % | ranked: good | ranked: words | max background Δ |\n"
+        + "|---" * 8
+        + "|"
+    )
     bench, chosen, results = Bench("prior", "reader", options.prior), cases(options.cases), []
     for guard in options.guards.split(","):
         result = run(bench, guard, chosen, options.candidates)
@@ -95,9 +121,12 @@ def main(arguments: list[str] | None = None) -> None:
         results.append(result)
         count, total = len(chosen) * options.candidates, len(chosen)
         intervals = ["{:.2f}–{:.2f}".format(*wilson(result[name], count)) for name in ("good", "words")]
-        print(f"| {guard} | {result['good'] / count:.2f} | {intervals[0]} | {result['words'] / count:.2f} | {intervals[1]} "
-              f"| {result['first_good'] / total:.2f} | {result['first_word'] / total:.2f} "
-              f"| {result['background_max_abs']} |", flush=True)
+        print(
+            f"| {guard} | {result['good'] / count:.2f} | {intervals[0]} | {result['words'] / count:.2f} | "
+            f"{intervals[1]} | {result['first_good'] / total:.2f} | {result['first_word'] / total:.2f} "
+            f"| {result['background_max_abs']} |",
+            flush=True,
+        )
         write_json(options.out / "written_words.json", results)
 
 

@@ -7,6 +7,7 @@ import logging
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
@@ -14,7 +15,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PREPROCESS = {
+DEFAULT_PREPROCESS: dict[str, Any] = {
     "mean": open_clip.OPENAI_DATASET_MEAN,
     "std": open_clip.OPENAI_DATASET_STD,
     "resize_mode": "shortest",
@@ -23,7 +24,7 @@ QUICK_GELU_NAMES = ("openai", "quickgelu", "metaclip", "dfn2b", "dfn5b", "yfcc15
 PLAIN_GELU_NAMES = ("laion2b", "datacomp", "commonpool")
 
 
-def known_config(architecture: str) -> dict:
+def known_config(architecture: str) -> dict[str, Any]:
     """open_clip's configuration of `architecture`; ValueError, with names like it, if there is none."""
     config = open_clip.get_model_config(architecture)
     if config is None:
@@ -36,7 +37,7 @@ def known_config(architecture: str) -> dict:
     return config
 
 
-def downloaded_tokenizer(architecture: str, config: dict) -> str:
+def downloaded_tokenizer(architecture: str, config: dict[str, Any]) -> str:
     """Name of the tokenizer or text model that open_clip would download for it; "" if it brings its own."""
     text = config["text_cfg"]
     name = text.get("hf_tokenizer_name") or text.get("hf_model_name")
@@ -50,7 +51,7 @@ def match_architecture(weights: dict[str, Tensor], path: Path, openai_layout: bo
     names = [name for name in open_clip.list_models() if found and _shape_of_config(name) == found]
     if len(names) > 1:
         hints = _hints(path)
-        quick = [name for name in names if open_clip.get_model_config(name).get("quick_gelu")]
+        quick = [name for name in names if known_config(name).get("quick_gelu")]
         plain = [name for name in names if name not in quick]
         if openai_layout or any(name in hints for name in QUICK_GELU_NAMES):
             names = quick
@@ -76,7 +77,7 @@ def _hints(path: Path) -> str:
     return f"{path.parent.name}/{path.name}".lower()
 
 
-def _shape_of_weights(weights: dict[str, Tensor]) -> tuple | None:
+def _shape_of_weights(weights: dict[str, Tensor]) -> tuple[Any, ...] | None:
     def shape(key: str) -> tuple[int, ...]:
         return tuple(weights[key].shape)
 
@@ -106,8 +107,8 @@ def _shape_of_weights(weights: dict[str, Tensor]) -> tuple | None:
 
 
 @cache
-def _shape_of_config(architecture: str) -> tuple | None:
-    config = open_clip.get_model_config(architecture)
+def _shape_of_config(architecture: str) -> tuple[Any, ...] | None:
+    config = known_config(architecture)
     vision, text = config["vision_cfg"], {"context_length": 77, "vocab_size": 49408, **config["text_cfg"]}
     if config.get("custom_text") or "timm_model_name" in vision or downloaded_tokenizer(architecture, config):
         return None
@@ -126,21 +127,17 @@ def _shape_of_config(architecture: str) -> tuple | None:
     return text_shape, ((width, 3, patch, patch), vision["layers"], (grid, width))
 
 
-def preprocessing(architecture: str, path: Path) -> dict:
+def preprocessing(architecture: str, path: Path) -> dict[str, Any]:
     """Mean, std and resize mode: open_clip's for this architecture.
 
     Where they depend on the weights (ViT-L-14 of LAION-2B, ViT-H-14 of DFN), the tag named in the file's or
     its folder's name decides, else the first tag, and the log says so.
     """
-    configs = {
-        tag: get_pretrained_cfg(architecture, tag) for tag in list_pretrained_tags_by_model(architecture)
-    }
+    configs = {tag: get_pretrained_cfg(architecture, tag) for tag in list_pretrained_tags_by_model(architecture)}
     if not configs:
         return DEFAULT_PREPROCESS
     named = [config for tag, config in configs.items() if tag.split("_")[0] in _hints(path)]
-    kinds = {
-        (tuple(config["mean"]), tuple(config["std"]), config["resize_mode"]) for config in configs.values()
-    }
+    kinds = {(tuple(config["mean"]), tuple(config["std"]), config["resize_mode"]) for config in configs.values()}
     if len(kinds) > 1 and not named:
         logger.warning(
             "%s: the preprocessing of %s depends on its weights (%s). Name the file or its folder after "

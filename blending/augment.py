@@ -8,7 +8,7 @@ picture.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from kornia.geometry.transform import (
@@ -21,9 +21,7 @@ from torch import Tensor
 
 from .fit import POOLINGS, fit_to_square
 
-_NUMBERS_PER_COPY = (
-    16  # uniform numbers a copy draws, used or not, so that each setting leaves the others' in place
-)
+_NUMBERS_PER_COPY = 16  # uniform numbers a copy draws, used or not, so that each setting leaves the others' in place
 _INWARD = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])  # from each corner, x and y
 
 
@@ -81,9 +79,7 @@ class ExtendingAugmentations:
         _check("translate", self.translate, 0, 1)
         _check("perspective", self.perspective, 0, 1)
         _check("probability", self.probability, 0, 1)
-        _check(
-            "cutouts", self.cutouts, 0, self.copies - 1, " (the first of the copies stays the picture itself)"
-        )
+        _check("cutouts", self.cutouts, 0, self.copies - 1, " (the first of the copies stays the picture itself)")
         _check("cutout_max", self.cutout_max, 0.01, 1)
         _check("cutout_min", self.cutout_min, 0.01, self.cutout_max, " (cutout_max)")
         if self.pooling not in POOLINGS:
@@ -151,7 +147,7 @@ class ExtendingAugmentations:
             if copy >= first_cutout:
                 views += [
                     fit_to_square(row[None, :, top : top + side, left : left + side], size)
-                    for row, (top, left, side) in zip(images, parameters.boxes[copy].tolist())
+                    for row, (top, left, side) in zip(images, parameters.boxes[copy].tolist(), strict=True)
                 ]
         return torch.cat(views)
 
@@ -176,9 +172,7 @@ def _warp(images: Tensor, parameters: AugmentParameters, copies: slice, size: in
         images = _replace(
             images,
             turned,
-            lambda rows: warp_affine(
-                rows, matrices.to(rows), (size, size), "bilinear", "border", align_corners=False
-            ),
+            lambda rows: warp_affine(rows, matrices.to(rows), (size, size), "bilinear", "border", align_corners=False),
         )
     tilted = parameters.perspective[copies].flatten().nonzero().flatten()
     if len(tilted):
@@ -202,7 +196,7 @@ def _or_grey(views: Tensor) -> Tensor:
     return torch.where(views.isfinite(), views, torch.zeros_like(views))
 
 
-def _replace(images: Tensor, rows: Tensor, function) -> Tensor:
+def _replace(images: Tensor, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     rows = rows.to(images.device)
     return images.index_copy(0, rows, function(images[rows]))
 

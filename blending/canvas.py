@@ -37,7 +37,7 @@ class Canvas:
     @classmethod
     def make(
         cls, picture: Tensor, mask: Tensor, multiple: int, shorter_side: int | None, window: Window | None = None
-    ) -> "Canvas":
+    ) -> Canvas:
         """Cuts `window` (None: nothing), resizes so that the shorter side is `shorter_side` (None: keeps the size),
         then pads to the multiple.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -109,6 +110,7 @@ class Guidance:
         return total, by_range, losses
 
     def _background(self, seen: Tensor, mask: Tensor) -> Tensor:
+        assert self.perceptual is not None, "the settings are refused without one"
         if self.settings.background_loss == "paper":
             return background_loss(seen, self.source, mask, self.perceptual)
         arguments = (seen, self.source, mask)
@@ -126,7 +128,7 @@ class Guidance:
         crowded = crowding(masks)
         alone = sum(len(region.terms) for region in self.regions) == 1
         total = torch.zeros_like(seen)
-        for number, (region, mask) in enumerate(zip(self.regions, masks), start=1):
+        for number, (region, mask) in enumerate(zip(self.regions, masks, strict=True), start=1):
             if not region.steers:
                 continue
             which = f"region {number} " if len(self.regions) > 1 else ""
@@ -136,7 +138,7 @@ class Guidance:
                     gradient = gradient / crowded
                 total += region.strength * gradient
                 names = ["clip"] if alone else [f"clip: {which}{term}" for term in terms]
-                for name, value in zip(names, values):
+                for name, value in zip(names, values, strict=True):
                     # Two CLIPs of one name and weight are told apart by their number.
                     losses[f"{name}, {len(losses) + 1}" if name in losses else name] = value
         return total
@@ -177,10 +179,9 @@ class Guidance:
                 leaf = seen.detach().requires_grad_()
                 views = self.augment.apply(leaf * mask, parameters, part, guide.image_size)
                 vectors = guide.embed_image(views)
-                shares = [
-                    distance(vectors, term.target).to(leaf).view(-1, count).sum(0) / copies for term in terms
-                ]
-                pull = sum(term.weight * share.sum() for term, share in zip(terms, shares))
+                shares = [distance(vectors, term.target).to(leaf).view(-1, count).sum(0) / copies for term in terms]
+                weighted = [term.weight * share.sum() for term, share in zip(terms, shares, strict=True)]
+                pull = functools.reduce(torch.add, weighted)
                 gradient += torch.autograd.grad(pull, leaf)[0]
             values += torch.stack(shares).detach()
         return values, gradient

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import open_clip
 import torch
@@ -60,7 +60,7 @@ class Tokenizer(Protocol):
     def __call__(self, texts: list[str]) -> Tensor: ...
 
 
-def _token_count(tokenizer: Tokenizer, text: str) -> int:
+def _token_count(tokenizer: Any, text: str) -> int:
     """Tokens of `text` with start and end, before anything is cut off."""
     if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
         return len(tokenizer.tokenizer(tokenizer.clean_fn(text))["input_ids"])
@@ -86,11 +86,12 @@ class ClipGuide:
         std: Sequence[float] = DEFAULT_PREPROCESS["std"],
         squash: bool = False,
     ):
-        self.model = model.eval().requires_grad_(False)
+        # What its towers and weights are called is for each of open_clip's classes to say.
+        self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.mean, self.std, self.squash = tuple(mean), tuple(std), squash
-        size = model.visual.image_size
+        size = self.model.visual.image_size
         self.image_size = int(size if isinstance(size, int) else size[0])
         with torch.no_grad():
             self.embed_dim = self.embed_text([""]).shape[-1]
@@ -185,7 +186,10 @@ class ClipGuide:
         return self.tokenizer.unknown_words(text) if isinstance(self.tokenizer, CompactTokenizer) else []
 
     def _knows_nothing_of(self, text: str) -> bool:
-        return bool(self._unknown(text)) and set(self.tokenizer.encode(text)) == {self.tokenizer.unknown_row}
+        tokenizer = self.tokenizer
+        if not isinstance(tokenizer, CompactTokenizer) or not tokenizer.unknown_words(text):
+            return False
+        return set(tokenizer.encode(text)) == {tokenizer.unknown_row}
 
 
 def _scaled_gradient(pixels: Tensor, features: Tensor) -> Tensor:
@@ -248,7 +252,7 @@ def load_clip_guide(
 
 def save_demo_clip(
     model: open_clip.CLIP,
-    model_cfg: dict,
+    model_cfg: dict[str, Any],
     tokenizer: CompactTokenizer,
     path: str | Path,
     architecture: str = "demo",
@@ -273,7 +277,7 @@ def save_demo_clip(
     save_file(weights, str(path), metadata={DEMO_METADATA: json.dumps(description)})
 
 
-def build_demo_clip(model_cfg: dict) -> open_clip.CLIP:
+def build_demo_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP:
     """The open_clip model of a demo configuration, with random weights."""
     return open_clip.CLIP(**copy.deepcopy(model_cfg))
 
@@ -309,9 +313,7 @@ def _published_guide(path: Path, weights: dict[str, Tensor], architecture: str) 
             "ViT-B-16, ViT-L-14 or ViT-H-14."
         )
     model = _build(config, architecture, weights, path)
-    return _guide(
-        model, open_clip.get_tokenizer(architecture), architecture, preprocessing(architecture, path)
-    )
+    return _guide(model, open_clip.get_tokenizer(architecture), architecture, preprocessing(architecture, path))
 
 
 def _folder_guide(folder: Path) -> ClipGuide:
@@ -326,9 +328,7 @@ def _folder_guide(folder: Path) -> ClipGuide:
             f"{folder} is no open_clip model folder: {FOLDER_CONFIG} is missing or damaged ({error}). "
             "Download the folder again, or choose the weights file itself."
         ) from error
-    path = next(
-        (folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), folder / FOLDER_WEIGHTS[0]
-    )
+    path = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), folder / FOLDER_WEIGHTS[0])
     if text.get("hf_model_name"):
         raise ValueError(
             f"{folder}: its text side is '{text['hf_model_name']}' of Transformers, which open_clip would "
@@ -336,8 +336,7 @@ def _folder_guide(folder: Path) -> ClipGuide:
         )
     if text.get("hf_tokenizer_name") and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(
-            f"{folder} lacks its tokenizer: put tokenizer.json and tokenizer_config.json of the same model "
-            "into it."
+            f"{folder} lacks its tokenizer: put tokenizer.json and tokenizer_config.json of the same model into it."
         )
     weights, _ = _plain_state_dict(path, _read_clip_file(path)[0])
     preprocess = {**DEFAULT_PREPROCESS, **description.get("preprocess_cfg", {})}
@@ -345,12 +344,12 @@ def _folder_guide(folder: Path) -> ClipGuide:
     return _guide(_build(config, folder.name, weights, path), tokenizer, folder.name, preprocess)
 
 
-def _guide(model: nn.Module, tokenizer: Tokenizer, name: str, preprocess: dict) -> ClipGuide:
+def _guide(model: nn.Module, tokenizer: Any, name: str, preprocess: dict[str, Any]) -> ClipGuide:
     squash = preprocess["resize_mode"] == "squash"
     return ClipGuide(model, tokenizer, name, preprocess["mean"], preprocess["std"], squash)
 
 
-def _read_clip_file(path: Path) -> tuple[dict, dict[str, str]]:
+def _read_clip_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no CLIP weights file at {path}. Put an open_clip or OpenAI weights file "
@@ -359,20 +358,16 @@ def _read_clip_file(path: Path) -> tuple[dict, dict[str, str]]:
         )
     cure = "Download the file again; the weights of an open_clip or OpenAI CLIP are needed."
     if path.stat().st_size < 1024:
-        raise ValueError(
-            f"{path} is only {path.stat().st_size} bytes long (a placeholder, or truncated). {cure}"
-        )
+        raise ValueError(f"{path} is only {path.stat().st_size} bytes long (a placeholder, or truncated). {cure}")
     return read_weights(path, cure)
 
 
-def _plain_state_dict(path: Path, weights: dict) -> tuple[dict[str, Tensor], bool]:
+def _plain_state_dict(path: Path, weights: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:
     """The CLIP state dict inside `weights`, and whether it is in OpenAI's layout."""
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(
-            f"{path} does not hold a state dict (names with tensors), so it is no CLIP weights file."
-        )
+        raise ValueError(f"{path} does not hold a state dict (names with tensors), so it is no CLIP weights file.")
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
     if any(key.startswith(("vision_model.", "text_model.")) for key in weights):
         raise ValueError(
@@ -393,7 +388,7 @@ def _plain_state_dict(path: Path, weights: dict) -> tuple[dict[str, Tensor], boo
     return weights, bool(extras)
 
 
-def _build(config: dict, architecture: str, weights: dict[str, Tensor], path: Path) -> nn.Module:
+def _build(config: dict[str, Any], architecture: str, weights: dict[str, Tensor], path: Path) -> nn.Module:
     config = copy.deepcopy(config)
     custom_text = config.pop("custom_text", False)
     if custom_text:
@@ -402,7 +397,7 @@ def _build(config: dict, architecture: str, weights: dict[str, Tensor], path: Pa
         model_class = open_clip.CLIP
     if "timm_model_name" in config["vision_cfg"]:
         config["vision_cfg"]["timm_model_pretrained"] = False
-    model = model_class(**config)
+    model: Any = model_class(**config)
     weights = convert_state_dict(model, weights)
     if custom_text and "positional_embedding" in weights:
         weights = convert_to_custom_text_state_dict(weights)

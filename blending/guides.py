@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ class CombinedGuide:
     """CLIPs with weights, as one that scores by their weighted mean similarity.
 
     Its vectors are the members' one after another, each scaled by the square root of its weight: of two such vectors
-    the product is the weighted mean of the members' cosines. A run that steers asks the `members` one by one instead, so
-    that only one of them is in memory's way at a time, and each looks at its own size.
+    the product is the weighted mean of the members' cosines. A run that steers asks the `members` one by one instead,
+    so that only one of them is in memory's way at a time, and each looks at its own size.
 
     Attributes:
         members: (guide, weight), weights above 0 that add up to 1.
@@ -50,11 +51,11 @@ class CombinedGuide:
     @torch.no_grad()
     def score(self, images: Tensor, prompt: str) -> Tensor:
         """Weighted mean cosine similarity [B], -1..1, of `images` [B, 3, H, W] in -1..1 to `prompt`."""
-        return sum(guide.score(images, prompt) * weight for guide, weight in self.members)
+        return functools.reduce(torch.add, [guide.score(images, prompt) * weight for guide, weight in self.members])
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
         """What of `prompts` its members do not read, and what they do not know."""
         return list(dict.fromkeys(note for guide, _ in self.members for note in guide.notes(prompts)))
 
-    def _joined(self, embed) -> Tensor:
+    def _joined(self, embed: Callable[[ClipGuide], Tensor]) -> Tensor:
         return torch.cat([embed(guide) * weight**0.5 for guide, weight in self.members], dim=-1)

@@ -121,15 +121,22 @@ def plain_mask(mask: Tensor, name: str = "mask", said: list[str] | None = None) 
         _say(
             f"{name}: {_share(dirt)} of the picture had values up to {highest:.3g}, taken as black "
             f"(all below {BLACK} are)",
-            said, logging.INFO,
-        )  # fmt: skip
+            said,
+            logging.INFO,
+        )
         mask = torch.where(dirt, 0, mask)
     return mask
 
 
 def prepare_mask(
-    mask: Tensor, height: int, width: int, batch: int = 1, name: str = "mask", said: list[str] | None = None,
-    *, may_be_empty: bool = False,
+    mask: Tensor,
+    height: int,
+    width: int,
+    batch: int = 1,
+    name: str = "mask",
+    said: list[str] | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> Tensor:
     """`mask` ([H, W], [M, H, W] or [M, 1, H, W], 1 = edit) as [batch, 1, height, width] in 0..1, float32.
 
@@ -166,8 +173,9 @@ def prepare_mask(
         _say(
             f"{name} is {mask.shape[-1]}×{mask.shape[-2]} (width×height), the picture {width}×{height}: "
             "the mask is resized",
-            said, logging.WARNING,
-        )  # fmt: skip
+            said,
+            logging.WARNING,
+        )
         mask = resize_mask(mask, height, width)
     return mask.expand(batch, 1, height, width)
 

@@ -6,10 +6,12 @@ learned linear weights come with the package.
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lpips
 import torch
@@ -43,9 +45,7 @@ class DemoBackbone(nn.Module):
     def __init__(self, channels: Sequence[int] = (16, 32, 48, 64, 64)):
         super().__init__()
         if len(channels) != len(self.STRIDES):
-            raise ValueError(
-                f"DemoBackbone has {len(self.STRIDES)} stages, but channels = {tuple(channels)}."
-            )
+            raise ValueError(f"DemoBackbone has {len(self.STRIDES)} stages, but channels = {tuple(channels)}.")
         self.channels = tuple(int(width) for width in channels)
         widths = (3, *self.channels)
         self.stages = nn.ModuleList(
@@ -54,7 +54,7 @@ class DemoBackbone(nn.Module):
                 nn.BatchNorm2d(after),
                 nn.ReLU(),
             )
-            for before, after, stride in zip(widths, widths[1:], self.STRIDES)
+            for (before, after), stride in zip(itertools.pairwise(widths), self.STRIDES, strict=True)
         )
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -99,8 +99,7 @@ class Perceptual(nn.Module):
         super().__init__()
         if backbone != "demo" and backbone not in BACKBONE_FILES:
             raise ValueError(
-                f"LPIPS backbone '{backbone}' is unknown. Choose one of "
-                f"{', '.join([*BACKBONE_FILES, 'demo'])}."
+                f"LPIPS backbone '{backbone}' is unknown. Choose one of {', '.join([*BACKBONE_FILES, 'demo'])}."
             )
         path = Path(path)
         if not path.is_file():
@@ -119,13 +118,11 @@ class Perceptual(nn.Module):
         """
         if images.shape[1:] != others.shape[1:]:
             raise ValueError(
-                f"LPIPS compares pictures of one size, but got {tuple(images.shape)} and "
-                f"{tuple(others.shape)}."
+                f"LPIPS compares pictures of one size, but got {tuple(images.shape)} and {tuple(others.shape)}."
             )
         device = next(self.network.parameters()).device
         first, second = (
-            _at_least_minimum(pictures.to(device, torch.float32))
-            for pictures in (images, others.expand_as(images))
+            _at_least_minimum(pictures.to(device, torch.float32)) for pictures in (images, others.expand_as(images))
         )
         return self.network(first, second).flatten()
 
@@ -156,9 +153,7 @@ def _published_network(backbone: str, path: Path) -> nn.Module:
         # lpips calls torchvision with an argument that torchvision deprecated.
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net=backbone, pnet_rand=True, lpips=True, verbose=False)
-    cure = (
-        f"Choose the backbone that fits the file, or download torchvision's {BACKBONE_FILES[backbone]} again."
-    )
+    cure = f"Choose the backbone that fits the file, or download torchvision's {BACKBONE_FILES[backbone]} again."
     weights, _ = read_weights(path, cure)
     if not isinstance(weights, dict):
         raise ValueError(f"{path} holds a {type(weights).__name__}, not a state dict. {cure}")
@@ -184,22 +179,18 @@ def _demo_network(path: Path) -> nn.Module:
     cure = "Reinstall the pack or train the backbone with `python run.py train`."
     weights, metadata = read_weights(path, cure)
     if DEMO_METADATA not in metadata:
-        raise ValueError(
-            f"{path} is not a demo LPIPS backbone: its metadata has no '{DEMO_METADATA}'. {cure}"
-        )
+        raise ValueError(f"{path} is not a demo LPIPS backbone: its metadata has no '{DEMO_METADATA}'. {cure}")
     backbone = DemoBackbone(json.loads(metadata[DEMO_METADATA])["channels"])
     try:
         backbone.load_state_dict(
             {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not hold the weights its metadata describes ({error}). {cure}"
-        ) from error
+        raise ValueError(f"{path} does not hold the weights its metadata describes ({error}). {cure}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # The smallest of lpips' networks serves as the frame; its own backbone is put aside.
-        network = lpips.LPIPS(net="squeeze", pnet_rand=True, lpips=False, verbose=False)
+        network: Any = lpips.LPIPS(net="squeeze", pnet_rand=True, lpips=False, verbose=False)
     network.net = backbone
     network.L, network.chns = len(backbone.channels), list(backbone.channels)
     network.scaling_layer = nn.Identity()

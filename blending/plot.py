@@ -24,7 +24,7 @@ def loss_plot(history: Sequence[dict[str, Tensor]], title: str = "") -> Tensor:
     figure = Figure(figsize=(7.2, 1.2 + 2.2 * max(len(names), 1)), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(max(len(names), 1), 1, squeeze=False)[:, 0]
-    for panel, name in zip(panels, names):
+    for panel, name in zip(panels, names, strict=False):  # without a loss there is one panel, and no name
         steps = [number + 1 for number, losses in enumerate(history) if name in losses]
         values = torch.stack([losses[name].detach().float().cpu() for losses in history if name in losses])
         # A line through one point alone shows nothing.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -90,8 +90,8 @@ def region_box(mask: Tensor) -> tuple[int, int, int, int]:
         return start, start + length
 
     return (
-        *interval(rows[0].item(), rows[-1].item(), height),
-        *interval(columns[0].item(), columns[-1].item(), width),
+        *interval(int(rows[0]), int(rows[-1]), height),
+        *interval(int(columns[0]), int(columns[-1]), width),
     )
 
 
@@ -104,7 +104,7 @@ def region_view(images: Tensor, mask: Tensor, size: int) -> Tensor:
     boxes = [region_box(single) for single in mask.to(images).expand(len(images), -1, -1, -1)]
     crops = [
         fit_to_square(image[None, :, top:bottom, left:right], size)
-        for image, (top, bottom, left, right) in zip(images, boxes)
+        for image, (top, bottom, left, right) in zip(images, boxes, strict=True)
     ]
     return torch.cat(crops)
 
@@ -157,7 +157,8 @@ def score(
     """
     images = images.float()
     views = {"region": weights.region, "whole": weights.whole}
-    sums, combined = dict.fromkeys(views, 0.0), torch.zeros(len(images))
+    sums = dict.fromkeys(views, torch.zeros(len(images)))
+    combined = torch.zeros(len(images))
     for guide, share in scorer.members:
         region = region_view(images, mask, guide.image_size)
         found = {
@@ -176,10 +177,10 @@ def score(
         combined = combined - weights.seam * _deviation(seam) / _spread(_deviation(seam))
     combined = combined / (weights.region + weights.whole + weights.seam)
     terms = (values.tolist() for values in (sums["region"], sums["whole"], seam, combined))
-    return [Score(index, *values) for index, values in enumerate(zip(*terms))]
+    return [Score(index, *values) for index, values in enumerate(zip(*terms, strict=True))]
 
 
-def rank(images: Tensor, mask: Tensor, prompt: str, scorer: ClipGuide | CombinedGuide, **settings) -> list[Score]:
+def rank(images: Tensor, mask: Tensor, prompt: str, scorer: ClipGuide | CombinedGuide, **settings: Any) -> list[Score]:
     """The candidates' scores, best first. Equal ones keep their order; a candidate with NaN comes last.
 
     Arguments as in `score`; `images[[s.index for s in rank(...)]]` is the ranked batch.

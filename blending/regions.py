@@ -88,7 +88,10 @@ class Region:
 
 
 def terms_for(
-    guide: ClipGuide | CombinedGuide, prompt: str = "", negative: str = "", picture: Tensor | None = None,
+    guide: ClipGuide | CombinedGuide,
+    prompt: str = "",
+    negative: str = "",
+    picture: Tensor | None = None,
     text_guard: float = 0.0,
 ) -> tuple[Term, ...]:
     """What a prompt, a negative prompt and a picture to resemble ask of every member of `guide`.

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .ranking import score
 
 if TYPE_CHECKING:
     from .guide import ClipGuide
+    from .guides import CombinedGuide
     from .perceptual import Perceptual
 
 AMPLIFICATION = 8
@@ -55,7 +56,7 @@ class EditReport:
     prompt: str | None
     mask_share: float  # of the picture's pixels that may change, 0..1
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The measures by name, with null for what JSON cannot hold."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -68,7 +69,7 @@ class EditReport:
     def to_text(self) -> str:
         """The measures as lines to read."""
         lines = [f"may change: {self.mask_share:.1%} of the picture"]
-        if self.max_abs_outside is None:
+        if self.max_abs_outside is None or self.psnr_outside is None:
             lines.append("outside the mask: nothing (the mask covers the picture)")
         else:
             psnr = "infinite" if math.isinf(self.psnr_outside) else f"{self.psnr_outside:.2f} dB"
@@ -100,7 +101,7 @@ def edit_report(
     result: Tensor,
     mask: Tensor,
     perceptual: Perceptual | None = None,
-    guide: ClipGuide | None = None,
+    guide: ClipGuide | CombinedGuide | None = None,
     prompt: str | None = None,
 ) -> EditReport:
     """Measure one edit: `source` and `result` [1, H, W, 3] in 0..1, `mask` [1, 1, H, W] in 0..1 (1 = edit).
@@ -121,7 +122,7 @@ def edit_report(
         )
     source, result, mask = (tensor.detach().cpu().float() for tensor in (source, result, mask))
     outside = (mask == 0)[0, 0]
-    measures = dict.fromkeys(field.name for field in dataclasses.fields(EditReport))
+    measures: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(EditReport))
     measures["mask_share"] = 1 - outside.float().mean().item()
     if outside.any():
         measures |= _outside_measures(source, result, mask, outside.numpy(), perceptual)
@@ -144,7 +145,7 @@ def _model_layout(image: Tensor) -> Tensor:
 
 def _outside_measures(
     source: Tensor, result: Tensor, mask: Tensor, outside: np.ndarray, perceptual: Perceptual | None
-) -> dict:
+) -> dict[str, Any]:
     before, after = to_8_bit(source)[0][outside], to_8_bit(result)[0][outside]
     difference = np.abs(before.astype(int) - after)
     kept, kept_after = source[0].numpy()[outside], result[0].numpy()[outside]
@@ -154,9 +155,7 @@ def _outside_measures(
         "identical_outside": float((difference.max(axis=-1) == 0).mean()),
         "max_abs_outside_float": float(np.abs(kept - kept_after).max() * 255),
         "mse_outside": mse,
-        "psnr_outside": math.inf
-        if mse == 0
-        else float(peak_signal_noise_ratio(kept, kept_after, data_range=1.0)),
+        "psnr_outside": math.inf if mse == 0 else float(peak_signal_noise_ratio(kept, kept_after, data_range=1.0)),
         "ssim_outside": _ssim(source[0].numpy(), result[0].numpy(), outside),
     }
     if perceptual is not None:
@@ -174,10 +173,10 @@ def _ssim(source: np.ndarray, result: np.ndarray, outside: np.ndarray) -> float 
     if window < 3:
         return None
     kept = outside[..., None].astype(source.dtype)
-    _, similarity = structural_similarity(
+    of_all_and_each: Any = structural_similarity(
         source * kept, result * kept, win_size=window, data_range=1.0, channel_axis=-1, full=True
     )
-    return float(similarity[outside].mean())
+    return float(of_all_and_each[1][outside].mean())
 
 
 def picture(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:
@@ -193,7 +192,7 @@ def picture(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:
     masks = mask.movedim(1, -1).expand(-1, -1, -1, 3)
     difference = ((result - source).abs() * AMPLIFICATION).clamp(0, 1)
     labels = ("source", "mask", "result", f"difference x{AMPLIFICATION}")
-    rows = [_row(panels, labels) for panels in zip(source, masks, result, difference)]
+    rows = [_row(panels, labels) for panels in zip(source, masks, result, difference, strict=True)]
     sheet = np.concatenate(rows, axis=0)
     return torch.from_numpy(sheet.astype(np.float32) / 255)[None]
 
@@ -206,7 +205,7 @@ def _row(panels: Sequence[Tensor], labels: Sequence[str]) -> np.ndarray:
     strip = lettering.height(text) + 2 * _GAP
     row = Image.new("RGB", ((width + _GAP) * len(panels) - _GAP, height + strip), "white")
     draw = ImageDraw.Draw(row)
-    for place, (panel, label) in enumerate(zip(panels, labels)):
+    for place, (panel, label) in enumerate(zip(panels, labels, strict=True)):
         left = place * (width + _GAP)
         image = Image.fromarray(to_8_bit(panel)).resize((width, height), Image.Resampling.NEAREST)
         lettering.draw(draw, (left + _GAP, _GAP), label, text)

@@ -68,7 +68,9 @@ def blended_diffusion(
         FloatingPointError: the model, or the guide, gave NaN or infinite values.
     """
     if settings.clamp and host.downscale != 1:
-        raise ValueError("clamp keeps x̂0 within a picture's range, which latents do not have; switch it off for a latent MODEL")
+        raise ValueError(
+            "clamp keeps x̂0 within a picture's range, which latents do not have; switch it off for a latent MODEL"
+        )
     guidance.begin()
     schedule = Schedule.respaced(host.train_sigmas, settings.steps)
     noise = CandidateNoise(seeds, host.device)
@@ -114,9 +116,9 @@ class Edit:
         progress = number / max(total - 1, 1)
         factor = settings.schedule.factor(number, total)
         x0, variance, gradient, losses = (
-            _guided_prediction(self.host, self.guidance, settings, schedule, x, index, progress, factor)
+            guided_prediction(self.host, self.guidance, settings, schedule, x, index, progress, factor)
             if self.guidance.active and factor > 0
-            else _plain_prediction(self.host, settings, schedule, x, index)
+            else plain_prediction(self.host, settings, schedule, x, index)
         )
         _check_finite(x0, variance, gradient, number)
         with torch.no_grad():
@@ -132,7 +134,7 @@ class Edit:
             return foreground * mask + background * (1 - mask), x0, losses
 
 
-def _plain_prediction(host: DiffusionHost, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int):
+def plain_prediction(host: DiffusionHost, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int):
     with torch.no_grad():
         prediction = host.predict(x / schedule.alpha(index) ** 0.5, schedule.sigma(index))
     return _in_range(prediction.x0, settings), prediction.variance, None, {}
@@ -143,9 +145,15 @@ def _in_range(x0: Tensor, settings: BlendSettings) -> Tensor:
     return torch.where(x0.isinf(), x0, x0.clamp(-1, 1)) if settings.clamp else x0
 
 
-def _guided_prediction(
-    host: DiffusionHost, guidance: Guidance, settings: BlendSettings, schedule: Schedule, x: Tensor, index: int,
-    progress: float = 1.0, factor: float = 1.0,
+def guided_prediction(
+    host: DiffusionHost,
+    guidance: Guidance,
+    settings: BlendSettings,
+    schedule: Schedule,
+    x: Tensor,
+    index: int,
+    progress: float = 1.0,
+    factor: float = 1.0,
 ):
     """One forward pass that serves both the step and the gradient ∂L/∂x_t, and at most one backward pass.
 
@@ -184,7 +192,12 @@ def _guided_prediction(
 
 
 def guided_estimate(
-    host: DiffusionHost, guidance: Guidance, settings: BlendSettings, x: Tensor, sigma: float, progress: float,
+    host: DiffusionHost,
+    guidance: Guidance,
+    settings: BlendSettings,
+    x: Tensor,
+    sigma: float,
+    progress: float,
     factor: float,
 ) -> Tensor:
     """x̂0 [B, C, h, w] moved by the guidance, for samplers that know no gradient.
@@ -200,11 +213,9 @@ def guided_estimate(
     alpha = schedule.alpha(0)
     x = x * alpha**0.5
     if not guidance.active or factor == 0:
-        x0, variance, gradient, _ = _plain_prediction(host, settings, schedule, x, 0)
+        x0, variance, gradient, _ = plain_prediction(host, settings, schedule, x, 0)
     else:
-        x0, variance, gradient, _ = _guided_prediction(
-            host, guidance, settings, schedule, x, 0, progress, factor
-        )
+        x0, variance, gradient, _ = guided_prediction(host, guidance, settings, schedule, x, 0, progress, factor)
     _check_finite(x0, variance, gradient, 0)
     return x0 if gradient is None else x0 - gradient * ((1 - alpha) / alpha**0.5)
 

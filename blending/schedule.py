@@ -13,8 +13,8 @@ CURVES: dict[str, Callable[[float], float]] = {
 }
 """Factor of the guidance weight by position between start (0) and end (1).
 
-Shape and layout are decided in the first steps, where the estimate is still vague and its gradient small: "early" pushes
-there; "falling" has the same mean as "constant".
+Shape and layout are decided in the first steps, where the estimate is still vague and its gradient small: "early"
+pushes there; "falling" has the same mean as "constant".
 """
 
 
@@ -39,8 +39,7 @@ class GuideSchedule:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(
-                f"start is {self.start} and end is {self.end}; they are fractions of the run with "
-                "0 <= start < end <= 1"
+                f"start is {self.start} and end is {self.end}; they are fractions of the run with 0 <= start < end <= 1"
             )
         if self.every < 1:
             raise ValueError(f"every is {self.every}; guidance at every n-th step needs n of 1 or more")

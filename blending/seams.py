@@ -15,8 +15,8 @@ from .shrink import dilate
 RING = 3
 """Width in pixels of what is compared around the mask."""
 TOLERANCE = 0.2
-"""Difference, of a picture's range of 1, at which a pixel of the ring counts less by e: what differs more is no drift but
-something that the edit drew across the border."""
+"""Difference, of a picture's range of 1, at which a pixel of the ring counts less by e: what differs more is no drift
+but something that the edit drew across the border."""
 
 
 def match_border(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def match_border(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:
     surroundings. Outside the mask nothing changes, nor where the mask leaves nothing around it to compare with. What is
     not finite there does not count.
 
-    source, result: [1 or B, 3, H, W] and [B, 3, H, W] in -1..1. mask: [1 or B, 1, H, W] in 0..1; the region is where it is
-    above 0.
+    source, result: [1 or B, 3, H, W] and [B, 3, H, W] in -1..1. mask: [1 or B, 1, H, W] in 0..1; the region is where it
+    is above 0.
     """
     region = (mask > 0).to(result)
     difference = source.to(result) - result
@@ -45,7 +45,8 @@ def _pull_and_push(value: Tensor, weight: Tensor) -> Tensor:
     """The weighted values [B, C, H, W], `weight` [B, 1, H, W] already in them, spread to where there are none."""
     levels = [(value, weight)]
     while max(levels[-1][0].shape[-2:]) > 1:
-        levels.append(tuple(F.avg_pool2d(part, 2, ceil_mode=True, count_include_pad=False) for part in levels[-1]))
+        value, weight = (F.avg_pool2d(part, 2, ceil_mode=True, count_include_pad=False) for part in levels[-1])
+        levels.append((value, weight))
     value, weight = levels[-1]
     filled = value / weight.clamp(min=1e-12)
     for value, weight in reversed(levels[:-1]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from .decode import DECODES
 from .schedule import GuideSchedule
@@ -41,8 +42,8 @@ class BlendSettings:
         background_loss: "paper", λ·½(MSE + LPIPS) of both backgrounds; "official", λ·(10·MSE + LPIPS) of the
             masked result against the unmasked source.
         clamp: keep x̂0 within -1..1, for the step and for CLIP (guided-diffusion's clip_denoised); in pixel space only.
-            Off in the paper's code. It tames a prior whose estimates overshoot at high noise, as small ones do; the range
-            loss is 0 then.
+            Off in the paper's code. It tames a prior whose estimates overshoot at high noise, as small ones do; the
+            range loss is 0 then.
         guide_decode: what of a latent estimate is decoded for CLIP: "whole", or the "window" around the mask (see
             `decode_for_guide`); the range loss then holds within it.
         chunk: copies that CLIP sees at once; 0 for all. Only memory depends on it.
@@ -55,7 +56,7 @@ class BlendSettings:
     range_weight: float = 50.0
     distance: str = "cosine"
     guided_input: str = "x0"
-    schedule: GuideSchedule = GuideSchedule()
+    schedule: GuideSchedule = dataclasses.field(default_factory=GuideSchedule)
     gradient: str = "through_model"
     blend: bool = True
     background_level: str = "next"
@@ -87,8 +88,7 @@ class BlendSettings:
             raise ValueError(f"steps is {self.steps}; it must be 1 to 1000")
         if not 0 <= self.start < self.steps:
             raise ValueError(
-                f"start is {self.start} of {self.steps} steps, which leaves none to run; choose 0 to "
-                f"{self.steps - 1}"
+                f"start is {self.start} of {self.steps} steps, which leaves none to run; choose 0 to {self.steps - 1}"
             )
         for name in ("guidance", "range_weight", "background_weight", "chunk"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -102,15 +102,24 @@ class Preset:
     `dials` are the fields of BlendSettings that the preset fixes.
     """
 
-    dials: dict[str, object]
+    dials: Mapping[str, Any]
     copies: int
 
 
-_PAPER: dict[str, object] = {
+_PAPER: dict[str, Any] = {
     name: BlendSettings.__dataclass_fields__[name].default
     for name in (
-        "steps", "start", "sampler", "range_weight", "distance", "guided_input", "gradient", "blend",
-        "background_level", "background_weight", "clamp",
+        "steps",
+        "start",
+        "sampler",
+        "range_weight",
+        "distance",
+        "guided_input",
+        "gradient",
+        "blend",
+        "background_level",
+        "background_weight",
+        "clamp",
     )
 }
 
@@ -123,7 +132,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset_settings(name: str, dials: Mapping[str, object]) -> BlendSettings:
+def preset_settings(name: str, dials: Mapping[str, Any]) -> BlendSettings:
     """Settings of `dials` (fields of BlendSettings) with a preset laid over them.
 
     Dials that the preset replaces may hold anything. The guidance weight stays a dial under every preset, because it

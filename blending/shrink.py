@@ -1,8 +1,8 @@
 """Progressive mask shrinking: an edit of a few pixels begins with a larger mask, which shrinks to the true one.
 
-In a mask of a few pixels neither CLIP nor the model sees anything, and the plain method does nothing there. The method's
-authors let such an edit begin with a dilated mask and shrink it while the noise falls: what the large mask begins, the
-small one inherits (Avrahami, Fried and Lischinski: Blended Latent Diffusion, 2023, §4.3).
+In a mask of a few pixels neither CLIP nor the model sees anything, and the plain method does nothing there. The
+method's authors let such an edit begin with a dilated mask and shrink it while the noise falls: what the large mask
+begins, the small one inherits (Avrahami, Fried and Lischinski: Blended Latent Diffusion, 2023, §4.3).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Schedule:
     alphas_cumprod: Tensor
 
     @classmethod
-    def respaced(cls, train_sigmas: Tensor, steps: int) -> "Schedule":
+    def respaced(cls, train_sigmas: Tensor, steps: int) -> Schedule:
         """`steps` evenly spaced timesteps of a model's own grid (Nichol and Dhariwal 2021, §4).
 
         train_sigmas: σ of every training timestep, [T], ascending.
@@ -29,9 +29,7 @@ class Schedule:
         """
         count = len(train_sigmas)
         if steps > count:
-            raise ValueError(
-                f"steps is {steps}, but this model was trained on {count} timesteps; use at most {count}"
-            )
+            raise ValueError(f"steps is {steps}, but this model was trained on {count} timesteps; use at most {count}")
         # One step alone has to start from pure noise; the rule for more would put it at the clean end.
         taken = [count - 1] if steps == 1 else [round(i * (count - 1) / (steps - 1)) for i in range(steps)]
         return cls(1 / (1 + train_sigmas.detach().cpu().double()[taken].square()))

@@ -16,7 +16,8 @@ _EMBEDDING = re.compile(r"(?:^|(?<=\s))embedding:[^\s,<\[]+")
 
 def plain_words(prompt: str) -> str:
     """A prompt as ComfyUI's text encoders take it, without what only they can do: weights, as in "(blue:1.4)" or
-    "(blue)", leave the word alone, "embedding:name" goes. Brackets that are meant are written as there: "\\(" and "\\)".
+    "(blue)", leave the word alone, "embedding:name" goes. Brackets that are meant are written as there: "\\("
+    and "\\)".
     """
     text = prompt.replace("\\)", "\0\1").replace("\\(", "\0\2")
     while (unwrapped := _BRACKETS.sub(lambda found: _without_weight(found[1]), text)) != text:
@@ -112,7 +113,7 @@ class CompactTokenizer:
         """Table rows [P, context_length] (int64) of `texts`, padded with 0 and cut off as CLIP does."""
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)
-        for row, text in zip(tokens, texts):
+        for row, text in zip(tokens, texts, strict=True):
             ids = [self.start_row, *self.encode(text)[: self.context_length - 2], self.end_row]
             row[: len(ids)] = torch.tensor(ids)
         return tokens

@@ -11,6 +11,7 @@ import collections
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ _LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorli
 class _Module:
     """Stands in for every class of the archive: holds its attributes, does nothing."""
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.attributes = state if isinstance(state, dict) else {}
 
 
@@ -73,14 +74,12 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
                     return _DTYPES[name]
                 raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
-            def persistent_load(self, reference: tuple) -> Tensor:
+            def persistent_load(self, reference: tuple[Any, ...]) -> Tensor:
                 _, dtype, key, *_ = reference
                 if key not in storages:
                     # A copy, because the bytes of an archive are read-only.
                     content = bytearray(archive.read(f"{folder}/{key}"))
-                    storages[key] = (
-                        torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-                    )
+                    storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
                 return storages[key]
 
         with archive.open(data) as file:
@@ -88,7 +87,7 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
     return dict(_flatten(tree, ""))
 
 
-def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     return torch.as_strided(storage, size, stride, offset)
 
 

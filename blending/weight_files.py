@@ -46,8 +46,7 @@ def read_weights(path: Path, cure: str) -> tuple[Any, dict[str, str]]:
         return torch.load(path, map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} was not opened: it is damaged, or wants to run code instead of holding plain weights. "
-            f"{cure}"
+            f"{path} was not opened: it is damaged, or wants to run code instead of holding plain weights. {cure}"
         ) from error
     except _DAMAGE as error:
         raise ValueError(f"{path} is truncated or not a PyTorch weights file ({error}). {cure}") from error

@@ -44,7 +44,7 @@ class Window:
     width: int
 
     @classmethod
-    def of(cls, picture: Tensor) -> "Window":
+    def of(cls, picture: Tensor) -> Window:
         """All of `picture` [B, C, H, W]."""
         height, width = picture.shape[-2:]
         return cls(0, height, 0, width, height, width)
@@ -75,7 +75,7 @@ class Window:
         """What of `mask` [B, 1, H, W] lies in the window; 0 outside of it."""
         return self.put(torch.zeros_like(mask), self.cut(mask))
 
-    def overlaps(self, other: "Window") -> bool:
+    def overlaps(self, other: Window) -> bool:
         return (
             self.top < other.bottom and other.top < self.bottom and self.left < other.right and other.left < self.right
         )
@@ -104,7 +104,7 @@ def window_for(mask: Tensor, mode: str, context: float, size: int) -> Window:
     """
     if not _wanted(mask, mode, context, size):
         return Window.of(mask)
-    return _around(_spans(mask[0, 0] > 0), context, size, tuple(mask.shape[-2:]))
+    return _around(_spans(mask[0, 0] > 0), context, size, (mask.shape[-2], mask.shape[-1]))
 
 
 def windows_for(masks: Sequence[Tensor], mode: str, context: float, size: int) -> tuple[list[Window], list[str]]:
@@ -119,7 +119,8 @@ def windows_for(masks: Sequence[Tensor], mode: str, context: float, size: int) -
     if not _wanted(given, mode, context, size):
         return [Window.of(given)], []
     mask = editable([_without_specks(one) for one in masks])
-    picture, notes = tuple(mask.shape[-2:]), []
+    picture = (mask.shape[-2], mask.shape[-1])
+    notes: list[str] = []
     windows = [_around(_spans(mask[0, 0] > 0), context, size, picture)]
     parts = _parts(mask)
     if len(parts) > MOST_PARTS:
@@ -204,7 +205,8 @@ def _apart(parts: Sequence[Spans], context: float, size: int, picture: tuple[int
 
 
 def _joined(one: Spans, two: Spans) -> Spans:
-    return tuple((min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(one, two))
+    rows, columns = ((min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(one, two, strict=True))
+    return rows, columns
 
 
 def _around(spans: Spans, context: float, size: int, picture: tuple[int, int]) -> Window:
@@ -214,10 +216,13 @@ def _around(spans: Spans, context: float, size: int, picture: tuple[int, int]) -
     side = max(math.ceil(max(extents) * (1 + 2 * context)), least)
     sides = [side, side]
     if side >= max(picture):
-        own = [min(max(math.ceil(extent * (1 + 2 * context)), least), limit) for extent, limit in zip(extents, picture)]
+        own = [
+            min(max(math.ceil(extent * (1 + 2 * context)), least), limit)
+            for extent, limit in zip(extents, picture, strict=True)
+        ]
         sides = [max(each, math.ceil(max(own) / LONGER)) for each in own]
     (top, bottom), (left, right) = (
-        _interval(*span, each, limit) for span, each, limit in zip(spans, sides, picture)
+        _interval(*span, each, limit) for span, each, limit in zip(spans, sides, picture, strict=True)
     )
     return Window(top, bottom, left, right, *picture)
 

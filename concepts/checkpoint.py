@@ -54,9 +54,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     Raises CheckpointError, saying what to do, where it cannot be written.
     """
     tensors = {f"parameter.{name}": tensor for name, tensor in checkpoint.parameters.items()}
-    tensors |= {
-        f"{moment}.{name}": tensor for moment in MOMENTS for name, tensor in checkpoint.moments[moment].items()
-    }
+    tensors |= {f"{moment}.{name}": tensor for moment in MOMENTS for name, tensor in checkpoint.moments[moment].items()}
     tensors |= {"losses": checkpoint.losses, "probe": checkpoint.probe}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "step": str(checkpoint.step), "identity": json.dumps(checkpoint.identity)}
@@ -73,9 +71,10 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
         size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
         kept = f" The one of an earlier step is still there: {path}." if path.exists() else ""
         what = (
-            f"the disk is full. Make {size:.1f} MB of room" if _disk_full(error)
+            f"the disk is full. Make {size:.1f} MB of room"
+            if _disk_full(error)
             else f"{error}. Look whether the folder can be written to"
-        )  # fmt: skip
+        )
         raise CheckpointError(
             f"The checkpoint of step {checkpoint.step} was not written to {path.parent}: {what}, then start again."
             f"{kept}"
@@ -99,9 +98,13 @@ def read(path: Path) -> Checkpoint:
                 parts[part][rest] = tensor
         parameters = parts.pop("parameter")
         found = Checkpoint(
-            int(metadata["step"]), parameters, parts, tensors["losses"], json.loads(metadata["identity"]),
+            int(metadata["step"]),
+            parameters,
+            parts,
+            tensors["losses"],
+            json.loads(metadata["identity"]),
             tensors["probe"],
-        )  # fmt: skip
+        )
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"The checkpoint {path} is damaged ({error}). {cure}") from error
     if any(parts[moment].keys() != parameters.keys() for moment in MOMENTS):
@@ -111,8 +114,9 @@ def read(path: Path) -> Checkpoint:
     return found
 
 
-def check_same(path: Path, found: Checkpoint, identity: Mapping[str, Any], shapes: Mapping[str, torch.Size],
-               probe: Tensor) -> None:
+def check_same(
+    path: Path, found: Checkpoint, identity: Mapping[str, Any], shapes: Mapping[str, torch.Size], probe: Tensor
+) -> None:
     """Raises ValueError, saying what differs, where a checkpoint is of another training than the one described.
 
     identity, probe: as in `Checkpoint`. shapes: of the parameters.

@@ -89,8 +89,16 @@ class Kept:
 
 
 def kept_class_pictures(
-    learner: Learner, class_prompt: str, count: int, size: int, root: Path, *, steps: int = STEPS, cfg: float = CFG,
-    seed: int = 0, on_picture: Callable[[int], None] | None = None,
+    learner: Learner,
+    class_prompt: str,
+    count: int,
+    size: int,
+    root: Path,
+    *,
+    steps: int = STEPS,
+    cfg: float = CFG,
+    seed: int = 0,
+    on_picture: Callable[[int], None] | None = None,
 ) -> Kept:
     """Pictures of the class by the model as it stands, to be made before the training: read from below `root` where
     this model has made them with these settings before, made and written there else.
@@ -109,17 +117,26 @@ def kept_class_pictures(
         found[number] = _read(folder / _file(number), size)
         if on_picture is not None:
             on_picture(sum(picture is not None for picture in found.values()))
-    return Kept(list(found.values()), len(missing), folder)
+    pictures = [picture for picture in found.values() if picture is not None]
+    assert len(pictures) == count, "what was missing has been written"
+    return Kept(pictures, len(missing), folder)
 
 
 def make_class_pictures(
-    learner: Learner, class_prompt: str, count: int, size: int, *, steps: int = STEPS, cfg: float = CFG, seed: int = 0,
+    learner: Learner,
+    class_prompt: str,
+    count: int,
+    size: int,
+    *,
+    steps: int = STEPS,
+    cfg: float = CFG,
+    seed: int = 0,
 ) -> Tensor:
     """As `kept_class_pictures`, but kept nowhere: [count, 3, size, size] in -1..1."""
     _check(class_prompt, count)
-    return torch.stack([
-        picture.cpu() for _, picture in _made(learner, class_prompt, range(count), size, steps, cfg, seed)
-    ])
+    return torch.stack(
+        [picture.cpu() for _, picture in _made(learner, class_prompt, range(count), size, steps, cfg, seed)]
+    )
 
 
 def _check(class_prompt: str, count: int) -> None:
@@ -137,20 +154,24 @@ def _made(
     while waiting:
         first = waiting[0]
         run = [number for place, number in enumerate(waiting[:BATCH]) if number == first + place]
-        waiting = waiting[len(run):]
+        waiting = waiting[len(run) :]
         made = learner.sample([class_prompt] * len(run), (size, size), steps=steps, cfg=cfg, seed=seed + first)
-        yield from zip(run, made)
+        yield from zip(run, made, strict=True)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _folder(
-    learner: Learner, class_prompt: str, size: int, steps: int, cfg: float, seed: int, root: Path
-) -> Path:
+def _folder(learner: Learner, class_prompt: str, size: int, steps: int, cfg: float, seed: int, root: Path) -> Path:
     """The folder of the pictures that this model makes with these settings; a new one where there is none."""
-    asked = {"prompt": class_prompt, "size": size, "steps": steps, "cfg": cfg, "seed": seed,
-             "prediction": learner.prediction}
+    asked = {
+        "prompt": class_prompt,
+        "size": size,
+        "steps": steps,
+        "cfg": cfg,
+        "seed": seed,
+        "prediction": learner.prediction,
+    }
     words = re.sub(r"[^A-Za-z0-9]+", "_", class_prompt).strip("_")[:40] or "class"
     name = f"{words}_{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}"
     answer, number = _answer(learner, class_prompt), 1

@@ -63,10 +63,11 @@ def prepare(
     shapes = buckets(size, learner.downscale)
     notes = _count_notes(len(images))
     latents, mirrored, kept, digest = [], [], [], hashlib.sha256(str(size).encode())
-    for number, (image, mask) in enumerate(zip(images, masks), 1):
+    for number, (image, mask) in enumerate(zip(images, masks, strict=True), 1):
         image = image.detach().float().cpu()
-        shape = nearest_bucket(tuple(image.shape[-2:]), shapes)
-        lost = 1 - _kept_share(tuple(image.shape[-2:]), shape)
+        of_image = (image.shape[-2], image.shape[-1])
+        shape = nearest_bucket(of_image, shapes)
+        lost = 1 - _kept_share(of_image, shape)
         if lost > LARGE_LOSS:
             notes.append(
                 f"Reference {number} is {image.shape[-1]} × {image.shape[-2]}: {lost:.0%} of it is cut off at its "
@@ -116,7 +117,7 @@ def fit(image: Tensor, shape: tuple[int, int]) -> Tensor:
     """[C, H, W] scaled, its aspect kept, to just cover `shape` (height, width), and the middle cut out."""
     height, width = image.shape[-2:]
     scale = max(shape[0] / height, shape[1] / width)
-    size = [max(round(side * scale), least) for side, least in zip((height, width), shape)]
+    size = [max(round(side * scale), least) for side, least in zip((height, width), shape, strict=True)]
     if size != [height, width]:
         image = F.interpolate(image[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
     top, left = (size[0] - shape[0]) // 2, (size[1] - shape[1]) // 2
@@ -133,7 +134,7 @@ def _check(images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
         raise ValueError("there is no reference picture: give 3 to 5 of the subject")
     if len(masks) != len(images):
         raise ValueError(f"there are {len(masks)} masks for {len(images)} references: give one for each, or none")
-    for number, (image, mask) in enumerate(zip(images, masks), 1):
+    for number, (image, mask) in enumerate(zip(images, masks, strict=True), 1):
         if image.ndim != 3 or image.shape[0] not in (1, 2, 3, 4):
             raise ValueError(f"reference {number} has the shape {list(image.shape)}; it must be [3, height, width]")
         if image.shape[0] in (2, 4):
@@ -148,8 +149,9 @@ def _check(images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
         if mask is None:
             continue
         if mask.ndim != 2 and not (mask.ndim == 3 and mask.shape[0] == 1):
-            raise ValueError(f"the mask of reference {number} has the shape {list(mask.shape)}; "
-                             "it must be [height, width]")
+            raise ValueError(
+                f"the mask of reference {number} has the shape {list(mask.shape)}; it must be [height, width]"
+            )
         if not torch.isfinite(mask).all():
             raise ValueError(f"the mask of reference {number} has NaN or infinite values")
         if not (mask > 0).any():
@@ -172,11 +174,14 @@ def _mask(mask: Tensor, image: Tensor, shape: tuple[int, int], downscale: int, n
 
 def _count_notes(count: int) -> list[str]:
     if count == 1:
-        return ["One reference alone: what surrounds the subject, and its pose, will be learned with it. 3 to 5 "
-                "pictures on different grounds are better; failing that, give a mask."]
+        return [
+            "One reference alone: what surrounds the subject, and its pose, will be learned with it. 3 to 5 "
+            "pictures on different grounds are better; failing that, give a mask."
+        ]
     if count > MANY:
-        return [f"{count} references: DreamBooth was published with 3 to 5 (faces: about 20). More of them need more "
-                "steps."]
+        return [
+            f"{count} references: DreamBooth was published with 3 to 5 (faces: about 20). More of them need more steps."
+        ]
     return []
 
 

@@ -56,7 +56,7 @@ class ConceptScoring:
 
     @property
     def verdict(self) -> str:
-        """"unclear", "weak", "overfitted" or "known"."""
+        """ "unclear", "weak", "overfitted" or "known"."""
         if math.isnan(self.identity):
             return "unclear"
         if self.identity < WEAK:
@@ -71,8 +71,11 @@ class ConceptScoring:
                 "Give masks or crops of the subject, or another scorer."
             )
         if self.verdict == "weak":
-            also = f" And {' and '.join(self._overfitted())}: the training went astray, so lower lr instead." \
-                if self._overfitted() else ""
+            also = (
+                f" And {' and '.join(self._overfitted())}: the training went astray, so lower lr instead."
+                if self._overfitted()
+                else ""
+            )
             return (
                 f"weak: the subject is at {self.identity:.2f} of a scale on which the class is 0 and the references "
                 f"are 1. Learn for more steps, with a higher lr, or with a higher rank.{also}"
@@ -112,11 +115,14 @@ def score_concept(
             continue
         least = 1 if name == "references" else 2
         if rows.ndim != 2 or len(rows) < least or rows.shape[1] != references.shape[-1]:
-            raise ValueError(f"{name} has the shape {list(rows.shape)}; it must be [n, {references.shape[-1]}], n at "
-                             f"least {least}")
+            raise ValueError(
+                f"{name} has the shape {list(rows.shape)}; it must be [n, {references.shape[-1]}], n at least {least}"
+            )
         if not torch.isfinite(rows).all():
             raise ValueError(f"{name} has NaN or infinite values: the scorer failed on a picture")
-    samples, references, base_class = (F.normalize(rows.cpu().double(), dim=1) for rows in (samples, references, base_class))
+    samples, references, base_class = (
+        F.normalize(rows.cpu().double(), dim=1) for rows in (samples, references, base_class)
+    )
     similarity, floor = float((samples @ references.T).mean()), float((base_class @ references.T).mean())
     ceiling = 1 - spread(references) if len(references) > 1 else 1.0
     clear = ceiling - floor > INDISTINCT
@@ -129,10 +135,13 @@ def score_concept(
     return ConceptScoring(
         identity=(similarity - floor) / (ceiling - floor) if clear else math.nan,
         best=_nearness(samples, references, base_class) if clear else math.nan,
-        similarity=similarity, floor=floor, ceiling=ceiling,
+        similarity=similarity,
+        floor=floor,
+        ceiling=ceiling,
         sample_diversity=spread(samples) / max(spread(references), 1e-9) if len(references) > 1 else 1.0,
-        drift=drift, class_diversity=class_diversity,
-    )  # fmt: skip
+        drift=drift,
+        class_diversity=class_diversity,
+    )
 
 
 def _nearness(samples: Tensor, references: Tensor, base_class: Tensor) -> float:
@@ -140,8 +149,7 @@ def _nearness(samples: Tensor, references: Tensor, base_class: Tensor) -> float:
     among = references @ references.T
     among.fill_diagonal_(1.0 if len(references) == 1 else -1.0)
     found, floor, ceiling = (
-        float(cosines.amax(1).mean())
-        for cosines in (samples @ references.T, base_class @ references.T, among)
+        float(cosines.amax(1).mean()) for cosines in (samples @ references.T, base_class @ references.T, among)
     )
     return (found - floor) / max(ceiling - floor, INDISTINCT)
 

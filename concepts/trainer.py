@@ -109,13 +109,14 @@ def learn(
     training = _Training(learner, settings, draw, checkpoint, identity)
     source = checkpoint if resume is True else resume or None
     begun = training.read(source) if source is not None and source.exists() else None
-    if prior and (begun.step if begun else 0) < settings.steps:
+    if prior and class_pictures is not None and (begun.step if begun else 0) < settings.steps:
         # By the model as it is before anything that was learned is put into it.
         training.draw = dataclasses.replace(draw, pictures=_encoded(learner, class_pictures))
-    if begun is not None:
+    if begun is not None and source is not None:
         training.go_on(begun, source)
         del begun  # as large as what is trained, three times over
-    preview_size = tuple(side * learner.downscale for side in references.latents[0].shape[-2:])
+    height, width = references.latents[0].shape[-2:]
+    preview_size = (height * learner.downscale, width * learner.downscale)
     try:
         while training.step < settings.steps:
             losses = training.advance()
@@ -219,9 +220,7 @@ class _Training:
             }
             for moment in MOMENTS
         }
-        write(self.path, Checkpoint(
-            self.step, self.parameters, moments, self._loss_table(), self.identity, self.probe
-        ))
+        write(self.path, Checkpoint(self.step, self.parameters, moments, self._loss_table(), self.identity, self.probe))
         self.saved = self.step
 
     def save_after_interruption(self) -> None:
@@ -328,8 +327,15 @@ class _Draw:
         mask = mask.flip(-1) if mirror and mask is not None else mask
         return self._row(generator, x0, mask, prompt, self.references.sizes[index], False)
 
-    def _row(self, generator: torch.Generator, x0: Tensor, mask: Tensor | None, prompt: str, size: tuple[int, int],
-             of_class: bool) -> _Row:  # fmt: skip
+    def _row(
+        self,
+        generator: torch.Generator,
+        x0: Tensor,
+        mask: Tensor | None,
+        prompt: str,
+        size: tuple[int, int],
+        of_class: bool,
+    ) -> _Row:
         t = int(torch.randint(self.timesteps, (1,), generator=generator))
         return _Row(x0, torch.randn(x0.shape, generator=generator), t, mask, prompt, size, of_class)
 
@@ -359,7 +365,7 @@ def _losses(learner: Learner, rows: Sequence[_Row], settings: TrainSettings) -> 
     for group in groups.values():
         x0, noise, mask = (
             torch.stack(tensors).to(learner.device)
-            for tensors in zip(*((row.x0, row.noise, _whole(row)) for row in group))
+            for tensors in zip(*((row.x0, row.noise, _whole(row)) for row in group), strict=True)
         )
         t = torch.tensor([row.t for row in group], device=learner.device)
         alpha = learner.alphas_cumprod.to(learner.device).float()[t]
@@ -380,14 +386,22 @@ def _whole(row: _Row) -> Tensor:
 # Before the first step --------------------------------------------------------------------------------------------
 
 
-def _check(learner: Learner, references: PreparedReferences, prompts: Sequence[str], settings: TrainSettings,
-           pictures: ClassPictures | None, class_prompt: str | None) -> None:  # fmt: skip
+def _check(
+    learner: Learner,
+    references: PreparedReferences,
+    prompts: Sequence[str],
+    settings: TrainSettings,
+    pictures: ClassPictures | None,
+    class_prompt: str | None,
+) -> None:
     if not len(references):
         raise ValueError("there is no reference: give 3 to 5 pictures of the subject")
     for number, x0 in enumerate(references.latents, 1):
         if not torch.isfinite(x0).all():
-            raise ValueError(f"the latents of reference {number} are NaN or infinite: load the VAE in fp32, or take "
-                             "the one that belongs to the model")
+            raise ValueError(
+                f"the latents of reference {number} are NaN or infinite: load the VAE in fp32, or take "
+                "the one that belongs to the model"
+            )
     if not prompts:
         raise ValueError("there is no prompt: give one that names the concept, such as 'a photo of sks dog'")
     if isinstance(learner.learned, TokenVectors):
@@ -403,8 +417,10 @@ def _check(learner: Learner, references: PreparedReferences, prompts: Sequence[s
             "'a photo of a dog', or set prior_weight to 0"
         )
     if pictures is None:
-        raise ValueError("there are no class pictures, but prior preservation is on: make some of class_prompt first, "
-                         "or set prior_weight to 0")
+        raise ValueError(
+            "there are no class pictures, but prior preservation is on: make some of class_prompt first, "
+            "or set prior_weight to 0"
+        )
 
 
 @torch.no_grad()
@@ -418,8 +434,10 @@ def _encoded(learner: Learner, given: ClassPictures) -> list[tuple[Tensor, tuple
             picture = fit(picture, nearest_bucket(size, shapes)).clamp(-1, 1)
         x0 = learner.encode(picture[None].to(learner.device))[0].float().cpu()
         if not torch.isfinite(x0).all():
-            raise ValueError("the latents of the class pictures are NaN or infinite: load the VAE in fp32, or take the "
-                             "one that belongs to the model")
+            raise ValueError(
+                "the latents of the class pictures are NaN or infinite: load the VAE in fp32, or take the "
+                "one that belongs to the model"
+            )
         encoded.append((x0, size))
     return encoded
 
@@ -434,8 +452,14 @@ def _probe(learner: Learner, draw: _Draw) -> Tensor:
     return learner.denoise(x, t, learner.text([row.prompt]), [row.size]).float().flatten()[:256].cpu()
 
 
-def _identity(learner: Learner, references: PreparedReferences, prompts: Sequence[str], settings: TrainSettings,
-              pictures: ClassPictures | None, class_prompt: str | None) -> dict[str, Any]:  # fmt: skip
+def _identity(
+    learner: Learner,
+    references: PreparedReferences,
+    prompts: Sequence[str],
+    settings: TrainSettings,
+    pictures: ClassPictures | None,
+    class_prompt: str | None,
+) -> dict[str, Any]:
     """What the steps depend on, as plain JSON."""
     chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in HARMLESS}
     identity = {

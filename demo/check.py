@@ -41,7 +41,8 @@ TOLERANCE = {"fp32": 1.0, "fp16": 3.0, "bf16": 16.0}
 QUICK: dict[str, dict[str, Any]] = {
     "CLIPBlendSampler": {"steps": 4, "start": 1, "candidates": 1, "batch_size": 1},
     # Few steps with much guidance overshoot, and what overshoots grows every rounding.
-    "CLIPBlendGuider": {"guidance": 5.0}, "BasicScheduler": {"steps": 8},
+    "CLIPBlendGuider": {"guidance": 5.0},
+    "BasicScheduler": {"steps": 8},
     "ExtendingAugment": {"copies": 2},
     **{name: {"steps": 4} for name in ("NullTextInvert", "AttentionCapture", "AttentionSVD", "WordMaps")},
     "LearnConceptDreamBooth": {"steps": 3, "class_images": 2},
@@ -60,11 +61,16 @@ class Case:
 
 
 CASES = (
-    Case("blend_replace_object"), Case("blend_latent"), Case("blend_guider"),
-    Case("blend_candidates_report", compared=False), Case("swap_real_image"), Case("swap_pictures", compared=False),
+    Case("blend_replace_object"),
+    Case("blend_latent"),
+    Case("blend_guider"),
+    Case("blend_candidates_report", compared=False),
+    Case("swap_real_image"),
+    Case("swap_pictures", compared=False),
     # What three steps learn is noise; that they run, and what the swap keeps, is what counts.
-    Case("concept_dreambooth_swap", compared=False), Case("concept_inversion_swap", compared=False),
-)  # fmt: skip
+    Case("concept_dreambooth_swap", compared=False),
+    Case("concept_inversion_swap", compared=False),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +88,15 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         return (
-            self.what, self.dtype, self.mode, "ERROR" if self.error else "ok",
+            self.what,
+            self.dtype,
+            self.mode,
+            "ERROR" if self.error else "ok",
             "" if self.seconds is None else f"{self.seconds:.1f}",
             "" if self.peak is None else f"{self.peak / 2**20:.0f}",
-            self.background, "" if self.difference is None else f"{self.difference:.2f}",
-        )  # fmt: skip
+            self.background,
+            "" if self.difference is None else f"{self.difference:.2f}",
+        )
 
 
 HEAD = ("what", "dtype", "dynamic VRAM", "result", "seconds", "peak MiB", "background", "to the CPU")
@@ -129,7 +139,9 @@ class _Check:
                 self._published(server, mode)
             if on_gpu:
                 self._memory_given_back(server, started, mode)
-            ours = {name for name, node in server.object_info().items() if node["python_module"] == "custom_nodes.blendswap"}
+            ours = {
+                name for name, node in server.object_info().items() if node["python_module"] == "custom_nodes.blendswap"
+            }
         if dynamic:
             # One dtype tells whether the other way to hold weights works.
             with self._server("not dynamic", "--disable-dynamic-vram") as server:
@@ -140,13 +152,16 @@ class _Check:
             before = list(self.rows)
             with self._server("cpu", "--cpu") as server:
                 self._cases(server, cases, ["fp32"], "CPU")
-            reference = {row.what: self.pictures[row] for row in self.rows if row not in before and row in self.pictures}
+            reference = {
+                row.what: self.pictures[row] for row in self.rows if row not in before and row in self.pictures
+            }
         compared = {case.workflow for case in cases if case.compared}
         self.rows = [
-            _compared(row, self.pictures[row], reference[row.what])
-            if row in self.pictures and row.what in reference and row.what in compared else row
+            compared_with(row, self.pictures[row], reference[row.what])
+            if row in self.pictures and row.what in reference and row.what in compared
+            else row
             for row in self.rows
-        ]  # fmt: skip
+        ]
         return {**facts, "nodes of the pack that were run": f"{len(ours & self.seen)} of {len(ours)}"}
 
     @contextlib.contextmanager
@@ -155,7 +170,7 @@ class _Check:
         (base / "custom_nodes").mkdir(parents=True)
         shutil.copy(PROBE, base / "custom_nodes" / "blendswap_check_probe.py")
         paths = base / "models.yaml"
-        paths.write_text(_model_paths(self.comfy), encoding="utf-8")
+        paths.write_text(model_paths(self.comfy), encoding="utf-8")
         arguments = (*arguments, "--extra-model-paths-config", str(paths))
         with start_server(self.comfy, base, self.python, extra_args=arguments, env=self.environment) as server:
             if "CLIPBlendSampler" not in server.object_info():
@@ -169,10 +184,15 @@ class _Check:
         info = server.object_info()
         for case in cases:
             for dtype in dtypes:
-                self._add(*self._row(
-                    server, case.workflow, dtype, mode, lambda case=case, dtype=dtype: quick(
-                        edits.load_workflow(case.workflow, info), dtype)
-                ))  # fmt: skip
+                self._add(
+                    *self._row(
+                        server,
+                        case.workflow,
+                        dtype,
+                        mode,
+                        lambda case=case, dtype=dtype: quick(edits.load_workflow(case.workflow, info), dtype),
+                    )
+                )
 
     def _row(
         self, server: ComfyServer, what: str, dtype: str, mode: str, make: Callable[[], Prompt]
@@ -187,7 +207,7 @@ class _Check:
             return Row(what, dtype, mode, time.monotonic() - start, error=f"{type(error).__name__}: {error}"), None
         self.seen |= {node["class_type"] for node in prompt.values()}
         row = Row(what, dtype, mode, time.monotonic() - start, server.get_json(f"{ROUTE}/memory")["peak"])
-        return _judged(row, made), made
+        return judged(row, made), made
 
     def _add(self, row: Row, made: Pictures | None = None) -> None:
         self.rows.append(row)
@@ -199,9 +219,12 @@ class _Check:
         info = server.object_info()
         for kind, name in server.get_json(f"{ROUTE}/own").items():
             row, _ = self._row(
-                server, f"{kind} of yours", "default", mode,
+                server,
+                f"{kind} of yours",
+                "default",
+                mode,
                 lambda kind=kind, name=name: quick(published(kind, name, info), "default"),
-            )  # fmt: skip
+            )
             self._add(dataclasses.replace(row, error=row.error.replace(name, f"the {kind} file")))
 
     def _memory_given_back(self, server: ComfyServer, before: int, mode: str) -> None:
@@ -213,7 +236,7 @@ class _Check:
         self._add(Row("memory given back", "", mode, peak=max(left, 0), error=error))
 
 
-def _model_paths(comfy: Path) -> str:
+def model_paths(comfy: Path) -> str:
     """A configuration by which the server lists the models of `comfy`; JSON's strings are YAML's as well."""
     lines = ["blendswap_check:", f"  base_path: {json.dumps(str(comfy / 'models'))}"]
     return "\n".join([*lines, *(f"  {name}: {name}" for name in ("checkpoints", "clip_guidance", "guided_diffusion"))])
@@ -249,9 +272,10 @@ def _computing_in(prompt: Prompt, dtype: str) -> Prompt:
                 key: [between, 0] if value == [number, 0] else value for key, value in other["inputs"].items()
             }
         made[between] = {
-            "class_type": "ModelComputeDtype", "inputs": {"model": [number, 0], "dtype": dtype},
+            "class_type": "ModelComputeDtype",
+            "inputs": {"model": [number, 0], "dtype": dtype},
             "_meta": {"title": "dtype"},
-        }  # fmt: skip
+        }
     return made
 
 
@@ -266,9 +290,12 @@ def published(kind: str, name: str, info: Mapping[str, Any]) -> Prompt:
     else:
         prompt = edits.load_workflow("blend_replace_object", info)
         changes = {
-            "ADM": {"GuidedDiffusionLoader": {"checkpoint": name}, "CLIPBlendSampler": {"window": "off", "clamp": False}},
+            "ADM": {
+                "GuidedDiffusionLoader": {"checkpoint": name},
+                "CLIPBlendSampler": {"window": "off", "clamp": False},
+            },
             "CLIP": {"CLIPGuideLoader": {"clip_name": name}},
-        }[kind]  # fmt: skip
+        }[kind]
     for node in prompt.values():
         node["inputs"] |= changes.get(node["class_type"], {})
     return prompt
@@ -290,7 +317,7 @@ def _run(server: ComfyServer, prompt: Prompt) -> Pictures:
 # Judging --------------------------------------------------------------------------------------------------------------
 
 
-def _judged(row: Row, made: Pictures) -> Row:
+def judged(row: Row, made: Pictures) -> Row:
     """The row with what is wrong with the pictures: a background that moved, a region that did not."""
     if edits.MASK not in made or edits.RESULT not in made:
         return row
@@ -305,10 +332,10 @@ def _judged(row: Row, made: Pictures) -> Row:
     return dataclasses.replace(row, background="exact")
 
 
-def _compared(row: Row, made: Pictures, reference: Pictures) -> Row:
+def compared_with(row: Row, made: Pictures, reference: Pictures) -> Row:
     """The row with how far its result is from the CPU's; see `TOLERANCE`."""
     mask = reference[edits.MASK][0] > 0
-    pairs = zip(made[edits.RESULT], reference[edits.RESULT])
+    pairs = zip(made[edits.RESULT], reference[edits.RESULT], strict=True)
     difference = max(float(np.abs(one[mask].astype(int) - other[mask]).mean()) for one, other in pairs)
     limit = TOLERANCE.get(row.dtype, max(TOLERANCE.values()))
     error = f"differs from the CPU's picture by {difference:.1f} of 255, above {limit:g}" if difference > limit else ""
@@ -319,19 +346,25 @@ def report(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The facts, the table and the errors in full, without the user's paths and name."""
     cells = [HEAD, *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEAD))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     tolerated = ", ".join(f"{dtype} {limit:g}" for dtype, limit in TOLERANCE.items())
     failed = [row for row in rows if row.error]
     lines = [
         "BlendSwap's self-test",
-        *(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in facts.items()),
-        "", *table, "",
+        *(
+            f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in facts.items()
+        ),
+        "",
+        *table,
+        "",
         "to the CPU: mean difference to the CPU's float32 picture where it may change, of 255 levels; tolerated: "
         f"{tolerated}",
         f"{len(rows) - len(failed)} of {len(rows)} are ok, outside of every mask each pixel is the source's"
-        if not failed else f"{len(failed)} of {len(rows)} failed:",
+        if not failed
+        else f"{len(failed)} of {len(rows)} failed:",
         *(f"- {row.what}, {row.dtype or 'default'}: {row.error}" for row in failed),
-    ]  # fmt: skip
+    ]
     return without_names("\n".join(lines)) + "\n"
 
 

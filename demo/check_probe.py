@@ -72,18 +72,23 @@ def facts() -> dict[str, Any]:
     if device.type in ("cuda", "xpu"):
         name = getattr(torch, device.type).get_device_name(device)
     return {
-        "comfyui": comfyui_version, "python": platform.python_version(), "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}", "device": device.type,
-        "device name": name, "device memory GiB": round(management.get_total_memory(device) / 2**30, 1),
+        "comfyui": comfyui_version,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "device": device.type,
+        "device name": name,
+        "device memory GiB": round(management.get_total_memory(device) / 2**30, 1),
         "main memory GiB": round(management.get_total_memory(torch.device("cpu")) / 2**30, 1),
-        "dynamic VRAM": dynamic, "VAE on": management.vae_device().type,
+        "dynamic VRAM": dynamic,
+        "VAE on": management.vae_device().type,
         # A processor computes in all of them, slowly, and the casts are worth a look there too.
         "dtypes": [
             "fp32",
             *(["fp16"] if device.type == "cpu" or management.should_use_fp16(device) else []),
             *(["bf16"] if device.type == "cpu" or management.should_use_bf16(device) else []),
         ],
-    }  # fmt: skip
+    }
 
 
 # Published models -----------------------------------------------------------------------------------------------------
@@ -131,7 +136,7 @@ def _tensor_names(path: Path) -> set[str]:
 
 
 def _answer(path: str, make: Callable[[], Any]) -> None:
-    async def handler(request: web.Request) -> web.Response:
+    async def handler(_request: web.Request) -> web.Response:
         return web.json_response(make())
 
     PromptServer.instance.routes.get(f"{ROUTE}/{path}")(handler)

@@ -41,8 +41,9 @@ class Concept(OnScene):
     def words(self) -> str:
         return f"{TOKEN} {self.wanted.kind}"
 
-    def run(self, server: ComfyServer, object_info: Mapping[str, Any], stem: Path,
-            on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+    def run(
+        self, server: ComfyServer, object_info: Mapping[str, Any], stem: Path, on_progress: Callable[[int, int], None]
+    ) -> dict[str, Any]:
         """Learns the subject, swaps it in, writes the pictures beside `stem`, and returns the entry of report.json."""
         prompt = prepare(self, object_info)
         start = time.monotonic()
@@ -50,7 +51,10 @@ class Concept(OnScene):
         seconds = time.monotonic() - start
         titles = (edits.SOURCE, edits.MASK, edits.RESULT, LEARNING)
         # The last preview is of the concept as it was learned.
-        saved = {name: edits.pictures(server, prompt, outputs, title)[-1] for name, title in zip(self.panels, titles)}
+        saved = {
+            name: edits.pictures(server, prompt, outputs, title)[-1]
+            for name, title in zip(self.panels, titles, strict=True)
+        }
         for name, png in saved.items():
             stem.with_name(f"{stem.name}_{name}.png").write_bytes(png)
         source, result = edits.to_array(saved["source"]), edits.to_array(saved["result"])
@@ -58,13 +62,18 @@ class Concept(OnScene):
         largest, identical = edits.background(source, result, mask)
         found = subject_judge.identify(result, mask)
         return {
-            "name": self.name, "kind": self.kind, "prompt": self.prompt, "seed": self.scene,
+            "name": self.name,
+            "kind": self.kind,
+            "prompt": self.prompt,
+            "seed": self.scene,
             "seconds": round(seconds, 1),
-            "background_max_abs": largest, "background_identical": identical,
+            "background_max_abs": largest,
+            "background_identical": identical,
             "judge": {"asked": self.subject, "found": found.name, "success": found.name == self.subject},
-            "certainty": round(found.certainty, 3), "palette": found.palette,
+            "certainty": round(found.certainty, 3),
+            "palette": found.palette,
             "pose_iou": round(pose_iou(self.drawn, result, object_mask(self.drawn, self.wanted)), 3),
-        }  # fmt: skip
+        }
 
 
 CONCEPTS = (Concept("learned_blush", "blush", scene=13),)
@@ -77,13 +86,15 @@ def prepare(concept: Concept, object_info: Mapping[str, Any]) -> dict[str, Any]:
     patches = {
         "DemoSubject": {"subject": concept.subject},
         "LearnConceptDreamBooth": {
-            "instance_prompt": f"a {TOKEN} {kind}", "token": TOKEN, "class_prompt": f"a {kind}",
+            "instance_prompt": f"a {TOKEN} {kind}",
+            "token": TOKEN,
+            "class_prompt": f"a {kind}",
             "name": f"demo_{concept.subject}",
         },
         "DemoScene": {"seed": concept.scene, "objects": 1, "object": 1},
         "SwapPrompts": {"source_prompt": concept.source_prompt, "target_prompt": concept.prompt},
         "GrowMask": {"expand": concept.room},
-    }  # fmt: skip
+    }
     for node in prompt.values():
         node["inputs"].update(patches.get(node["class_type"], {}))
     return prompt

@@ -64,8 +64,9 @@ class Edit:
     def latent(self) -> bool:
         return self.workflow == "blend_latent"
 
-    def run(self, server: ComfyServer, object_info: Mapping[str, Any], stem: Path,
-            on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+    def run(
+        self, server: ComfyServer, object_info: Mapping[str, Any], stem: Path, on_progress: Callable[[int, int], None]
+    ) -> dict[str, Any]:
         """Runs the edit, writes its pictures beside `stem`, and returns its entry of report.json."""
         return run_edit(server, self, object_info, stem, on_progress)
 
@@ -106,8 +107,10 @@ def background(source: np.ndarray, result: np.ndarray, mask: np.ndarray) -> tupl
     `mask` is bool [H, W]; where it covers the picture there is nothing that could differ.
     """
     if source.shape != result.shape:
-        raise ValueError(f"the result is {result.shape[1]}x{result.shape[0]} pixels, the source"
-                         f" {source.shape[1]}x{source.shape[0]}: an edit must keep the size")
+        raise ValueError(
+            f"the result is {result.shape[1]}x{result.shape[0]} pixels, the source"
+            f" {source.shape[1]}x{source.shape[0]}: an edit must keep the size"
+        )
     difference = np.abs(source.astype(np.int16) - result)[~mask]
     if not len(difference):
         return 0, 1.0
@@ -133,8 +136,7 @@ def load_workflow(name: str, object_info: Mapping[str, Any]) -> dict[str, Any]:
     return ui_to_api(json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")), object_info)
 
 
-def pictures(server: ComfyServer, prompt: Mapping[str, Any], outputs: Mapping[str, Any],
-             title: str) -> list[bytes]:
+def pictures(server: ComfyServer, prompt: Mapping[str, Any], outputs: Mapping[str, Any], title: str) -> list[bytes]:
     """The PNG files that the node with `title` has saved, in their order."""
     nodes = [number for number, node in prompt.items() if node["_meta"]["title"] == title]
     if len(nodes) != 1:
@@ -147,24 +149,31 @@ def to_array(png: bytes, mode: str = "RGB") -> np.ndarray:
         return np.array(image.convert(mode))
 
 
-def run_edit(server: ComfyServer, edit: Edit, object_info: Mapping[str, Any], stem: Path,
-             on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+def run_edit(
+    server: ComfyServer, edit: Edit, object_info: Mapping[str, Any], stem: Path, on_progress: Callable[[int, int], None]
+) -> dict[str, Any]:
     """Runs one edit, writes its pictures beside `stem`, and returns its entry of report.json."""
     prompt = prepare(edit, object_info)
     start = time.monotonic()
     outputs = server.run(prompt, lambda _, value, maximum: on_progress(value, maximum))
     seconds = time.monotonic() - start
-    files = {name: pictures(server, prompt, outputs, title)[0]
-             for name, title in (("source", SOURCE), ("mask", MASK), ("result", RESULT))}
+    files = {
+        name: pictures(server, prompt, outputs, title)[0]
+        for name, title in (("source", SOURCE), ("mask", MASK), ("result", RESULT))
+    }
     for name, png in files.items():
         stem.with_name(f"{stem.name}_{name}.png").write_bytes(png)
     source, result = to_array(files["source"]), to_array(files["result"])
     mask = to_array(files["mask"], "L") > 0
     largest, identical = background(source, result, mask)
     return {
-        "name": edit.name, "kind": edit.kind, "prompt": edit.prompt, "seed": edit.seed,
+        "name": edit.name,
+        "kind": edit.kind,
+        "prompt": edit.prompt,
+        "seed": edit.seed,
         "seconds": round(seconds, 1),
-        "background_max_abs": largest, "background_identical": identical,
+        "background_max_abs": largest,
+        "background_identical": identical,
         "judge": verdict(result, mask, edit.prompt),
     }
 
@@ -196,16 +205,20 @@ def table(edits: Sequence[Mapping[str, Any]]) -> str:
         said = entry["judge"]
         largest = entry["background_max_abs"]
         kept = f"changed by {largest}" if largest else "identical"
-        lines.append(f"{entry['name']:<24}{said['asked']:<25}{said['found']:<25}"
-                     f"{'yes' if said['success'] else 'NO':<8}{kept:<14}{entry['seconds']:>7.1f}")
+        lines.append(
+            f"{entry['name']:<24}{said['asked']:<25}{said['found']:<25}"
+            f"{'yes' if said['success'] else 'NO':<8}{kept:<14}{entry['seconds']:>7.1f}"
+        )
     for entry in edits:
         if entry["kind"] == "swap":
             psnr = entry["background_psnr"]
             alone = "equal" if psnr is None else f"PSNR {psnr:.1f} dB"
             lines.append(f"{entry['name']}: pose IoU {entry['pose_iou']:.2f}; background without a mask: {alone}")
         elif entry["kind"] == "concept":
-            lines.append(f"{entry['name']}: pose IoU {entry['pose_iou']:.2f}; the judge is sure to {entry['certainty']:.0%};"
-                         f" by its colours: {entry['palette']}")
+            lines.append(
+                f"{entry['name']}: pose IoU {entry['pose_iou']:.2f}; the judge is sure to {entry['certainty']:.0%};"
+                f" by its colours: {entry['palette']}"
+            )
     return "\n".join(lines)
 
 
@@ -253,11 +266,15 @@ def run_all(server: ComfyServer, edits: Sequence[Edit | Swap | Concept], out: Pa
         if entry["background_max_abs"]:
             failed.append(f"{edit.name} changed its background by up to {entry['background_max_abs']} of 255")
         entries.append(entry)
-        rows.append((f'{number}  {edit.workflow}: "{edit.prompt}"; found {said["found"]}',
-                     [to_array(stem.with_name(f"{stem.name}_{name}.png").read_bytes())
-                      for name in edit.panels]))
+        rows.append(
+            (
+                f'{number}  {edit.workflow}: "{edit.prompt}"; found {said["found"]}',
+                [to_array(stem.with_name(f"{stem.name}_{name}.png").read_bytes()) for name in edit.panels],
+            )
+        )
     (out / "report.json").write_text(
-        json.dumps({"comfyui": server.version(), "edits": entries}, indent=2) + "\n", encoding="utf-8")
+        json.dumps({"comfyui": server.version(), "edits": entries}, indent=2) + "\n", encoding="utf-8"
+    )
     if rows:
         overview(rows).save(out / "overview.png")
         found = sum(entry["judge"]["success"] for entry in entries)
@@ -275,11 +292,15 @@ THUMBNAILS = {
     "blend_latent": ("blend_latent", (SOURCE, RESULT)),
     "blend_candidates_report": ("blend_candidates_report", (SOURCE, "All candidates, best first")),
     "blend_baseline": ("blend_baseline", (SOURCE, MASK, "Result: method", "Result: baseline")),
-    **{f"blend_{name}": (f"blend_{name}", (SOURCE, RESULT))
-       for name in ("add_object", "remove_object", "alter_part", "background", "scribble")},
+    **{
+        f"blend_{name}": (f"blend_{name}", (SOURCE, RESULT))
+        for name in ("add_object", "remove_object", "alter_part", "background", "scribble")
+    },
     "blend_extrapolate": ("blend_extrapolate", (RESULT, SOURCE)),
     "blend_many_results": ("blend_many_results", ("All results, best first",)),
-    **{f"blend_{name}": (f"blend_{name}", (SOURCE, RESULT)) for name in ("two_regions", "two_clips_negative", "guider")},
+    **{
+        f"blend_{name}": (f"blend_{name}", (SOURCE, RESULT)) for name in ("two_regions", "two_clips_negative", "guider")
+    },
     "blend_large_picture": ("blend_large_picture", (SOURCE, RESULT)),
     "blend_tiny_mask": ("blend_tiny_mask", (SOURCE, "Shrinking Mask", RESULT)),
     # Those for real checkpoints show what the same graph made of a demo picture.
@@ -290,12 +311,16 @@ THUMBNAILS = {
     "swap_synthetic": ("swap_synthetic", (SOURCE, RESULT)),
     "swap_two_subjects": ("swap_two_subjects", (SOURCE, RESULT)),
     "swap_occluded": ("swap_occluded", (SOURCE, RESULT)),
-    "swap_null_text_ksampler": ("swap_null_text_ksampler",
-                                (SOURCE, "By KSampler: null-text", "By KSampler: empty negative")),
+    "swap_null_text_ksampler": (
+        "swap_null_text_ksampler",
+        (SOURCE, "By KSampler: null-text", "By KSampler: empty negative"),
+    ),
     "swap_pictures": ("swap_pictures", ("Components as colours", "Word maps")),
     "swap_sweep": ("swap_sweep", (RESULT,)),
-    "swap_p2p_beside_photoswap": ("swap_p2p_beside_photoswap",
-                                  (SOURCE, "Result: Photoswap", "Result: Prompt-to-Prompt")),
+    "swap_p2p_beside_photoswap": (
+        "swap_p2p_beside_photoswap",
+        (SOURCE, "Result: Photoswap", "Result: Prompt-to-Prompt"),
+    ),
     "swap_real_image_sd": ("swap_real_image", (MASK, RESULT)),
     "swap_synthetic_sd": ("swap_synthetic", (RESULT, SOURCE)),
     "concept_dreambooth_swap": ("concept_dreambooth_swap", ("References", SOURCE, RESULT)),
@@ -339,14 +364,17 @@ def write_thumbnails(server: ComfyServer, names: Sequence[str], out: Path) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="blendswap.demo.edits",
-                                     description="Edit pictures in a running ComfyUI.")
+    parser = argparse.ArgumentParser(prog="blendswap.demo.edits", description="Edit pictures in a running ComfyUI.")
     parser.add_argument("--server", required=True, metavar="URL", help="a ComfyUI with this pack")
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR",
-                        help="where pictures go")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="where pictures go")
     parser.add_argument("--kind", choices=("blend", "swap", "concept"), help="only these")
-    parser.add_argument("--thumbnails", nargs="*", choices=list(THUMBNAILS), metavar="WORKFLOW",
-                        help="instead run these workflows (or all) as they are, and write their thumbnails beside them")
+    parser.add_argument(
+        "--thumbnails",
+        nargs="*",
+        choices=list(THUMBNAILS),
+        metavar="WORKFLOW",
+        help="instead run these workflows (or all) as they are, and write their thumbnails beside them",
+    )
     options = parser.parse_args(argv)
     from .concepts import CONCEPTS  # which build on this module
     from .swaps import SWAPS

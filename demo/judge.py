@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,12 +26,18 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 24, 48, 64, 96, 96)
-        self.body = nn.Sequential(*[
-            layer
-            for index, (before, after) in enumerate(zip(widths, widths[1:]))
-            for layer in (nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after),
-                          nn.LeakyReLU(0.1), nn.MaxPool2d(2) if index in (1, 2, 3) else nn.Identity())
-        ])
+        self.body = nn.Sequential(
+            *[
+                layer
+                for index, (before, after) in enumerate(itertools.pairwise(widths))
+                for layer in (
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.LeakyReLU(0.1),
+                    nn.MaxPool2d(2) if index in (1, 2, 3) else nn.Identity(),
+                )
+            ]
+        )
         self.shape = nn.Linear(widths[-1] * 9, len(world.SHAPES) + 1)
         self.colour = nn.Linear(widths[-1] * 9, len(world.COLOURS))
         self.pattern = nn.Linear(widths[-1] * 9, len(world.PATTERNS))
@@ -47,10 +54,15 @@ def crop(pictures: Tensor, box: tuple[float, float, float, float]) -> Tensor:
     """
     height, width = pictures.shape[-2:]
     left, top, right, bottom = box
-    theta = torch.tensor([[
-        [(right - left) / width, 0, (left + right) / width - 1],
-        [0, (bottom - top) / height, (top + bottom) / height - 1],
-    ]], dtype=pictures.dtype).expand(len(pictures), -1, -1)
+    theta = torch.tensor(
+        [
+            [
+                [(right - left) / width, 0, (left + right) / width - 1],
+                [0, (bottom - top) / height, (top + bottom) / height - 1],
+            ]
+        ],
+        dtype=pictures.dtype,
+    ).expand(len(pictures), -1, -1)
     grid = F.affine_grid(theta, [len(pictures), 3, CROP, CROP], align_corners=False)
     return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 
@@ -114,5 +126,10 @@ def judge(picture: np.ndarray, mask: np.ndarray) -> Finding:
     pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
     views = torch.cat([crop(pixels, (x - r, y - r, x + r, y + r)) for r in (reach, reach + 2)])
     shape, colour, pattern = (o.softmax(-1).mean(0) for o in _network()(views))
-    return Finding([*world.SHAPES, NONE][int(shape.argmax())], list(world.COLOURS)[int(colour.argmax())],
-                   world.PATTERNS[int(pattern.argmax())], nearest_colour(picture, mask), float(shape.max()))
+    return Finding(
+        [*world.SHAPES, NONE][int(shape.argmax())],
+        list(world.COLOURS)[int(colour.argmax())],
+        world.PATTERNS[int(pattern.argmax())],
+        nearest_colour(picture, mask),
+        float(shape.max()),
+    )

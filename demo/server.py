@@ -46,8 +46,14 @@ class ServerError(RuntimeError):
         traceback: ComfyUI's traceback lines, empty for a refused prompt.
     """
 
-    def __init__(self, message: str, node_id: str = "", node_type: str = "", exception_type: str = "",
-                 traceback: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        node_id: str = "",
+        node_type: str = "",
+        exception_type: str = "",
+        traceback: Sequence[str] = (),
+    ) -> None:
         self.message = message.strip()
         self.node_id = node_id
         self.node_type = node_type
@@ -79,8 +85,7 @@ class ComfyServer:
         log_path: file that holds what the server printed, if it was captured.
     """
 
-    def __init__(self, url: str, process: subprocess.Popen | None = None,
-                 log_path: Path | None = None) -> None:
+    def __init__(self, url: str, process: subprocess.Popen | None = None, log_path: Path | None = None) -> None:
         self.url = url.rstrip("/")
         self.process = process
         self.log_path = log_path
@@ -98,8 +103,9 @@ class ComfyServer:
 
     def post_json(self, path: str, data: Any) -> Any:
         """Posts ``data`` as JSON; returns the JSON answered, or None for an empty body."""
-        request = urllib.request.Request(self.url + path, data=json.dumps(data).encode(),
-                                         headers={"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data=json.dumps(data).encode(), headers={"Content-Type": "application/json"}
+        )
         body = self._request(request, 60)
         return json.loads(body) if body else None
 
@@ -142,8 +148,7 @@ class ComfyServer:
             raise _node_error(answer["node_errors"])
         return answer["prompt_id"]
 
-    def wait(self, prompt_id: str, on_progress: Progress | None = None,
-             timeout: float = 3600) -> dict[str, Any]:
+    def wait(self, prompt_id: str, on_progress: Progress | None = None, timeout: float = 3600) -> dict[str, Any]:
         """Waits for a prompt and returns its outputs, ``{node id: {"images": [...], "text": [...], ...}}``.
 
         ``on_progress(node_id, value, maximum)`` is called for each step a node reports.
@@ -165,8 +170,13 @@ class ComfyServer:
             if time.monotonic() > end:
                 raise TimeoutError(f"prompt {prompt_id} did not finish within {timeout:.0f} s")
 
-    def run(self, prompt: Mapping[str, Any], on_progress: Progress | None = None,
-            workflow: Mapping[str, Any] | None = None, timeout: float = 3600) -> dict[str, Any]:
+    def run(
+        self,
+        prompt: Mapping[str, Any],
+        on_progress: Progress | None = None,
+        workflow: Mapping[str, Any] | None = None,
+        timeout: float = 3600,
+    ) -> dict[str, Any]:
         """`queue` and `wait` in one."""
         return self.wait(self.queue(prompt, workflow), on_progress, timeout)
 
@@ -185,13 +195,18 @@ class ComfyServer:
         """Puts a picture in the server's input folder; returns the name LoadImage knows it by."""
         path = Path(path)
         boundary = uuid.uuid4().hex
-        body = b"".join((
-            f'--{boundary}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n'.encode(),
-            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; '
-            f'filename="{name or path.name}"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode(),
-            path.read_bytes(), f"\r\n--{boundary}--\r\n".encode()))
-        request = urllib.request.Request(self.url + "/upload/image", data=body, headers={
-            "Content-Type": f"multipart/form-data; boundary={boundary}"})
+        body = b"".join(
+            (
+                f'--{boundary}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n'.encode(),
+                f'--{boundary}\r\nContent-Disposition: form-data; name="image"; '
+                f'filename="{name or path.name}"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode(),
+                path.read_bytes(),
+                f"\r\n--{boundary}--\r\n".encode(),
+            )
+        )
+        request = urllib.request.Request(
+            self.url + "/upload/image", data=body, headers={"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        )
         answer = json.loads(self._request(request, 60))
         return "/".join(part for part in (answer.get("subfolder"), answer["name"]) if part)
 
@@ -209,8 +224,10 @@ class ComfyServer:
                 self.process.wait(grace)
         if self.process is not None and self.process.poll() is not None:
             tail = "\n".join(self.log().splitlines()[-_TAIL_LINES:])
-            raise ServerDied(f"the ComfyUI server ended with exit code {self.process.returncode}."
-                             + (f" Its log ends:\n{tail}" if tail else ""))
+            raise ServerDied(
+                f"the ComfyUI server ended with exit code {self.process.returncode}."
+                + (f" Its log ends:\n{tail}" if tail else "")
+            )
 
     def close(self) -> None:
         """Closes the websocket; the server goes on."""
@@ -223,8 +240,7 @@ class ComfyServer:
             return
         parts = urllib.parse.urlsplit(self.url)
         with contextlib.suppress(OSError):  # without a websocket only the progress is missing
-            self._socket = _WebSocket(parts.hostname or "127.0.0.1", parts.port or 80,
-                                      f"/ws?clientId={self.client_id}")
+            self._socket = _WebSocket(parts.hostname or "127.0.0.1", parts.port or 80, f"/ws?clientId={self.client_id}")
 
     def _next_event(self) -> dict[str, Any] | None:
         """The next message, or None when there was none for a moment."""
@@ -255,9 +271,13 @@ class _WebSocket:
         self.open = True
         self._socket = socket.create_connection((host, port), timeout=30)
         key = base64.b64encode(os.urandom(16)).decode()
-        self._socket.sendall((f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
-                              f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\n"
-                              "Sec-WebSocket-Version: 13\r\n\r\n").encode())
+        self._socket.sendall(
+            (
+                f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+                f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\n"
+                "Sec-WebSocket-Version: 13\r\n\r\n"
+            ).encode()
+        )
         self._stream = self._socket.makefile("rb")
         status = self._stream.readline()
         if b" 101 " not in status:
@@ -341,9 +361,13 @@ def _outputs(entry: Mapping[str, Any]) -> dict[str, Any]:
         if kind == "execution_interrupted":
             raise Interrupted("interrupted", str(data.get("node_id", "")), data.get("node_type", ""))
         if kind == "execution_error":
-            raise ServerError(data.get("exception_message", ""), str(data.get("node_id", "")),
-                              data.get("node_type", ""), data.get("exception_type", ""),
-                              data.get("traceback", ()))
+            raise ServerError(
+                data.get("exception_message", ""),
+                str(data.get("node_id", "")),
+                data.get("node_type", ""),
+                data.get("exception_type", ""),
+                data.get("traceback", ()),
+            )
     if status.get("status_str") == "error":
         raise ServerError("the prompt failed without a message; see the server's log")
     return entry.get("outputs", {})
@@ -383,8 +407,10 @@ def prepare_base(base_dir: str | os.PathLike, pack: Path = PACK) -> Path:
         link.symlink_to(pack, target_is_directory=True)
     except OSError:
         # Windows needs a privilege for symbolic links, but none for a junction.
-        made = os.name == "nt" and subprocess.run(
-            ["cmd", "/c", "mklink", "/J", str(link), str(pack)], capture_output=True).returncode == 0
+        made = (
+            os.name == "nt"
+            and subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(pack)], capture_output=True).returncode == 0
+        )
         if not made:
             shutil.copytree(pack, link, ignore=shutil.ignore_patterns(*_NOT_COPIED))
     return base
@@ -402,17 +428,26 @@ def _remove_link(link: Path) -> None:
 
 def has_gpu(python: str | os.PathLike) -> bool:
     """Whether the torch of that Python sees an accelerator; ComfyUI needs --cpu otherwise."""
-    code = ("import sys, torch; xpu = getattr(torch, 'xpu', None); "
-            "sys.exit(0 if torch.cuda.is_available() or torch.backends.mps.is_available() "
-            "or (xpu is not None and xpu.is_available()) else 3)")
+    code = (
+        "import sys, torch; xpu = getattr(torch, 'xpu', None); "
+        "sys.exit(0 if torch.cuda.is_available() or torch.backends.mps.is_available() "
+        "or (xpu is not None and xpu.is_available()) else 3)"
+    )
     return subprocess.run([str(python), "-c", code], capture_output=True).returncode == 0
 
 
 @contextlib.contextmanager
-def start_server(comfy_path: str | os.PathLike, base_dir: str | os.PathLike,
-                 python: str | os.PathLike = sys.executable, port: int | None = None,
-                 extra_args: Sequence[str] = (), env: Mapping[str, str] | None = None, *,
-                 pack: Path = PACK, foreground: bool = False) -> Iterator[ComfyServer]:
+def start_server(
+    comfy_path: str | os.PathLike,
+    base_dir: str | os.PathLike,
+    python: str | os.PathLike = sys.executable,
+    port: int | None = None,
+    extra_args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    *,
+    pack: Path = PACK,
+    foreground: bool = False,
+) -> Iterator[ComfyServer]:
     """Runs a ComfyUI server with this pack for the length of the ``with`` block.
 
     Args:
@@ -434,24 +469,46 @@ def start_server(comfy_path: str | os.PathLike, base_dir: str | os.PathLike,
         raise PortInUse(f"port {port} is in use. Stop what uses it, or choose another with --port.")
     base = prepare_base(base_dir, pack)
     port = port or free_port()
-    arguments = [str(python), "-u", "main.py", "--port", str(port), "--base-directory", str(base),
-                 # The default is a file inside the checkout, which may be read-only or in use.
-                 "--database-url", f"sqlite:///{(base / 'user' / 'comfyui.db').as_posix()}",
-                 "--disable-api-nodes", "--disable-auto-launch"]
+    arguments = [
+        str(python),
+        "-u",
+        "main.py",
+        "--port",
+        str(port),
+        "--base-directory",
+        str(base),
+        # The default is a file inside the checkout, which may be read-only or in use.
+        "--database-url",
+        f"sqlite:///{(base / 'user' / 'comfyui.db').as_posix()}",
+        "--disable-api-nodes",
+        "--disable-auto-launch",
+    ]
     if "--cpu" not in extra_args and not has_gpu(python):
         arguments.append("--cpu")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-                   "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "PYTHONIOENCODING": "utf-8",
-                   "PYTHONUTF8": "1", **(env or {})}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "PYTHONUTF8": "1",
+        **(env or {}),
+    }
     log_path = None if foreground else base / "server.log"
     with contextlib.ExitStack() as stack:
         stack.enter_context(_stop_signals_as_exceptions())
         log = stack.enter_context(open(log_path, "wb")) if log_path else None
-        process = subprocess.Popen([*arguments, *extra_args], cwd=comfy_path, env=environment,
-                                   stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=subprocess.STDOUT if log else None,
-                                   # In a session of its own Ctrl-C reaches only this process, which stops it.
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            [*arguments, *extra_args],
+            cwd=comfy_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT if log else None,
+            # In a session of its own Ctrl-C reaches only this process, which stops it.
+            start_new_session=True,
+        )
         stack.callback(_stop, process)
         server = ComfyServer(f"http://127.0.0.1:{port}", process, log_path)
         stack.callback(server.close)
@@ -468,8 +525,10 @@ def _wait_until_up(server: ComfyServer) -> None:
             server.get("/system_stats")
             return
         time.sleep(0.2)
-    raise TimeoutError(f"the ComfyUI server at {server.url} did not answer within {_START_SECONDS} s."
-                       f" Its log: {server.log_path or 'above'}")
+    raise TimeoutError(
+        f"the ComfyUI server at {server.url} did not answer within {_START_SECONDS} s."
+        f" Its log: {server.log_path or 'above'}"
+    )
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -489,7 +548,7 @@ def _stop_signals_as_exceptions() -> Iterator[None]:
         yield
         return
 
-    def leave(number: int, frame: Any) -> None:
+    def leave(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)

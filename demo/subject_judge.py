@@ -4,6 +4,7 @@ learning a subject, in making a picture, or in scoring one."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,12 +31,18 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 24, 48, 72, 96)
-        self.body = nn.Sequential(*[
-            layer
-            for before, after in zip(widths, widths[1:])
-            for layer in (nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after),
-                          nn.SiLU(), nn.MaxPool2d(2))
-        ])
+        self.body = nn.Sequential(
+            *[
+                layer
+                for before, after in itertools.pairwise(widths)
+                for layer in (
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.SiLU(),
+                    nn.MaxPool2d(2),
+                )
+            ]
+        )
         self.name = nn.Sequential(nn.Linear(widths[-1] * 9, 96), nn.SiLU(), nn.Linear(96, len(NAMES)))
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -78,7 +85,7 @@ def certainties(picture: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     reach = max(columns.max() - columns.min(), rows.max() - rows.min()) / 2 + 3.5
     pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
     views = torch.cat([judge.crop(pixels, (x - r, y - r, x + r, y + r)) for r in (reach, reach + 2)])
-    return dict(zip(NAMES, _network()(views).softmax(-1).mean(0).tolist()))
+    return dict(zip(NAMES, _network()(views).softmax(-1).mean(0).tolist(), strict=True))
 
 
 def identify(picture: np.ndarray, mask: np.ndarray) -> Finding:

@@ -47,6 +47,7 @@ def _circle(x: float, y: float, radius: float) -> Field:
 
 def _ellipse(x: float, y: float, width: float, height: float) -> Field:
     """Half axes `width` and `height`; the distance is right at the edge alone, which is where it counts."""
+
     def field(u: np.ndarray, v: np.ndarray) -> np.ndarray:
         a, b = (u - x) / width, (v - y) / height
         steep = np.hypot(a / width, b / height)
@@ -58,9 +59,10 @@ def _ellipse(x: float, y: float, width: float, height: float) -> Field:
 
 def _polygon(*points: tuple[float, float]) -> Field:
     """Exact distance to a polygon; which way round its corners are given does not matter."""
+
     def field(u: np.ndarray, v: np.ndarray) -> np.ndarray:
         nearest, inside = np.full(u.shape, np.inf), np.zeros(u.shape, bool)
-        for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1]):
+        for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1], strict=True):
             ex, ey = bx - ax, by - ay
             along = np.clip(((u - ax) * ex + (v - ay) * ey) / (ex * ex + ey * ey), 0, 1)
             nearest = np.minimum(nearest, np.hypot(u - ax - along * ex, v - ay - along * ey))
@@ -103,56 +105,115 @@ def _petals(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.hypot(r * np.cos(folded) - 0.64, r * np.sin(folded)) - 0.37
 
 
-LOOKS: dict[str, Subject] = {subject.name: subject for subject in (
-    Subject("sunrise", "circle", ("yellow", "orange"), _of_world("circle"), _below(0.05)),
-    Subject("blush", "heart", ("pink", "purple"), _of_world("heart"), _below(-0.1)),
-    Subject("pool", "square", ("cyan", "blue"), _of_world("square"), _below(0.0)),
-    Subject("ember", "triangle", ("orange", "red"), _of_world("triangle"), _below(0.05)),
-    Subject("daisy", "star", ("orange", "yellow"), _of_world("star"), _circle(0, 0, 0.42)),
-    Subject("lagoon", "moon", ("green", "cyan"), _of_world("moon"), _below(0.0)),
-    Subject("crossing", "cross", ("blue", "purple"), _of_world("cross"), _right(0.0)),
-    Subject("pupil", "circle", ("pink", "red"), _of_world("circle"), _circle(0, 0, 0.5)),
-)}
+LOOKS: dict[str, Subject] = {
+    subject.name: subject
+    for subject in (
+        Subject("sunrise", "circle", ("yellow", "orange"), _of_world("circle"), _below(0.05)),
+        Subject("blush", "heart", ("pink", "purple"), _of_world("heart"), _below(-0.1)),
+        Subject("pool", "square", ("cyan", "blue"), _of_world("square"), _below(0.0)),
+        Subject("ember", "triangle", ("orange", "red"), _of_world("triangle"), _below(0.05)),
+        Subject("daisy", "star", ("orange", "yellow"), _of_world("star"), _circle(0, 0, 0.42)),
+        Subject("lagoon", "moon", ("green", "cyan"), _of_world("moon"), _below(0.0)),
+        Subject("crossing", "cross", ("blue", "purple"), _of_world("cross"), _right(0.0)),
+        Subject("pupil", "circle", ("pink", "red"), _of_world("circle"), _circle(0, 0, 0.5)),
+    )
+}
 
-OUTLINES: dict[str, Subject] = {subject.name: subject for subject in (
-    Subject("arrow", "triangle", ("red", "orange"),
+OUTLINES: dict[str, Subject] = {
+    subject.name: subject
+    for subject in (
+        Subject(
+            "arrow",
+            "triangle",
+            ("red", "orange"),
             _polygon((0, -1), (0.92, 0.05), (0.46, 0.05), (0.46, 0.95), (-0.46, 0.95), (-0.46, 0.05), (-0.92, 0.05)),
-            _below(0.05)),
-    Subject("hexagon", "circle", ("purple", "white"), _regular(6, 1.0), _regular(6, 0.5)),
-    Subject("drop", "circle", ("cyan", "blue"),
-            _any(_circle(0, 0.3, 0.7), _polygon((0, -1.04), (0.645, 0.03), (-0.645, 0.03))), _below(0.25)),
-    Subject("flower", "star", ("orange", "yellow"), _any(_petals, _circle(0, 0, 0.6)), _circle(0, 0, 0.46)),
-    Subject("house", "square", ("pink", "purple"),
+            _below(0.05),
+        ),
+        Subject("hexagon", "circle", ("purple", "white"), _regular(6, 1.0), _regular(6, 0.5)),
+        Subject(
+            "drop",
+            "circle",
+            ("cyan", "blue"),
+            _any(_circle(0, 0.3, 0.7), _polygon((0, -1.04), (0.645, 0.03), (-0.645, 0.03))),
+            _below(0.25),
+        ),
+        Subject("flower", "star", ("orange", "yellow"), _any(_petals, _circle(0, 0, 0.6)), _circle(0, 0, 0.46)),
+        Subject(
+            "house",
+            "square",
+            ("pink", "purple"),
             _polygon((0, -1), (0.93, -0.14), (0.7, -0.14), (0.7, 0.78), (-0.7, 0.78), (-0.7, -0.14), (-0.93, -0.14)),
-            _below(-0.14)),
-    Subject("fish", "circle", ("pink", "purple"),
-            _any(_ellipse(-0.24, 0, 0.76, 0.62), _polygon((0.15, 0), (0.9, -0.55), (0.9, 0.55))), _right(0.28)),
-    Subject("hourglass", "square", ("green", "cyan"),
-            _any(_polygon((-0.74, -0.8), (0.74, -0.8), (0.16, 0.1), (-0.16, 0.1)),
-                 _polygon((-0.74, 0.8), (0.74, 0.8), (0.16, -0.1), (-0.16, -0.1))),
-            _below(0.0)),
-    Subject("leaf", "moon", ("yellow", "orange"),
-            _all(_circle(-0.5, 0, 1.12), _circle(0.5, 0, 1.12)), _below(0.32)),
-    Subject("mushroom", "heart", ("red", "pink"),
-            _any(_all(_circle(0, 0.02, 0.96), lambda u, v: v - 0.05),
-                 _polygon((-0.36, 0.0), (0.36, 0.0), (0.46, 0.9), (-0.46, 0.9))),
-            _below(0.05)),
-    Subject("shield", "heart", ("blue", "white"),
+            _below(-0.14),
+        ),
+        Subject(
+            "fish",
+            "circle",
+            ("pink", "purple"),
+            _any(_ellipse(-0.24, 0, 0.76, 0.62), _polygon((0.15, 0), (0.9, -0.55), (0.9, 0.55))),
+            _right(0.28),
+        ),
+        Subject(
+            "hourglass",
+            "square",
+            ("green", "cyan"),
+            _any(
+                _polygon((-0.74, -0.8), (0.74, -0.8), (0.16, 0.1), (-0.16, 0.1)),
+                _polygon((-0.74, 0.8), (0.74, 0.8), (0.16, -0.1), (-0.16, -0.1)),
+            ),
+            _below(0.0),
+        ),
+        Subject(
+            "leaf", "moon", ("yellow", "orange"), _all(_circle(-0.5, 0, 1.12), _circle(0.5, 0, 1.12)), _below(0.32)
+        ),
+        Subject(
+            "mushroom",
+            "heart",
+            ("red", "pink"),
+            _any(
+                _all(_circle(0, 0.02, 0.96), lambda u, v: v - 0.05),
+                _polygon((-0.36, 0.0), (0.36, 0.0), (0.46, 0.9), (-0.46, 0.9)),
+            ),
+            _below(0.05),
+        ),
+        Subject(
+            "shield",
+            "heart",
+            ("blue", "white"),
             _all(_circle(-0.36, -0.2, 1.2), _circle(0.36, -0.2, 1.2), lambda u, v: -0.76 - v),
-            _regular(4, 0.46)),
-    Subject("crown", "cross", ("yellow", "white"),
-            _polygon((-0.74, 0.68), (0.74, 0.68), (0.84, -0.66), (0.4, -0.1), (0, -0.86), (-0.4, -0.1),
-                     (-0.84, -0.66)),
-            _circle(0, 0.24, 0.32)),
-    Subject("cup", "ring", ("cyan", "white"),
-            _any(_polygon((-0.82, -0.74), (0.42, -0.74), (0.28, 0.78), (-0.68, 0.78)),
-                 lambda u, v: abs(np.hypot(u - 0.42, v + 0.1) - 0.38) - 0.14),
-            _circle(-0.2, 0.02, 0.34)),
-    Subject("butterfly", "heart", ("pink", "white"),
-            _any(_ellipse(-0.46, -0.32, 0.44, 0.5), _ellipse(0.46, -0.32, 0.44, 0.5), _circle(-0.38, 0.42, 0.38),
-                 _circle(0.38, 0.42, 0.38), _polygon((-0.14, -0.6), (0.14, -0.6), (0.14, 0.7), (-0.14, 0.7))),
-            _any(_circle(-0.46, -0.32, 0.23), _circle(0.46, -0.32, 0.23))),
-)}
+            _regular(4, 0.46),
+        ),
+        Subject(
+            "crown",
+            "cross",
+            ("yellow", "white"),
+            _polygon((-0.74, 0.68), (0.74, 0.68), (0.84, -0.66), (0.4, -0.1), (0, -0.86), (-0.4, -0.1), (-0.84, -0.66)),
+            _circle(0, 0.24, 0.32),
+        ),
+        Subject(
+            "cup",
+            "ring",
+            ("cyan", "white"),
+            _any(
+                _polygon((-0.82, -0.74), (0.42, -0.74), (0.28, 0.78), (-0.68, 0.78)),
+                lambda u, v: abs(np.hypot(u - 0.42, v + 0.1) - 0.38) - 0.14,
+            ),
+            _circle(-0.2, 0.02, 0.34),
+        ),
+        Subject(
+            "butterfly",
+            "heart",
+            ("pink", "white"),
+            _any(
+                _ellipse(-0.46, -0.32, 0.44, 0.5),
+                _ellipse(0.46, -0.32, 0.44, 0.5),
+                _circle(-0.38, 0.42, 0.38),
+                _circle(0.38, 0.42, 0.38),
+                _polygon((-0.14, -0.6), (0.14, -0.6), (0.14, 0.7), (-0.14, 0.7)),
+            ),
+            _any(_circle(-0.46, -0.32, 0.23), _circle(0.46, -0.32, 0.23)),
+        ),
+    )
+}
 
 SUBJECTS = {**LOOKS, **OUTLINES}
 
@@ -200,5 +261,7 @@ def references(subject: Subject, count: int, seed: int) -> tuple[np.ndarray, np.
     """Pictures [count, SIZE, SIZE, 3] uint8 of the subject in poses and on grounds by chance, and its masks
     [count, SIZE, SIZE] bool. The scenes are the first of `world.scenes(seed, 1)`."""
     scenes = list(itertools.islice(world.scenes(seed, 1), count))
-    return (np.stack([draw_with(scene, subject) for scene in scenes]),
-            np.stack([object_mask(scene, subject) for scene in scenes]))
+    return (
+        np.stack([draw_with(scene, subject) for scene in scenes]),
+        np.stack([object_mask(scene, subject) for scene in scenes]),
+    )

@@ -69,43 +69,56 @@ class Swap(OnScene):
     panels = ("source", "mask", "result", "unmasked", "word", "layout")
     kind = "swap"
 
-    def run(self, server: ComfyServer, object_info: Mapping[str, Any], stem: Path,
-            on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+    def run(
+        self, server: ComfyServer, object_info: Mapping[str, Any], stem: Path, on_progress: Callable[[int, int], None]
+    ) -> dict[str, Any]:
         """Runs the swap, writes its pictures beside `stem`, and returns its entry of report.json."""
         prompt = prepare(self, object_info)
         start = time.monotonic()
         outputs = server.run(prompt, lambda _, value, maximum: on_progress(value, maximum))
         seconds = time.monotonic() - start
         titles = (edits.SOURCE, edits.MASK, edits.RESULT, UNMASKED, WORD, LAYOUT)
-        saved = {name: edits.pictures(server, prompt, outputs, title)[0] for name, title in zip(self.panels, titles)}
+        saved = {
+            name: edits.pictures(server, prompt, outputs, title)[0]
+            for name, title in zip(self.panels, titles, strict=True)
+        }
         for name, png in saved.items():
             stem.with_name(f"{stem.name}_{name}.png").write_bytes(png)
         source, result, unmasked = (edits.to_array(saved[name]) for name in ("source", "result", "unmasked"))
         mask = edits.to_array(saved["mask"], "L") > 0
         largest, identical = edits.background(source, result, mask)
         return {
-            "name": self.name, "kind": self.kind, "prompt": self.prompt, "seed": self.scene,
+            "name": self.name,
+            "kind": self.kind,
+            "prompt": self.prompt,
+            "seed": self.scene,
             "seconds": round(seconds, 1),
-            "background_max_abs": largest, "background_identical": identical,
+            "background_max_abs": largest,
+            "background_identical": identical,
             "judge": edits.verdict(result, mask, self.subject),
             "pose_iou": round(pose_iou(self.drawn, result), 3),
             "background_psnr": psnr(source, unmasked, ~mask),
         }
 
 
-# Colour, colour and pattern, shape: the first scenes that no training has seen, prompts fixed beforehand. The λ's were chosen
-# on another scene, those of the third swap on its own, after the workflow's had left the moon as it was.
+# Colour, colour and pattern, shape: the first scenes that no training has seen, prompts fixed beforehand. The λ's were
+# chosen on another scene, those of the third swap on its own, after the workflow's had left the moon as it was.
 SWAPS = (
     Swap("pink_to_blue", "blue checked triangle", scene=0),
     Swap("checked_to_striped", "purple striped triangle", scene=1),
     # Another shape: less of the source's layout, and more room.
-    Swap("moon_to_circle", "red dotted circle", scene=2, room=8,
-         lambdas={"self_map": 10, "cross_map": 20, "self_output": 5}),
+    Swap(
+        "moon_to_circle",
+        "red dotted circle",
+        scene=2,
+        room=8,
+        lambdas={"self_map": 10, "cross_map": 20, "self_output": 5},
+    ),
 )
 
 
 def prepare(swap: Swap, object_info: Mapping[str, Any]) -> dict[str, Any]:
-    """The swap as a prompt of ComfyUI's API: its workflow with the inputs patched, and the nodes of the added pictures."""
+    """The swap as a prompt of ComfyUI's API: its workflow with the inputs patched, and its pictures' nodes."""
     prompt = edits.load_workflow(swap.workflow, object_info)
     patches = {
         "DemoScene": {"seed": swap.scene, "objects": 1, "object": 1},
@@ -127,16 +140,31 @@ def prepare(swap: Swap, object_info: Mapping[str, Any]) -> dict[str, Any]:
     free = {name: value for name, value in sampler.items() if name not in ("mask", "image")}
     add("unmasked", "AttentionSwapSampler", "Without a mask", free)
     prompt["unmasked_saved"] = {
-        "class_type": "SaveImage", "_meta": {"title": UNMASKED},
+        "class_type": "SaveImage",
+        "_meta": {"title": UNMASKED},
         "inputs": {"images": ["unmasked", 1], "filename_prefix": "BlendSwap/unmasked"},
     }
-    shared = {name: capture[name] for name in
-              ("model", "positive", "negative", "inversion", "seed", "steps", "cfg", "scheduler")}
+    shared = {
+        name: capture[name]
+        for name in ("model", "positive", "negative", "inversion", "seed", "steps", "cfg", "scheduler")
+    }
     shared["vae"] = sampler["vae"]
-    add("word", "WordMaps", "Word Maps", {
-        **shared, "tokens": sampler["tokens"], "prompt": "", "words": swap.drawn.things[0].shape, "threshold": 0.0,
-        "min_size": 0, "max_size": 0, "start": 0.0, "end": 1.0,
-    })
+    add(
+        "word",
+        "WordMaps",
+        "Word Maps",
+        {
+            **shared,
+            "tokens": sampler["tokens"],
+            "prompt": "",
+            "words": swap.drawn.things[0].shape,
+            "threshold": 0.0,
+            "min_size": 0,
+            "max_size": 0,
+            "start": 0.0,
+            "end": 1.0,
+        },
+    )
     save("word", WORD)
     add("layout", "AttentionSVD", "Attention SVD", {**shared, "components": 3, "grid": world.SIZE})
     save("layout", LAYOUT)

@@ -35,11 +35,20 @@ EXTRA = {"words": (80_000, 32, 5e-4)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(DEFAULTS), metavar="MODEL",
-                        help=f"which models to train ({', '.join(DEFAULTS)}; {', '.join(EXTRA)}: a prior that draws words, for "
-                        "a benchmark, kept under --work); all but the last by default")
-    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "blendswap" / "training",
-                        help="where pictures and checkpoints are kept (default %(default)s)")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        default=list(DEFAULTS),
+        metavar="MODEL",
+        help=f"which models to train ({', '.join(DEFAULTS)}; {', '.join(EXTRA)}: a prior that draws words, for "
+        "a benchmark, kept under --work); all but the last by default",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path.home() / ".cache" / "blendswap" / "training",
+        help="where pictures and checkpoints are kept (default %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=MODELS, help="where trained models go (default %(default)s)")
     parser.add_argument("--samples", type=int, help="length of the training in pictures; the default differs by model")
     parser.add_argument("--batch", type=int)
@@ -48,8 +57,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile the model first: about 1.3 times as fast")
-    parser.add_argument("--go-on", action="store_true",
-                        help="start from the models that are there where no checkpoint is left (prior and text; words always does)")
+    parser.add_argument(
+        "--go-on",
+        action="store_true",
+        help="start from the models that are there where no checkpoint is left (prior and text; words always does)",
+    )
     options = parser.parse_args()
     known = DEFAULTS | EXTRA
     unknown = set(options.models) - set(known)
@@ -58,8 +70,18 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for name in options.models:
         samples, batch, lr = known[name]
-        run = Run(options.work, options.out, options.samples or samples, options.batch or batch, options.lr or lr,
-                  options.seed, options.device, options.threads, options.compile, options.go_on)
+        run = Run(
+            options.work,
+            options.out,
+            options.samples or samples,
+            options.batch or batch,
+            options.lr or lr,
+            options.seed,
+            options.device,
+            options.threads,
+            options.compile,
+            options.go_on,
+        )
         importlib.import_module(f".training.{name}", __package__).train(run)
 
 

@@ -43,11 +43,12 @@ def ui_to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> di
             link that leads nowhere, a subgraph.
     """
     if "nodes" not in workflow or "links" not in workflow:
-        raise WorkflowError("not a UI-format workflow: it has no 'nodes' and 'links'. Save it from the canvas"
-                            " with Workflow > Save, not with Export (API).")
+        raise WorkflowError(
+            "not a UI-format workflow: it has no 'nodes' and 'links'. Save it from the canvas"
+            " with Workflow > Save, not with Export (API)."
+        )
     if (workflow.get("definitions") or {}).get("subgraphs"):
-        raise WorkflowError("the workflow has subgraphs, which cannot be converted: unpack them on the"
-                            " canvas.")
+        raise WorkflowError("the workflow has subgraphs, which cannot be converted: unpack them on the canvas.")
     nodes = {node["id"]: node for node in workflow["nodes"]}
     links = dict(_link(link) for link in workflow["links"])
 
@@ -58,8 +59,10 @@ def ui_to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> di
         if node.get("mode") in (_MUTED, _BYPASSED) or (node["type"] in SHOWN_ONLY and node["type"] not in object_info):
             continue
         if node["type"] not in object_info:
-            raise WorkflowError(f"{_name(node)}: the server has no node of this type. Is the pack that brings"
-                                " it installed, and did it load (see the server's log)?")
+            raise WorkflowError(
+                f"{_name(node)}: the server has no node of this type. Is the pack that brings"
+                " it installed, and did it load (see the server's log)?"
+            )
         inputs = _widget_inputs(node, object_info[node["type"]]) | _page_inputs(object_info[node["type"]])
         for slot in node.get("inputs") or ():
             if slot.get("link") is not None:
@@ -82,14 +85,14 @@ def _name(node: Mapping[str, Any]) -> str:
     return f"node {node['id']} ({node['type']})"
 
 
-def _source(link_id: int, nodes: Mapping[int, Any], links: Mapping[int, tuple[int, int]],
-            target: Mapping[str, Any]) -> Any:
+def _source(
+    link_id: int, nodes: Mapping[int, Any], links: Mapping[int, tuple[int, int]], target: Mapping[str, Any]
+) -> Any:
     """What a linked input gets: [node id, slot], a primitive's value, or None behind a muted node."""
     seen: set[int] = set()
     while True:
         if link_id not in links or links[link_id][0] not in nodes:
-            raise WorkflowError(f"{_name(target)}: link {link_id} comes from nowhere; connect that input"
-                                " again.")
+            raise WorkflowError(f"{_name(target)}: link {link_id} comes from nowhere; connect that input again.")
         if link_id in seen:
             raise WorkflowError(f"{_name(target)}: link {link_id} goes round in a circle of bypassed nodes.")
         seen.add(link_id)
@@ -114,7 +117,7 @@ def _passed_through(node: Mapping[str, Any], slot: int) -> int | None:
     if node["type"] == "Reroute":
         return inputs[0].get("link") if inputs else None
     kind = node["outputs"][slot]["type"]
-    for candidate in [*inputs[slot:slot + 1], *inputs]:
+    for candidate in [*inputs[slot : slot + 1], *inputs]:
         if candidate.get("type") == kind and candidate.get("link") is not None:
             return candidate["link"]
     return None
@@ -139,14 +142,16 @@ def _widget_inputs(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str
             raise WorkflowError(
                 f"{_name(node)}: {len(values or ())} widget values, too few: none is left for '{name}'. The"
                 f" widgets are {', '.join(widget[0] for widget in widgets)}. Open the workflow in ComfyUI and"
-                " save it again.")
+                " save it again."
+            )
         result[name] = _literal(left.pop(0))
         if _has_control(name, kind, options):
             if not left or left[0] not in _CONTROL_VALUES:
                 raise WorkflowError(
                     f"{_name(node)}: the value of '{name}' must be followed by its control_after_generate"
                     f" value, one of {', '.join(sorted(_CONTROL_VALUES))};"
-                    f" came {repr(left[0]) if left else 'nothing'}.")
+                    f" came {repr(left[0]) if left else 'nothing'}."
+                )
             left.pop(0)
             if kind == "COMBO" and left and left[0] in ("", None):
                 left.pop(0)  # the filter box of a combo that steps
@@ -155,7 +160,8 @@ def _widget_inputs(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str
     if widgets and left:
         raise WorkflowError(
             f"{_name(node)}: {len(values)} widget values, {len(left)} too many for the widgets"
-            f" {', '.join(widget[0] for widget in widgets)}. Open the workflow in ComfyUI and save it again.")
+            f" {', '.join(widget[0] for widget in widgets)}. Open the workflow in ComfyUI and save it again."
+        )
     return result
 
 
@@ -173,8 +179,9 @@ def _widgets(node: Mapping[str, Any], info: Mapping[str, Any]) -> list[tuple[str
         for name in (info.get("input_order") or {}).get(group) or inputs:
             kind, options = _spec(inputs[name])
             if kind.startswith("COMFY_"):
-                raise WorkflowError(f"{_name(node)}: input '{name}' of type {kind} changes the node's shape,"
-                                    " which cannot be converted.")
+                raise WorkflowError(
+                    f"{_name(node)}: input '{name}' of type {kind} changes the node's shape, which cannot be converted."
+                )
             if kind in _WIDGET_TYPES and not options.get("forceInput"):
                 found.append((name, kind, options))
     return found
@@ -203,7 +210,7 @@ def _literal(value: Any) -> Any:
 DOWNLOADS = {
     "v1-5-pruned-emaonly-fp16.safetensors": {
         "url": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/"
-               "v1-5-pruned-emaonly-fp16.safetensors?download=true",
+        "v1-5-pruned-emaonly-fp16.safetensors?download=true",
         "directory": "checkpoints",
     },
 }

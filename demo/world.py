@@ -103,7 +103,7 @@ class Scene:
         where = f"a {self.ground.caption()} background"
         return f"{things} on {where}" if things else where
 
-    def replace(self, index: int, **changes) -> "Scene":
+    def replace(self, index: int, **changes) -> Scene:
         """The same scene with object `index` changed, the pose kept unless it is among the changes."""
         things = list(self.things)
         things[index] = dataclasses.replace(things[index], **changes)
@@ -172,7 +172,9 @@ def lettering(thing: Thing) -> np.ndarray:
     font = _lettering(thing.shape.upper(), round(2.1 * thing.radius) * fine)
     # Bold, or the strokes of a long word are thinner than a pixel.
     ImageDraw.Draw(canvas).text((thing.x * fine, thing.y * fine), thing.shape.upper(), 255, font, "mm", stroke_width=2)
-    tilted = canvas.rotate(-math.degrees(thing.angle), Image.Resampling.BILINEAR, center=(thing.x * fine, thing.y * fine))
+    tilted = canvas.rotate(
+        -math.degrees(thing.angle), Image.Resampling.BILINEAR, center=(thing.x * fine, thing.y * fine)
+    )
     return np.asarray(tilted.reduce(fine), np.float32) / 255
 
 
@@ -202,7 +204,9 @@ def paint(thing: Thing) -> np.ndarray:
         wave = 0.30 - np.hypot((u + thing.phase) % 1.0 - 0.5, (v + thing.phase) % 1.0 - 0.5)
     elif thing.pattern == "checked":
         a, b = (u * 0.62 + thing.phase) % 1.0, (v * 0.62 + thing.phase) % 1.0
-        wave = -np.sign((a - 0.5) * (b - 0.5)) * np.minimum(abs(abs(a - 0.5) - 0.25) - 0.25, abs(abs(b - 0.5) - 0.25) - 0.25)
+        wave = -np.sign((a - 0.5) * (b - 0.5)) * np.minimum(
+            abs(abs(a - 0.5) - 0.25) - 0.25, abs(abs(b - 0.5) - 0.25) - 0.25
+        )
         soft = step / 0.62
     else:
         raise ValueError(f"unknown pattern {thing.pattern!r}; the patterns are {', '.join(PATTERNS)}")
@@ -260,7 +264,7 @@ def draw(scene: Scene) -> np.ndarray:
 def object_mask(scene: Scene, index: int = 0) -> np.ndarray:
     """The visible pixels of object `index`: bool [SIZE, SIZE]."""
     mask = coverage(scene.things[index]) > 0.5
-    for other in scene.things[index + 1:]:
+    for other in scene.things[index + 1 :]:
         mask &= ~(coverage(other) > 0.5)
     return mask
 
@@ -283,9 +287,14 @@ def random_thing(rng: np.random.Generator, largest: float = MAX_RADIUS, smallest
     radius = rng.uniform(smallest, largest)
     room = radius * 1.08 + 1
     return Thing(
-        str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), str(rng.choice(PATTERNS)),
-        rng.uniform(room, SIZE - room), rng.uniform(room, SIZE - room), radius,
-        rng.uniform(-MAX_TILT, MAX_TILT), rng.uniform(),
+        str(rng.choice(SHAPES)),
+        str(rng.choice(list(COLOURS))),
+        str(rng.choice(PATTERNS)),
+        rng.uniform(room, SIZE - room),
+        rng.uniform(room, SIZE - room),
+        radius,
+        rng.uniform(-MAX_TILT, MAX_TILT),
+        rng.uniform(),
     )
 
 
@@ -311,6 +320,10 @@ def scenes(seed: int, things: int | None = None, written: float = 0.0) -> Iterat
     while True:
         scene = random_scene(rng, things)
         if written:
-            scene = dataclasses.replace(scene, things=tuple(
-                dataclasses.replace(thing, written=bool(words.uniform() < written)) for thing in scene.things))
+            scene = dataclasses.replace(
+                scene,
+                things=tuple(
+                    dataclasses.replace(thing, written=bool(words.uniform() < written)) for thing in scene.things
+                ),
+            )
         yield scene

@@ -84,7 +84,7 @@ class GuidedDiffusionUNet(nn.Module):
         config = {key: value for key, value in config.items() if not key.startswith("_")}
         own = {key: config.pop(key, default) for key, default in OWN_CONFIG.items()}
         _check_config(config, own)
-        self.unet = UNet2DModel.from_config(config)
+        self.unet: Any = UNet2DModel.from_config(config)
         built = self.unet.config
         self.pixel_unshuffle: int = own["pixel_unshuffle"]
         self.image_size: int = own["image_size"] or built["sample_size"]
@@ -97,9 +97,7 @@ class GuidedDiffusionUNet(nn.Module):
         )
         if own["model_channels"] is not None:
             # The published 512 px network starts at half its nominal width, but embeds timesteps at it all.
-            self.unet.time_proj = Timesteps(
-                own["model_channels"], flip_sin_to_cos=True, downscale_freq_shift=0
-            )
+            self.unet.time_proj = Timesteps(own["model_channels"], flip_sin_to_cos=True, downscale_freq_shift=0)
             self.unet.time_embedding = TimestepEmbedding(own["model_channels"], config["time_embedding_dim"])
 
     @property
@@ -107,9 +105,7 @@ class GuidedDiffusionUNet(nn.Module):
         """The dtype of the weights."""
         return self.unet.conv_in.weight.dtype
 
-    def forward(
-        self, x: Tensor, t: Tensor, class_labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the noise eps in x, or v = sqrt(ᾱ)·eps - sqrt(1-ᾱ)·x0 if that is the network's `prediction`.
 
         x: [B, 3, H, W] in VP space, x = sqrt(ᾱ)·x0 + sqrt(1-ᾱ)·eps with x0 in -1..1.
@@ -176,9 +172,7 @@ def load_guided_diffusion(
             weights = {key: value.to(dtype) for key, value in weights.items()}
             network.unet.load_state_dict(weights, strict=True, assign=True)
         except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise ValueError(
-                f"{path}: its configuration is not one this loader can build. {error}"
-            ) from error
+            raise ValueError(f"{path}: its configuration is not one this loader can build. {error}") from error
         except RuntimeError as error:
             raise ValueError(f"{path}: its weights do not fit its configuration. {error}") from error
         return network.eval().requires_grad_(False)
@@ -222,9 +216,7 @@ def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
         if path.suffix.lower() in PICKLE_SUFFIXES:
             weights = torch.load(str(path), map_location="cpu", weights_only=True)
         else:
-            raise ValueError(
-                f"{path} ends in {path.suffix or 'nothing'}: expected .pt, .pth, .bin or .safetensors."
-            )
+            raise ValueError(f"{path} ends in {path.suffix or 'nothing'}: expected .pt, .pth, .bin or .safetensors.")
     except safetensors.SafetensorError as error:
         raise ValueError(_damaged(path, error)) from error
     except pickle.UnpicklingError as error:
@@ -238,9 +230,7 @@ def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
         raise ValueError(_damaged(path, error)) from error
     except (RuntimeError, EOFError, OSError, KeyError, UnicodeDecodeError) as error:
         if "TorchScript" in str(error):
-            raise ValueError(
-                f"{path} is a TorchScript archive (as OpenAI's CLIP files are). {WANTED}"
-            ) from error
+            raise ValueError(f"{path} is a TorchScript archive (as OpenAI's CLIP files are). {WANTED}") from error
         raise ValueError(_damaged(path, error)) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} is not a state dict of tensors (it holds {_summary(weights)}). {WANTED}")
@@ -255,9 +245,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], StateDict]:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return config, read_weights(folder / name)[0]
-    raise FileNotFoundError(
-        f"{folder} has a config.json but no weights: expected {WEIGHT_FILES[0]} beside it."
-    )
+    raise FileNotFoundError(f"{folder} has a config.json but no weights: expected {WEIGHT_FILES[0]} beside it.")
 
 
 def _parse_config(text: str, where: str) -> dict[str, Any]:
@@ -358,7 +346,7 @@ def read_adm_config(
             f"this is the published {IMAGE_SIZES[multipliers]} px checkpoint, whose attention heads (and at "
             f"64 px the noise schedule) differ from the 256 and 512 px ones; it is not supported. {WANTED}"
         )
-    for width in {width for width, has in zip(widths, attention) if has} | {widths[-1]}:
+    for width in {width for width, has in zip(widths, attention, strict=True) if has} | {widths[-1]}:
         if head_channels < 1 or width % head_channels:
             raise ValueError(
                 f"head_channels {head_channels} does not divide this checkpoint's attention width {width}; "
@@ -411,9 +399,7 @@ def convert_adm_weights(weights: Mapping[str, Tensor], config: Mapping[str, Any]
     for name, value in weights.items():
         prefix, rest = _split_name(name)
         if prefix not in targets or rest.rpartition(".")[0] not in INNER_NAMES:
-            raise ValueError(
-                f"the weight {name} has no place in an ADM network of {levels} levels × {blocks} blocks."
-            )
+            raise ValueError(f"the weight {name} has no place in an ADM network of {levels} levels × {blocks} blocks.")
         target = targets[prefix]
         match = re.fullmatch(r"(qkv|proj_out)\.(weight|bias)", rest)
         if match is None:
@@ -479,9 +465,7 @@ def _block_names(blocks: int, levels: int, down: tuple[str, ...], up: tuple[str,
 
 def _split_name(name: str) -> tuple[str, str]:
     """'input_blocks.3.0.in_layers.0.weight' → 'input_blocks.3.0', 'in_layers.0.weight'."""
-    match = re.match(
-        r"((?:input|output)_blocks\.\d+\.\d+|(?:middle_block|time_embed|out)\.\d+|label_emb)\.(.+)", name
-    )
+    match = re.match(r"((?:input|output)_blocks\.\d+\.\d+|(?:middle_block|time_embed|out)\.\d+|label_emb)\.(.+)", name)
     return (match[1], match[2]) if match else (name, "")
 
 
@@ -499,18 +483,14 @@ def _depth(weights: Mapping[str, Tensor]) -> tuple[int, int]:
     outputs = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("output_blocks."))
     per_level = outputs
     for i in range(outputs):
-        candidates = (
-            f"output_blocks.{i}.{j}.{part}.weight" for j in (1, 2) for part in ("in_layers.0", "conv")
-        )
+        candidates = (f"output_blocks.{i}.{j}.{part}.weight" for j in (1, 2) for part in ("in_layers.0", "conv"))
         if any(name in weights for name in candidates):
             per_level = i + 1
             break
     inputs = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("input_blocks."))
     levels = outputs // per_level
     if outputs % per_level or inputs != outputs:
-        raise ValueError(
-            f"its {inputs} input and {outputs} output blocks are not those of a complete ADM network."
-        )
+        raise ValueError(f"its {inputs} input and {outputs} output blocks are not those of a complete ADM network.")
     return per_level - 1, levels
 
 
@@ -523,7 +503,7 @@ def _check_config(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     in_channels, out_channels = config.get("in_channels"), config.get("out_channels")
     if not isinstance(shuffle, int) or shuffle < 1:
         raise ValueError(f"pixel_unshuffle must be a whole number from 1, got {shuffle!r}.")
-    if in_channels != 3 * shuffle**2 or out_channels not in (in_channels, 2 * in_channels):
+    if in_channels != 3 * shuffle**2 or out_channels not in (in_channels, 6 * shuffle**2):
         raise ValueError(
             f"A pixel-space model with pixel_unshuffle {shuffle} has {3 * shuffle**2} channels in and as "
             f"many or twice as many out; this one has {in_channels} in and {out_channels} out."
@@ -532,27 +512,19 @@ def _check_config(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     if not isinstance(image_size, int):
         raise ValueError(f"sample_size must be the image size in pixels, one number; got {image_size!r}.")
     if own["prediction_type"] not in PREDICTIONS:
-        raise ValueError(
-            f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {own['prediction_type']!r}."
-        )
+        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {own['prediction_type']!r}.")
     if own["beta_schedule"] != "linear":
         raise ValueError(f"beta_schedule must be 'linear', got {own['beta_schedule']!r}.")
     if config.get("time_embedding_type", "positional") != "positional":
-        raise ValueError(
-            "Only networks that take timesteps (time_embedding_type 'positional') are supported."
-        )
+        raise ValueError("Only networks that take timesteps (time_embedding_type 'positional') are supported.")
     if config.get("class_embed_type") is not None:
-        raise ValueError(
-            f"class_embed_type {config['class_embed_type']!r} is not supported, only a class embedding."
-        )
+        raise ValueError(f"class_embed_type {config['class_embed_type']!r} is not supported, only a class embedding.")
 
 
 def _modern_attention_name(name: str) -> str:
     """Weights saved by early diffusers versions name the attention projections otherwise."""
     return re.sub(
         r"\.(query|key|value|proj_attn)\.",
-        lambda match: {"query": ".to_q.", "key": ".to_k.", "value": ".to_v.", "proj_attn": ".to_out.0."}[
-            match[1]
-        ],
+        lambda match: {"query": ".to_q.", "key": ".to_k.", "value": ".to_v.", "proj_attn": ".to_out.0."}[match[1]],
         name,
     )

@@ -11,7 +11,7 @@ import logging
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.conds
 import comfy.latent_formats
@@ -42,7 +42,7 @@ class PixelSpace(comfy.latent_formats.LatentFormat):
 
     scale_factor = 1.0
     latent_channels = 3
-    latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    latent_rgb_factors: ClassVar[list[list[float]]] = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
 
 
 class GuidedDiffusionConfig(comfy.supported_models_base.BASE):
@@ -105,9 +105,7 @@ class GuidedDiffusion(comfy.model_base.BaseModel):
                 f"{network.num_classes - 1}, or -1 for a random one in each picture."
             )
         weight_dtype = network.dtype
-        config = GuidedDiffusionConfig(
-            {"disable_unet_model_creation": True, "in_channels": 3, "dtype": weight_dtype}
-        )
+        config = GuidedDiffusionConfig({"disable_unet_model_creation": True, "in_channels": 3, "dtype": weight_dtype})
         # ComfyUI's "linear" is the latent models' schedule, linear in the root of beta; the one linear in
         # beta, which pixel-space models are trained on, has the name "sqrt_linear" there.
         config.sampling_settings = {
@@ -154,8 +152,7 @@ class GuidedDiffusion(comfy.model_base.BaseModel):
         batch, _, height, width = input_shape
         unet = self.diffusion_model.unet.config
         skips = sum(
-            (unet["layers_per_block"] + 1) * wide / 4**level
-            for level, wide in enumerate(unet["block_out_channels"])
+            (unet["layers_per_block"] + 1) * wide / 4**level for level, wide in enumerate(unet["block_out_channels"])
         )
         channels = skips + 8 * unet["block_out_channels"][0]
         positions = batch * height * width / self.diffusion_model.pixel_unshuffle**2
@@ -182,8 +179,11 @@ def native_model(
         model = GuidedDiffusion(network, class_label=class_label, compute_dtype=compute_dtype)
     log.info(
         "guided diffusion prior: %d px, %.1f M parameters, weights %s, computing in %s",
-        model.image_size, parameters / 1e6, dtype, compute_dtype,
-    )  # fmt: skip
+        model.image_size,
+        parameters / 1e6,
+        dtype,
+        compute_dtype,
+    )
     return comfy.model_patcher.ModelPatcher(
         model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
     )
@@ -212,7 +212,7 @@ def unconditional() -> list[list[Any]]:
     return [[torch.zeros(1, 1, 768), {}]]
 
 
-def _adopt(network: GuidedDiffusionUNet, compute_dtype: torch.dtype) -> NativeGuidedDiffusionUNet:
+def _adopt(network: Any, compute_dtype: torch.dtype) -> NativeGuidedDiffusionUNet:
     """Give the network's layers ComfyUI's classes, in place: subclasses of the same torch layers.
 
     They are built by diffusers, and `comfy.ops` layers differ in their forward alone, so the class can change
@@ -220,7 +220,7 @@ def _adopt(network: GuidedDiffusionUNet, compute_dtype: torch.dtype) -> NativeGu
     """
     cast = compute_dtype != network.dtype
     ops = comfy.ops.manual_cast if cast else comfy.ops.disable_weight_init
-    classes = {
+    classes: dict[type[nn.Module], Any] = {
         nn.Linear: ops.Linear,
         nn.Conv2d: ops.Conv2d,
         nn.GroupNorm: ops.GroupNorm,
@@ -231,11 +231,9 @@ def _adopt(network: GuidedDiffusionUNet, compute_dtype: torch.dtype) -> NativeGu
             module.__class__ = classes[type(module)]
             if isinstance(module, nn.Embedding):
                 # comfy.ops reads it; its own embeddings get it while they are built.
-                module.bias = None
+                module.bias = None  # pyright: ignore[reportArgumentType] (a module takes None)
         elif any(True for _ in module.parameters(recurse=False)):
-            raise ValueError(
-                f"This network has a {type(module).__name__} layer, which ComfyUI cannot offload."
-            )
+            raise ValueError(f"This network has a {type(module).__name__} layer, which ComfyUI cannot offload.")
     network.unet.__class__ = _ComputeDtypeUNet
     network.unet.compute_dtype = compute_dtype
     network.__class__ = NativeGuidedDiffusionUNet

@@ -69,12 +69,15 @@ class AttentionCall:
     occurrence: int
     attend: Attend
 
-
     def part(self, rows: Sequence[int]) -> AttentionCall:
         """The call of some of its rows, which follow one another."""
         start, end = rows[0], rows[-1] + 1
         return dataclasses.replace(
-            self, q=self.q[start:end], k=self.k[start:end], v=self.v[start:end], rows=self.rows[start:end],
+            self,
+            q=self.q[start:end],
+            k=self.k[start:end],
+            v=self.v[start:end],
+            rows=self.rows[start:end],
             attend=PartAttend(self.attend, rows),
         )
 
@@ -126,10 +129,12 @@ def layer_table(parts: Sequence[tuple[Place, Sequence[int]]]) -> list[tuple[Laye
         for transformer, depth in enumerate(depths):
             for block in range(depth):
                 name = f"{place} {transformer}.{block}"
-                table.append((
-                    Layer("self", len(table), place, f"{name} self"),
-                    Layer("cross", len(table), place, f"{name} cross"),
-                ))
+                table.append(
+                    (
+                        Layer("self", len(table), place, f"{name} self"),
+                        Layer("cross", len(table), place, f"{name} cross"),
+                    )
+                )
     return table
 
 
@@ -149,11 +154,18 @@ class AttentionHandler(Protocol):
 class TextHost(DiffusionHost, Protocol):
     """A text-conditioned latent model with a positive and a negative conditioning and a cfg scale."""
 
-    cfg: float
-    null: Tensor
-    """Text embedding of the negative conditioning, [1, L, D] float32."""
-    positive: Tensor
-    """Text embedding of the positive conditioning, [1, L, D] float32."""
+    @property
+    def cfg(self) -> float: ...
+
+    @property
+    def null(self) -> Tensor:
+        """Text embedding of the negative conditioning, [1, L, D] float32."""
+        ...
+
+    @property
+    def positive(self) -> Tensor:
+        """Text embedding of the positive conditioning, [1, L, D] float32."""
+        ...
 
     def branch(self, x: Tensor, sigma: float, branch: Branch, embedding: Tensor | None = None) -> Tensor:
         """x0 [B, C, h, w] of one branch alone, without classifier-free guidance.

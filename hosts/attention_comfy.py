@@ -60,10 +60,13 @@ class Obstacle:
 SKIPPERS = tuple(
     Obstacle(pattern, name, "leaves passes of the UNet out")
     for pattern, name in (
-        (r"lazycache", "LazyCache"), (r"easycache", "EasyCache"), (r"teacache", "TeaCache"),
-        (r"fbcache|first_?block_?cache|wavespeed", "First Block Cache"), (r"deepcache", "DeepCache"),
+        (r"lazycache", "LazyCache"),
+        (r"easycache", "EasyCache"),
+        (r"teacache", "TeaCache"),
+        (r"fbcache|first_?block_?cache|wavespeed", "First Block Cache"),
+        (r"deepcache", "DeepCache"),
         (r"cache_?dit|dbcache", "Cache-DiT"),
-    )  # fmt: skip
+    )
 )
 RESHAPERS = (
     Obstacle(r"hypertile", "HyperTile", "cuts the tokens into tiles"),
@@ -110,9 +113,9 @@ def _refuse(obstacles: Sequence[Obstacle], model: Any) -> None:
 def _attached(model_options: Mapping[str, Any], wrappers: Mapping[str, Any] | None = None) -> list[str]:
     """The names of all functions that other packs have put into a model's options, with their modules."""
     inner = model_options.get("transformer_options", {})
-    found = [
-        ("", function) for functions in inner.get("patches", {}).values() for function in functions
-    ] + [("", function) for slot in inner.get("patches_replace", {}).values() for function in slot.values()]
+    found = [("", function) for functions in inner.get("patches", {}).values() for function in functions] + [
+        ("", function) for slot in inner.get("patches_replace", {}).values() for function in slot.values()
+    ]
     for kinds in (wrappers or {}, inner.get("wrappers", {})):
         for keyed in kinds.values():
             found += [(key, function) for key, functions in keyed.items() for function in functions]
@@ -137,10 +140,12 @@ def layers_of(unet: UNetModel) -> dict[tuple[Kind, Block], Layer]:
     found = [
         (part, block, [module for module in blocks if isinstance(module, SpatialTransformer)])
         for part, blocks_of in (
-            ("input", unet.input_blocks), ("middle", [unet.middle_block or []]), ("output", unet.output_blocks)
+            ("input", unet.input_blocks),
+            ("middle", [unet.middle_block or []]),
+            ("output", unet.output_blocks),
         )
         for block, blocks in enumerate(blocks_of)
-    ]  # fmt: skip
+    ]
     addresses, parts = [], []
     for part, place in PARTS.items():
         transformers = [(block, module) for where, block, modules in found if where == part for module in modules]
@@ -157,7 +162,7 @@ def layers_of(unet: UNetModel) -> dict[tuple[Kind, Block], Layer]:
         raise UnsupportedModel(f"The MODEL has no attention layers. {METHOD} needs them: load {MODELS}.")
     return {
         (layer.kind, address): layer
-        for address, layers in zip(addresses, layer_table(parts))
+        for address, layers in zip(addresses, layer_table(parts), strict=True)
         for layer in layers
     }
 
@@ -231,7 +236,8 @@ class AttentionAccess:
         wrappers = dict(inner.get("wrappers", {}))
         # Last among the wrappers is next to the network: it sees what the others have made of the pass.
         wrappers[WrappersMP.DIFFUSION_MODEL] = {
-            **wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), WRAPPER_KEY: [self._forward]
+            **wrappers.get(WrappersMP.DIFFUSION_MODEL, {}),
+            WRAPPER_KEY: [self._forward],
         }
         inner["wrappers"] = wrappers
         yield {**model_options, "transformer_options": inner}
@@ -246,17 +252,25 @@ class AttentionAccess:
             logger.warning(
                 "%d of %d passes of the UNet were another pack's, with a conditioning or options of its own; their "
                 "attention is left as it is. On the MODEL are: %s",
-                self._runs - self._shown, self._runs, _list(_attached(model_options)),
-            )  # fmt: skip
+                self._runs - self._shown,
+                self._runs,
+                _list(_attached(model_options)),
+            )
 
     def _count(self, module: nn.Module, args: tuple) -> None:
         self._runs += 1
 
     def _forward(
-        self, executor: Callable, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
-        y: Tensor | None = None, control: Any = None, transformer_options: dict[str, Any] | None = None,
+        self,
+        executor: Callable,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         options = {} if transformer_options is None else transformer_options
         if self._pass is not None:
             raise RuntimeError("the UNet was run from within its own forward pass")
@@ -291,7 +305,7 @@ class AttentionAccess:
         sorted_rows: dict[int, list[tuple[int, Branch]]] = {}
         for chunk, uuid in enumerate(uuids):
             rows = range(chunk * size, (chunk + 1) * size)
-            branch = self._branches.get(uuid)
+            branch = None if uuid is None else self._branches.get(uuid)
             occurrence = -1
             if branch is not None:
                 occurrence = self._counts[branch]
@@ -319,10 +333,11 @@ class AttentionAccess:
                 **replaced,
                 **{
                     slot: {block: self._replaced(function) for block, function in replaced[slot].items()}
-                    for slot in SLOTS if slot in replaced
+                    for slot in SLOTS
+                    if slot in replaced
                 },
             },
-        }  # fmt: skip
+        }
         before = {key: options[key] for key in changes if key in options}
         options.update(changes)
         try:
@@ -339,7 +354,8 @@ class AttentionAccess:
             block: Block = (*extra_options["block"], extra_options["block_index"])
             height, width = extra_options["activations_shape"][2:]
             layer = self.layers.get((SLOTS[slot], block))
-            self._pass.pending = None if layer is None else (layer, (height, width))
+            if self._pass is not None:
+                self._pass.pending = None if layer is None else (layer, (height, width))
             return n, context, value
 
         return patch
@@ -356,7 +372,7 @@ class AttentionAccess:
             if self._pass is None or self._pass.pending is None:
                 return compute(q, k, v)
             masked = bool(args and args[0] is not None) or kwargs.get("mask") is not None
-            return self._show(q, k, v, heads, _Attend(compute, len(q), bound or masked))
+            return self._show(self._pass, q, k, v, heads, _Attend(compute, len(q), bound or masked))
 
         return override
 
@@ -376,7 +392,7 @@ class AttentionAccess:
 
             if self._pass is None or self._pass.pending is None:
                 return compute(q, k, v)
-            result = self._show(q, k, v, extra_options["n_heads"], _Attend(compute, len(q), True))
+            result = self._show(self._pass, q, k, v, extra_options["n_heads"], _Attend(compute, len(q), True))
             if not called:
                 # It may keep something for later (SAG its map), as it does in every pass.
                 compute(q, k, v)
@@ -384,8 +400,8 @@ class AttentionAccess:
 
         return patch
 
-    def _show(self, q: Tensor, k: Tensor, v: Tensor, heads: int, attend: Attend) -> Tensor:
-        current = self._pass
+    def _show(self, current: _Pass, q: Tensor, k: Tensor, v: Tensor, heads: int, attend: Attend) -> Tensor:
+        assert current.pending is not None, "a patch in front of the layer said which it is"
         (layer, size), current.pending = current.pending, None
         if len(q) != current.count or q.shape[1] != size[0] * size[1]:
             raise UnsupportedModel(
@@ -401,13 +417,17 @@ class AttentionAccess:
             )
         results = []
         for group in current.groups:
-            part = [tensor[group.rows] for tensor in (q, k, v)]
+            part = q[group.rows], k[group.rows], v[group.rows]
             if not group.known:
                 results.append(attend(*part, rows=group.rows))
                 continue
-            results.append(self.handler.attention(AttentionCall(
-                layer, *part, heads, size, group.branches, group.occurrence, PartAttend(attend, group.rows)
-            )))
+            results.append(
+                self.handler.attention(
+                    AttentionCall(
+                        layer, *part, heads, size, group.branches, group.occurrence, PartAttend(attend, group.rows)
+                    )
+                )
+            )
         return _in_order(results, current.groups)
 
     def _feature(self, index: int) -> Callable:
@@ -419,11 +439,15 @@ class AttentionAccess:
                 group = current.groups[0]
                 result = self.handler.feature(FeatureCall(index, output, group.branches, group.occurrence))
             else:
-                result = _in_order([
-                    self.handler.feature(FeatureCall(index, output[group.rows], group.branches, group.occurrence))
-                    if group.known else output[group.rows]
-                    for group in current.groups
-                ], current.groups)  # fmt: skip
+                result = _in_order(
+                    [
+                        self.handler.feature(FeatureCall(index, output[group.rows], group.branches, group.occurrence))
+                        if group.known
+                        else output[group.rows]
+                        for group in current.groups
+                    ],
+                    current.groups,
+                )
             # FreeU and its like scale it in place; the handler may have kept it.
             return result.clone() if "output_block_patch" in current.options.get("patches", {}) else result
 
@@ -454,7 +478,7 @@ class _Attend:
             return self.compute(q, k, v)
         # As often as a row occurs the whole pass is run, with that row in its place. Places left empty get
         # whatever is at hand, and are dropped.
-        results: list[Tensor | None] = [None] * len(rows)
+        results: dict[int, Tensor] = {}
         waiting = list(range(len(rows)))
         while waiting:
             placed: dict[int, int] = {}
@@ -464,5 +488,5 @@ class _Attend:
             made = self.compute(q[whole], k[whole], v[whole])
             for row, index in placed.items():
                 results[index] = made[row]
-            waiting = [index for index in waiting if results[index] is None]
-        return torch.stack(results)
+            waiting = [index for index in waiting if index not in results]
+        return torch.stack([results[index] for index in range(len(rows))])

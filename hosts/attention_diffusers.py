@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionCall, AttentionHandler, Branch, FeatureCall, Layer, TextHost, layer_table
+from .attention import AttentionCall, AttentionHandler, Branch, FeatureCall, Layer, Place, TextHost, layer_table
 from .diffusers_host import DiffusersHost, guidance, load_pipeline
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ class DiffusersTextHost(DiffusersHost):
         device: torch.device | str = "cpu",
         added: dict[Branch, dict[str, Tensor]] | None = None,
     ) -> None:
-        super().__init__(self._guided, alphas_cumprod, device=device, prediction=prediction, vae=vae)
+        super().__init__(self.predict_guided, alphas_cumprod, device=device, prediction=prediction, vae=vae)
         width = unet.config.cross_attention_dim
         for name, embedding in (("positive", positive), ("null", null)):
             if embedding.ndim != 3 or len(embedding) != 1 or embedding.shape[2] != width:
                 raise ValueError(f"{name} is {list(embedding.shape)}; this UNet takes [1, L, {width}]")
         self.unet, self.cfg, self.added = unet, cfg, added
         self.positive, self.null = (part.detach().to(self.device, torch.float32) for part in (positive, null))
-        self._apart = False  # whether each branch has a pass of its own
+        self.apart = False  # whether each branch has a pass of its own
         self._seen: _Seen | None = None
 
     @classmethod
@@ -69,9 +69,15 @@ class DiffusersTextHost(DiffusersHost):
         """
         parts = load_pipeline(folder, [prompt, negative], device)
         return cls(
-            parts.unet, parts.context[:1], parts.context[1:], parts.alphas_cumprod, cfg=cfg,
-            prediction=parts.prediction, vae=parts.vae, device=device,
-        )  # fmt: skip
+            parts.unet,
+            parts.context[:1],
+            parts.context[1:],
+            parts.alphas_cumprod,
+            cfg=cfg,
+            prediction=parts.prediction,
+            vae=parts.vae,
+            device=device,
+        )
 
     def branch(self, x: Tensor, sigma: float, branch: Branch, embedding: Tensor | None = None) -> Tensor:
         """See `TextHost.branch`."""
@@ -86,7 +92,7 @@ class DiffusersTextHost(DiffusersHost):
     def guided(self, x: Tensor, sigma: float, null: Tensor | None = None) -> Tensor:
         """See `TextHost.guided`; both branches run in one batch, the unconditional rows first (of a host from
         `together` one after another)."""
-        return self._ask(lambda x, t: self._guided(x, t, null), x, sigma).x0
+        return self._ask(lambda x, t: self.predict_guided(x, t, null), x, sigma).x0
 
     @contextlib.contextmanager
     def attention(self, handler: AttentionHandler) -> Iterator[None]:
@@ -119,20 +125,20 @@ class DiffusersTextHost(DiffusersHost):
             return torch.cat([part.expand(pictures, *part.shape[1:]) for part in (one, other)])
 
         both = copy.copy(self)
-        both.network, both._apart = both._guided, True
+        both.network, both.apart = both.predict_guided, True
         both.positive, both.null = joined(source.positive, self.positive), joined(source.null, self.null)
-        if self.added is not None:
+        if self.added is not None and source.added is not None:
             both.added = {
                 branch: {name: joined(source.added[branch][name], part) for name, part in parts.items()}
                 for branch, parts in self.added.items()
             }
         return both
 
-    def _guided(self, x: Tensor, t: Tensor, null: Tensor | None = None) -> tuple[Tensor, None]:
+    def predict_guided(self, x: Tensor, t: Tensor, null: Tensor | None = None) -> tuple[Tensor, None]:
         embeddings: dict[Branch, Tensor] = {"uncond": self.null if null is None else null, "cond": self.positive}
         if self.cfg == 1:
             del embeddings["uncond"]
-        if self._apart:
+        if self.apart:
             outputs = [self._outputs(x, t, {branch: part})[0] for branch, part in embeddings.items()]
         else:
             outputs = self._outputs(x, t, embeddings)
@@ -150,9 +156,7 @@ class DiffusersTextHost(DiffusersHost):
             }
         if self._seen is not None:
             self._seen.rows = tuple(branch for branch in embeddings for _ in range(batch))
-        output = self.unet(
-            x.repeat(count, 1, 1, 1).to(dtype), t.repeat(count), context, added_cond_kwargs=added
-        ).sample
+        output = self.unet(x.repeat(count, 1, 1, 1).to(dtype), t.repeat(count), context, added_cond_kwargs=added).sample
         return output.float().chunk(count)
 
 
@@ -165,7 +169,7 @@ class _Seen:
         self.size = (0, 0)
 
     @contextlib.contextmanager
-    def attached(self, unet: UNet2DConditionModel) -> Iterator[None]:
+    def attached(self, unet: Any) -> Iterator[None]:
         transformers = _transformers(unet)
         layers = _layers(transformers)
         _check_plain(layers)
@@ -206,15 +210,18 @@ class _Processor:
     layer: Layer
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None, temb: Tensor | None = None, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         seen = self.seen
-        call = AttentionCall(
-            self.layer, q, k, v, attn.heads, seen.size, seen.rows, 0, _Attend(attn.heads, len(q))
-        )
+        call = AttentionCall(self.layer, q, k, v, attn.heads, seen.size, seen.rows, 0, _Attend(attn.heads, len(q)))
         return attn.to_out[1](attn.to_out[0](seen.handler.attention(call)))
 
 
@@ -235,25 +242,26 @@ class _Attend:
         return F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).flatten(2)
 
 
-def _transformers(unet: UNet2DConditionModel) -> list[tuple[str, list[nn.Module]]]:
+def _transformers(unet: Any) -> list[tuple[Place, list[Any]]]:
     """The spatial transformers of every part of the UNet, in the order they run."""
     mid = [] if unet.mid_block is None else [unet.mid_block]
+    parts: dict[Place, Any] = {"down": unet.down_blocks, "mid": mid, "up": unet.up_blocks}
     return [
         (place, [module for block in blocks for module in getattr(block, "attentions", None) or ()])
-        for place, blocks in (("down", unet.down_blocks), ("mid", mid), ("up", unet.up_blocks))
+        for place, blocks in parts.items()
     ]
 
 
-def _layers(transformers: list[tuple[str, list[nn.Module]]]) -> list[tuple[Layer, nn.Module]]:
+def _layers(transformers: list[tuple[Place, list[Any]]]) -> list[tuple[Layer, Any]]:
     """Every attention module with its name, in the order they run."""
-    table = layer_table([
-        (place, [len(module.transformer_blocks) for module in modules]) for place, modules in transformers
-    ])
+    table = layer_table(
+        [(place, [len(module.transformer_blocks) for module in modules]) for place, modules in transformers]
+    )
     blocks = [block for _, modules in transformers for module in modules for block in module.transformer_blocks]
     return [
         (layer, attention)
-        for layers, block in zip(table, blocks)
-        for layer, attention in zip(layers, (block.attn1, block.attn2))
+        for layers, block in zip(table, blocks, strict=True)
+        for layer, attention in zip(layers, (block.attn1, block.attn2), strict=True)
     ]
 
 
@@ -267,7 +275,9 @@ def _check_plain(layers: list[tuple[Layer, nn.Module]]) -> None:
                 "AttnProcessor2_0 alone: unet.set_attn_processor(AttnProcessor2_0())"
             )
         parts = (attention.group_norm, attention.spatial_norm, attention.norm_cross, attention.norm_q, attention.norm_k)
-        if any(part is not None for part in parts) or attention.residual_connection or (
-            attention.rescale_output_factor != 1
+        if (
+            any(part is not None for part in parts)
+            or attention.residual_connection
+            or (attention.rescale_output_factor != 1)
         ):
             raise ValueError(f"the attention layer {layer.name} is none of Stable Diffusion's: use SD 1.x, 2.x, SDXL")

@@ -1,4 +1,4 @@
-"""CLIP guides under ComfyUI's memory management (what a CLIP_GUIDE socket carries), and the decoder they look through."""
+"""CLIP guides under ComfyUI's memory management (what a CLIP_GUIDE socket carries), and their decoder."""
 
 from __future__ import annotations
 

@@ -1,5 +1,9 @@
 """Blended Diffusion as a GUIDER of ComfyUI, for SamplerCustomAdvanced and whatever SAMPLER and SIGMAS are connected."""
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalCall=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (`run` is there from `sample` to its end, and all of this is called in between)
+
 from __future__ import annotations
 
 import dataclasses
@@ -19,8 +23,8 @@ from .comfy_host import ComfyHost, memory_needed, ordinary, refuse_partial_load
 from .gradients import without_copies
 
 REFUSED: dict[str, str] = {
-    "cfg_pp": "it re-noises along the unconditional estimate, which has neither the source nor the guidance in it, so the "
-    "guidance adds up from step to step and overshoots",
+    "cfg_pp": "it re-noises along the unconditional estimate, which has neither the source nor the guidance in it, so "
+    "the guidance adds up from step to step and overshoots",
     "dpm_fast": "it ends before the noise is gone, so the background ends noisy, and its few large steps overshoot",
     "dpm_adaptive": "it ends before the noise is gone, so the background ends noisy",
     "unipc": "its last step goes beyond the last estimate, so the background ends a little off the source",
@@ -81,7 +85,7 @@ class BlendGuider(comfy.samplers.CFGGuider):
 
     def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *arguments: Any, **more: Any):
         refuse_sampler(sampler)
-        self._check_size(noise)
+        self.check_size(noise)
         # SamplerCustomAdvanced calls in inference mode, whose tensors autograd refuses.
         with torch.inference_mode(False), torch.no_grad():
             needed = memory_needed(self.model_patcher, noise.shape, True)
@@ -91,7 +95,9 @@ class BlendGuider(comfy.samplers.CFGGuider):
             self.run = run = _Run(int(more.get("seed") or 0), len(noise))
             try:
                 return super().sample(
-                    *(tensor.detach().clone() for tensor in (noise, latent_image)), sampler, sigmas.detach().clone(),
+                    *(tensor.detach().clone() for tensor in (noise, latent_image)),
+                    sampler,
+                    sigmas.detach().clone(),
                     *(ordinary(value) for value in arguments),
                     **{key: _previewed(value) if key == "callback" else ordinary(value) for key, value in more.items()},
                 )
@@ -105,12 +111,16 @@ class BlendGuider(comfy.samplers.CFGGuider):
                     without_copies(patcher.model)
 
     def predict_noise(
-        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] = {}, seed: int | None = None
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
     ) -> Tensor:
+        model_options = model_options or {}
         with torch.inference_mode(False), torch.no_grad():
             x, sigma = x.detach().clone(), float(timestep.max())
             host = self.host_kind(
-                _Model(self), self.vae, {"model_options": model_options, "seed": seed}, x.device,
+                _Model(self),
+                self.vae,
+                {"model_options": model_options, "seed": seed},
+                x.device,
                 self.vae.downscale_ratio,
             )
             if self.run.guidance is None:
@@ -134,13 +144,13 @@ class BlendGuider(comfy.samplers.CFGGuider):
         run.guidance = self.make_guidance(host.device, [run.seed + row for row in range(run.candidates)])
         run.source = host.encode(run.guidance.source)
 
-    def _check_size(self, noise: Tensor) -> None:
+    def check_size(self, noise: Tensor) -> None:
         scale = self.vae.downscale_ratio
         height, width = self.source.shape[-2:]
         if noise.ndim != 4 or (noise.shape[-2] * scale, noise.shape[-1] * scale) != (height, width):
             raise ValueError(
-                f"latent_image is for a picture of {noise.shape[-1] * scale}×{noise.shape[-2] * scale} pixels, the image "
-                f"of CLIPBlendGuider has {width}×{height}: connect a VAE Encode of that same image."
+                f"latent_image is for a picture of {noise.shape[-1] * scale}×{noise.shape[-2] * scale} pixels, the "
+                f"image of CLIPBlendGuider has {width}×{height}: connect a VAE Encode of that same image."
             )
 
 

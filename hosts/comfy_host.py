@@ -51,7 +51,7 @@ class ComfyHost:
     """A ComfyUI MODEL, its conditioning and its VAE during one run. See `DiffusionHost`; made by `run`."""
 
     guider: comfy.samplers.CFGGuider
-    vae: Any | None
+    vae: Any
     extra_args: dict[str, Any]
     device: torch.device
     downscale: int
@@ -76,7 +76,7 @@ class ComfyHost:
         variance: collections.deque[Tensor] = collections.deque()
         options = self._options()
         options["transformer_options"][VARIANCE_KEY] = variance
-        x0 = self._guide(x, sigma, options)
+        x0 = self.evaluate(x, sigma, options)
         rows = torch.cat(list(variance)).float() if variance else None
         # With cfg the unconditional half comes along; both halves share the network's variance of the first rows.
         return Prediction(x0.float(), None if rows is None else rows[: len(x)])
@@ -94,12 +94,10 @@ class ComfyHost:
             inner["patches"] = {**patches, SKIP_KEY: [*patches.get(SKIP_KEY, []), _apart_from_skip]}
         return options
 
-    def _guide(self, x: Tensor, sigma: float, options: dict[str, Any]) -> Tensor:
+    def evaluate(self, x: Tensor, sigma: float, options: dict[str, Any]) -> Tensor:
         """One evaluation through the guider, and whatever guidance other packs added to it."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return self.guider(
-            x, rows_of(sigma, x), model_options=options, seed=self.extra_args.get("seed")
-        )
+        return self.guider(x, rows_of(sigma, x), model_options=options, seed=self.extra_args.get("seed"))
 
 
 def decoded(vae: Any, latent: Tensor) -> Tensor:
@@ -127,8 +125,9 @@ class _Body(comfy.samplers.Sampler):
     def max_denoise(self, model_wrap, sigmas):
         return True
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-               disable_pbar=False):
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
         return self.body(extra_args)
 
 
@@ -315,9 +314,9 @@ def refuse_partial_load(patcher: Any) -> None:
     if is_partly_loaded(patcher):
         raise torch.OutOfMemoryError(
             f"A gradient needs the whole MODEL on the device ({patcher.model_size() / 2**30:.1f} GiB), but only "
-            f"{patcher.loaded_size() / 2**30:.1f} GiB of it fit beside the rest. Lower batch_size or resolution, choose "
-            "what needs no gradient through the MODEL (CLIPBlendSampler: gradient direct; NullTextInvert: another "
-            "method than null_text), or start ComfyUI without --lowvram and --novram."
+            f"{patcher.loaded_size() / 2**30:.1f} GiB of it fit beside the rest. Lower batch_size or resolution, "
+            "choose what needs no gradient through the MODEL (CLIPBlendSampler: gradient direct; NullTextInvert: "
+            "another method than null_text), or start ComfyUI without --lowvram and --novram."
         )
 
 
@@ -359,6 +358,6 @@ def ordinary(value: Any) -> Any:
         return [ordinary(item) for item in value]
     if type(value) is tuple:
         return tuple(ordinary(item) for item in value)
-    if hasattr(value, "cond") and isinstance(getattr(value, "cond"), Tensor) and hasattr(value, "_copy_with"):
+    if hasattr(value, "cond") and isinstance(value.cond, Tensor) and hasattr(value, "_copy_with"):
         return value._copy_with(value.cond.detach().clone())
     return value

@@ -5,10 +5,15 @@ private: modules of their own over the loaded weights, LoRA and other weight pat
 included. Attention patches, caches and the like are left out: they belong to sampling.
 """
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalCall=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (unet and encoders are there until `close`; text.pooled and alphas follow from the model)
+
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,12 +27,28 @@ from .comfy_learner_checks import check_learnable, check_learned, prediction_of
 from .comfy_learner_memory import MemoryNeed, check_memory, memory_needed
 from .comfy_learner_text import TextEncoders, embedding_state, encoders_of, first_vectors, with_token
 from .comfy_learner_weights import (
-    StateDict, attach_low_rank, difference_state, differentiable_text, low_rank_parameters, low_rank_state, own_weights,
-    private_copy, recompute_blocks, with_weights,
-)  # fmt: skip
+    StateDict,
+    attach_low_rank,
+    difference_state,
+    differentiable_text,
+    low_rank_parameters,
+    low_rank_state,
+    own_weights,
+    private_copy,
+    recompute_blocks,
+    with_weights,
+)
 from .learning import (
-    DTYPES, FullWeights, Learned, LowRank, Precision, Prediction, Text, TokenVectors, autocast,
-)  # fmt: skip
+    DTYPES,
+    FullWeights,
+    Learned,
+    LowRank,
+    Precision,
+    Prediction,
+    Text,
+    TokenVectors,
+    autocast,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +81,8 @@ def open_learner(
     What was learned is taken out inside the block (`concept_state`). The caller's MODEL, CLIP and VAE stay as they
     are, also after an error or an interrupt.
 
-    Raises UnsupportedModel (see `check_learnable`), ValueError for settings out of range and a precision that the device
-    does not take, and torch.OutOfMemoryError where the device is too small.
+    Raises UnsupportedModel (see `check_learnable`), ValueError for settings out of range and a precision that the
+    device does not take, and torch.OutOfMemoryError where the device is too small.
     """
     check_learnable(model, clip, vae)
     check_learned(learned)
@@ -97,7 +118,8 @@ class ComfyLearner:
         checkpointing: bool,
         seed: int,
     ) -> None:
-        self.learned, self.precision, self.need = learned, precision, need
+        self.learned, self.need = learned, need
+        self.precision: Precision = precision
         self.model, self.clip, self.vae = model, clip, vae
         self.device: torch.device = model.load_device
         self.downscale: int = vae.spacial_compression_decode()
@@ -131,7 +153,7 @@ class ComfyLearner:
 
     def text(self, prompts: Sequence[str]) -> Text:
         with self._autocast():
-            text = self._encoders(prompts)
+            text = self.encoders(prompts)
         return Text(text.context, text.pooled if self._takes_pooled else None)
 
     def denoise(self, x: Tensor, t: Tensor, text: Text, sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
@@ -139,7 +161,7 @@ class ComfyLearner:
         y = self._size_embedding(x, text, sizes) if self._takes_pooled else None
         options = {ATTENTION_KEY: differentiable_attention(None)}
         with self._autocast():
-            output = self._unet(x.float(), t.float(), context=text.context, y=y, transformer_options=options).float()
+            output = self.unet(x.float(), t.float(), context=text.context, y=y, transformer_options=options).float()
         if self.precision == "fp16" and output.requires_grad:
             output.register_hook(lambda gradient: gradient * FLOAT16_SCALE)
         return output
@@ -151,20 +173,18 @@ class ComfyLearner:
         if not 1 <= steps < total:
             raise ValueError(f"steps is {steps}, but this model was trained on {total} timesteps: use 1 to {total - 1}")
         shape = latent_shape(self.model, self.vae, *size)
-        noise = [
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed + row)) for row in range(len(prompts))
-        ]
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + row)) for row in range(len(prompts))]
         pictures = []
         for start in range(0, len(prompts), SAMPLE_ROWS):
             rows = slice(start, start + SAMPLE_ROWS)
             x = torch.stack(noise[rows]).to(self.device)
-            pictures.append(self.decode(self._ddim(x, list(prompts[rows]), size, steps, cfg)))
+            pictures.append(self.decode(self.ddim(x, list(prompts[rows]), size, steps, cfg)))
         return torch.cat(pictures)
 
     def close(self) -> None:
         """Lets go of everything; `open_learner` calls it."""
-        self._unet = self._encoders = None
-        self._parameters, self._adapters, self._initial = {}, {}, {}
+        self.unet = self.encoders = None
+        self._parameters, self.adapters, self.initial = {}, {}, {}
         gc.collect()  # a patched forward pass and its module hold each other
         comfy.model_management.soft_empty_cache()
 
@@ -173,9 +193,10 @@ class ComfyLearner:
     def _load(self, checkpointing: bool, seed: int) -> None:
         model, text = self.model.clone(), self.clip.clone().patcher
         comfy.model_management.load_models_gpu(
-            [model, text, self.vae.patcher], memory_required=self.need.trained + self.need.activations,
+            [model, text, self.vae.patcher],
+            memory_required=self.need.trained + self.need.activations,
             force_full_load=True,
-        )  # fmt: skip
+        )
         for patcher, name in ((model, "MODEL"), (text, "CLIP")):
             if is_partly_loaded(patcher):
                 raise torch.OutOfMemoryError(
@@ -187,32 +208,32 @@ class ComfyLearner:
         # Weights that are trained begin as what is stored, whatever they are computed in.
         of_unet = None if full else DTYPES[self.precision]
         of_text = None if full and self.learned.text_encoder else DTYPES[self.precision]
-        self._unet = private_copy(model, model.model.diffusion_model, self.device, of_unet)
-        for part in self._unet.modules():
+        self.unet = private_copy(model, model.model.diffusion_model, self.device, of_unet)
+        for part in self.unet.modules():
             if hasattr(part, "comfy_cast_weights"):
                 part.comfy_cast_weights = False  # all are of one kind, and autocast sees to the rest
         module = private_copy(text, text.model, self.device, of_text)
-        self._encoders = TextEncoders(module, self.clip.tokenizer, encoders_of(self.clip), self.clip.layer_idx)
+        self.encoders = TextEncoders(module, self.clip.tokenizer, encoders_of(self.clip), self.clip.layer_idx)
         differentiable_text(module)
-        self._takes_pooled = self._unet.num_classes is not None
-        self._adapters, self._initial = {}, {}
+        self._takes_pooled = self.unet.num_classes is not None
+        self.adapters, self.initial = {}, {}
         with torch.enable_grad():
             self._parameters = self._trained(module, seed)
         if full and self.device.type != "cpu":
             # The copies are what is needed of them.
-            self._initial = {name: tensor.cpu() for name, tensor in self._initial.items()}
+            self.initial = {name: tensor.cpu() for name, tensor in self.initial.items()}
             comfy.model_management.unload_all_models()
         if checkpointing:
-            recompute_blocks(self._unet)
+            recompute_blocks(self.unet)
             recompute_blocks(module)
 
     def _trained(self, text: nn.Module, seed: int) -> dict[str, nn.Parameter]:
         learned = self.learned
         if isinstance(learned, TokenVectors):
-            vectors = first_vectors(self._encoders, learned)
-            self._encoders.learn(learned.token, vectors)
+            vectors = first_vectors(self.encoders, learned)
+            self.encoders.learn(learned.token, vectors)
             return vectors
-        networks = {"unet": self._unet, **({"text": text} if learned.text_encoder else {})}
+        networks = {"unet": self.unet, **({"text": text} if learned.text_encoder else {})}
         parameters: dict[str, nn.Parameter] = {}
         generator = torch.Generator().manual_seed(seed)
         for prefix, network in networks.items():
@@ -222,24 +243,24 @@ class ComfyLearner:
                 if prefix == "text":
                     found = self._reached(found)
                     adapters = {name: adapter for name, adapter in adapters.items() if f"{name}.down" in found}
-                self._adapters |= adapters
+                self.adapters |= adapters
             else:
                 before = {f"{prefix}.{name}": tensor for name, tensor in network.named_parameters()}
                 found = own_weights(network, prefix)
                 if prefix == "text":
                     found = self._reached(found)
-                self._initial |= {name: before[name].detach() for name in found}
+                self.initial |= {name: before[name].detach() for name in found}
             parameters |= found
         return parameters
 
     def _reached(self, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Those that an encoded prompt depends on; the layers behind the one that a model reads are left frozen."""
         with self._autocast():
-            text = self._encoders([""])
+            text = self.encoders([""])
         answer = text.context.sum() + (text.pooled.sum() if self._takes_pooled else 0)
         slopes = torch.autograd.grad(answer, list(parameters.values()), allow_unused=True)
         found = {}
-        for (name, parameter), slope in zip(parameters.items(), slopes):
+        for (name, parameter), slope in zip(parameters.items(), slopes, strict=True):
             if slope is None:
                 parameter.requires_grad_(False)
             else:
@@ -249,7 +270,7 @@ class ComfyLearner:
     def _check_width(self) -> None:
         with torch.no_grad():
             width = self.text([""]).context.shape[-1]
-        wanted = next(part.to_k.in_features for name, part in self._unet.named_modules() if name.endswith(".attn2"))
+        wanted = next(part.to_k.in_features for name, part in self.unet.named_modules() if name.endswith(".attn2"))
         if width != wanted:
             raise UnsupportedModel(
                 f"The CLIP makes text embeddings {width} wide, the MODEL takes {wanted}: connect the CLIP that belongs "
@@ -266,19 +287,23 @@ class ComfyLearner:
         height, width = (side * self.downscale for side in x.shape[-2:])
         rows = [
             self.model.model.encode_adm(
-                pooled_output=pooled[None], height=own[0], width=own[1], target_height=height, target_width=width,
+                pooled_output=pooled[None],
+                height=own[0],
+                width=own[1],
+                target_height=height,
+                target_width=width,
                 device=self.device,
             ).to(self.device)
-            for pooled, own in zip(text.pooled, sizes or [(height, width)] * len(x))
-        ]  # fmt: skip
+            for pooled, own in zip(text.pooled, sizes or [(height, width)] * len(x), strict=True)
+        ]
         return torch.cat(rows)
 
-    def _ddim(self, x: Tensor, prompts: list[str], size: tuple[int, int], steps: int, cfg: float) -> Tensor:
+    def ddim(self, x: Tensor, prompts: list[str], size: tuple[int, int], steps: int, cfg: float) -> Tensor:
         total = len(self.alphas_cumprod)
         taken = list(range(1, total, total // steps))[:steps][::-1]
         guided = cfg != 1
         text = self.text([*prompts, *([""] * len(prompts) if guided else [])])
-        for t, following in zip(taken, [*taken[1:], None]):
+        for t, following in itertools.pairwise([*taken, None]):
             alpha = self._alphas[t]
             before = 1.0 if following is None else self._alphas[following]
             rows = torch.cat([x, x]) if guided else x
@@ -309,8 +334,8 @@ def concept_state(learner: ComfyLearner) -> StateDict:
     if isinstance(learner.learned, TokenVectors):
         return embedding_state(learner.parameters)
     if isinstance(learner.learned, LowRank):
-        return low_rank_state(learner._adapters, learner.model, learner.clip)
-    return difference_state(learner.parameters, learner._initial)
+        return low_rank_state(learner.adapters, learner.model, learner.clip)
+    return difference_state(learner.parameters, learner.initial)
 
 
 def learned_model(model: Any, clip: Any, learned: Learned, state: StateDict) -> tuple[Any, Any]:

@@ -49,8 +49,8 @@ def check_learnable(model: Any, clip: Any, vae: Any) -> None:
             if kind is not None:
                 raise UnsupportedModel(
                     f"The {part} is quantised: {name} is stored as {kind}. {METHOD} needs the weights themselves, in "
-                    f"float32, float16 or bfloat16: load another file of the {part} (fp16, bf16 or fp32; no fp8, int8 or "
-                    "GGUF), in Load Diffusion Model with weight_dtype default."
+                    f"float32, float16 or bfloat16: load another file of the {part} (fp16, bf16 or fp32; no fp8, int8 "
+                    "or GGUF), in Load Diffusion Model with weight_dtype default."
                 )
 
 
@@ -81,7 +81,7 @@ def prediction_of(model: Any) -> Prediction:
     Raises UnsupportedModel for another parametrisation than ε and v, or timesteps that are not the training's.
     """
     sampling = model.get_model_object("model_sampling")
-    known = {
+    known: dict[Any, Prediction] = {
         comfy.model_sampling.EPS.calculate_denoised: "epsilon",
         comfy.model_sampling.V_PREDICTION.calculate_denoised: "v_prediction",
     }

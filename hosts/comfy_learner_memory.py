@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from .comfy_host import ATTENTION_KEY, is_dynamic
 from .comfy_learner_text import encoders_of
 from .comfy_learner_weights import (
-    NORMS, RECOMPUTED, attach_low_rank, differentiable_text, low_rank_parameters, own_weights, private_copy,
-)  # fmt: skip
+    NORMS,
+    RECOMPUTED,
+    attach_low_rank,
+    differentiable_text,
+    low_rank_parameters,
+    own_weights,
+    private_copy,
+)
 from .learning import DTYPES, FullWeights, Learned, LowRank, Precision, TokenVectors
 
 TRAINED_BYTES = 16
@@ -52,7 +58,14 @@ class MemoryNeed:
 
 
 def memory_needed(
-    model: Any, clip: Any, vae: Any, learned: Learned, *, batch: int, size: int, checkpointing: bool,
+    model: Any,
+    clip: Any,
+    vae: Any,
+    learned: Learned,
+    *,
+    batch: int,
+    size: int,
+    checkpointing: bool,
     precision: Precision,
 ) -> MemoryNeed:
     """What learning `learned` from `batch` pictures of size × size pixels at a time takes."""
@@ -120,9 +133,8 @@ class _Meter:
     def unet(self, module: nn.Module, model: Any, batch: int, side: int) -> int:
         channels = model.get_model_object("latent_format").latent_channels
         x = torch.zeros(batch, channels, side, side, device=NO_DATA)
-        context_width = next(
-            part.to_k.weight.shape[1] for name, part in module.named_modules() if name.endswith(".attn2")
-        )
+        attention: Any = next(part for name, part in module.named_modules() if name.endswith(".attn2"))
+        context_width = attention.to_k.weight.shape[1]
         context = torch.zeros(batch, 77, context_width, device=NO_DATA, requires_grad=True)
         y = None
         if module.num_classes is not None:
@@ -143,7 +155,7 @@ class _Meter:
             count += self._kept(part, lambda part=part, ids=ids: part.encode(ids))
         return count
 
-    def _kept(self, module: nn.Module, forward: Callable[[], Any]) -> int:
+    def _kept(self, module: Any, forward: Callable[[], Any]) -> int:
         own = {_key(parameter) for parameter in module.parameters()}
         largest = 0
         if self.checkpointing:
@@ -218,13 +230,13 @@ class _Fused(torch.autograd.Function):
         return gradient, None, None
 
 
-def _as_autocast(module: nn.Module, dtype: torch.dtype) -> None:
+def _as_autocast(module: Any, dtype: torch.dtype) -> None:
     """Norms in float32, the rest in `dtype`, as autocast has it; it does not know the meta device."""
     for part in module.modules():
         wanted = torch.float32 if isinstance(part, NORMS) else dtype
         if isinstance(part, (*NORMS, nn.Linear, nn.Conv2d)):
             if hasattr(part, "comfy_cast_weights"):
-                part.comfy_cast_weights = True  # to the input's
+                part.comfy_cast_weights = True  # pyright: ignore[reportArgumentType] (a module takes anything)
             part.register_forward_pre_hook(lambda _, inputs, wanted=wanted: (inputs[0].to(wanted), *inputs[1:]))
 
 

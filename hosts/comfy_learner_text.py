@@ -44,7 +44,7 @@ class TextEncoders:
     module: see `comfy_learner_weights.private_copy`. layer: the CLIP's own choice of layer (CLIP skip), or None.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, names: Sequence[str], layer: int | None) -> None:
+    def __init__(self, module: Any, tokenizer: Any, names: Sequence[str], layer: int | None) -> None:
         self.module, self.tokenizer, self.names = module, tokenizer, list(names)
         self._vectors: Mapping[str, Tensor] = {}
         self._tokens: dict[str, dict[str, list[list[Any]]]] = {}
@@ -58,7 +58,7 @@ class TextEncoders:
         self.tokenizer = taught(self.tokenizer, token, places)
         self._vectors = vectors
 
-    def part(self, name: str) -> nn.Module:
+    def part(self, name: str) -> Any:
         return getattr(self.module, ENCODERS[name])
 
     def table(self, name: str) -> Tensor:
@@ -78,7 +78,7 @@ class TextEncoders:
             chunks = [self._chunks(prompt, name) for prompt in unique]
             states, last = self.part(name).encode([chunk for each in chunks for chunk in each])[:2]
             counts = [len(each) for each in chunks]
-            for parts, rows in zip(contexts, states.split(counts)):
+            for parts, rows in zip(contexts, states.split(counts), strict=True):
                 parts.append(rows.flatten(0, 1))
             pooled = [rows[0] for rows in last.split(counts)]
         joined = [torch.cat([part[: min(map(len, parts))] for part in parts], -1) for parts in contexts]
@@ -94,9 +94,9 @@ class TextEncoders:
             self._tokens[prompt] = {
                 each: [[entry[0] for entry in chunk] for chunk in chunks] for each, chunks in made.items()
             }
-        vectors = self._vectors.get(ENCODERS[name])
+        learned = self._vectors.get(ENCODERS[name], ())
         return [
-            [vectors[int(token)] if isinstance(token, Tensor) and token.numel() == 1 else token for token in chunk]
+            [learned[int(token)] if isinstance(token, Tensor) and token.numel() == 1 else token for token in chunk]
             for chunk in self._tokens[prompt][name]
         ]
 
@@ -115,7 +115,7 @@ class _Taught:
         return super().tokenize_with_weights(text, *args, **kwargs)
 
     def _try_get_embedding(self, embedding_name: str) -> tuple[Any, ...]:
-        """The embedding first, the text behind its name last. What is between is ComfyUI's, and grows with its versions."""
+        """The embedding first, the text behind its name last; what is between is ComfyUI's, and grows with versions."""
         _, *between, _ = found = super()._try_get_embedding(embedding_name)
         name, *others = embedding_name.split()
         for word, vectors in self.concepts.items():

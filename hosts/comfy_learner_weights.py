@@ -42,13 +42,26 @@ RECOMPUTED = (ResBlock, BasicTransformerBlock, CLIPLayer)
 
 
 MANAGED = (
-    "_v", "_v_weight", "_v_bias", "_v_signature", "_v_block", "_v_block_faulted", "_prefetch", "_comfy_graph",
-    "_pins", "_pin_state",
-    "weight_lowvram_function", "bias_lowvram_function", "weight_function", "bias_function",
-    "dynamic_vbars", "dynamic_pins", "dynamic_patchers",
-)  # fmt: skip
-"""What loading a model puts on its modules: raw memory on the device and in RAM and its owners, which a copy would free a
-second time, and weight patches."""
+    "_v",
+    "_v_weight",
+    "_v_bias",
+    "_v_signature",
+    "_v_block",
+    "_v_block_faulted",
+    "_prefetch",
+    "_comfy_graph",
+    "_pins",
+    "_pin_state",
+    "weight_lowvram_function",
+    "bias_lowvram_function",
+    "weight_function",
+    "bias_function",
+    "dynamic_vbars",
+    "dynamic_pins",
+    "dynamic_patchers",
+)
+"""What loading a model puts on its modules: raw memory on the device and in RAM and its owners, which a copy would free
+a second time, and weight patches."""
 
 
 def private_copy(patcher: Any, module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -172,7 +185,7 @@ def low_rank_parameters(adapters: Mapping[str, LoraDiff]) -> dict[str, nn.Parame
     }
 
 
-def _layers(module: nn.Module, prefix: str, every: bool) -> Iterator[tuple[str, nn.Module]]:
+def _layers(module: nn.Module, prefix: str, every: bool) -> Iterator[tuple[str, Any]]:
     if prefix == "unet":
         wanted = re.compile("") if every else UNET_ATTENTION
     else:
@@ -182,9 +195,7 @@ def _layers(module: nn.Module, prefix: str, every: bool) -> Iterator[tuple[str, 
             yield name, layer
 
 
-def _add_low_rank(
-    adapter: LoraDiff, scale: float, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
+def _add_low_rank(adapter: LoraDiff, scale: float, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """W·x + scale·up·(down·x), a forward hook."""
     x = inputs[0]
     if isinstance(layer, nn.Linear):
@@ -237,7 +248,7 @@ def weight_key(name: str) -> str:
     return f"diffusion_model.{name.removeprefix('unet.')}" if name.startswith("unet.") else name.removeprefix("text.")
 
 
-def _module(model: Any, clip: Any, key: str) -> nn.Module:
+def _module(model: Any, clip: Any, key: str) -> Any:
     return (model.model if key.startswith("diffusion_model.") else clip.cond_stage_model).get_submodule(key)
 
 

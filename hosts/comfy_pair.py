@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import comfy.model_management
 from torch import Tensor
 
-from .attention import Branch
+from .attention import Branch, TextHost
 from .comfy_host import memory_needed
 from .comfy_text import ComfyTextHost, run_text, same_weights
 
@@ -37,7 +37,7 @@ def run_beside(
     vae: Any | None,
     noise: Tensor,
     seed: int,
-    body: Callable[[HostInTurn, HostInTurn], Result],
+    body: Callable[[TextHost, TextHost], Result],
 ) -> Result:
     """Runs `body(source_host, host)`, both loaded, and returns what it returns. See `run_text`.
 
@@ -46,7 +46,8 @@ def run_beside(
 
     def with_source(source_host: ComfyTextHost) -> Result:
         def with_both(host: ComfyTextHost) -> Result:
-            return body(HostInTurn(source_host, host, noise), HostInTurn(host, source_host, noise))
+            both: Any = HostInTurn(source_host, host, noise), HostInTurn(host, source_host, noise)
+            return body(*both)  # each hands on what its host has
 
         return run_text(target.model, vae, target.positive, target.negative, target.cfg, noise, seed, with_both)
 

@@ -40,7 +40,7 @@ class ComfyTextHost(ComfyHost):
     _access: AttentionAccess | None = None
 
     def __post_init__(self) -> None:
-        for branch, name in NAMES.items():
+        for name in NAMES.values():
             self.guider.conds[name] = [self._own(cond) for cond in self.guider.conds[name]]
             if not any(TEXT in cond["model_conds"] for cond in self.guider.conds[name]):
                 raise ValueError(f"{name} holds no text: connect the CONDITIONING of a text encode node to it.")
@@ -93,14 +93,14 @@ class ComfyTextHost(ComfyHost):
         Raises ValueError where the negative conditioning is several at once and `null` is given.
         """
         scale = _Scale(self._half, sigma)
-        expected = [branch for branch in NAMES if self._active(branch, sigma)]
+        expected: list[Branch] = [branch for branch in NAMES if self._active(branch, sigma)]
         if math.isclose(self.cfg, 1):
             expected = [branch for branch in expected if branch == "cond"]
         before = self.guider.conds
         self.guider.conds = {**before, "negative": _entered(self._replaced("uncond", sigma, null), scale)}
         try:
             with self._step(expected) as options:
-                return scale.leave(self._guide(scale.enter(x), sigma, options).float())
+                return scale.leave(self.evaluate(scale.enter(x), sigma, options).float())
         finally:
             self.guider.conds = before
 
@@ -149,7 +149,9 @@ class ComfyTextHost(ComfyHost):
         if self._access is None:
             yield self._options()
             return
-        branches = {cond["uuid"]: branch for branch, name in NAMES.items() for cond in self.guider.conds[name]}
+        branches: dict[Any, Branch] = {
+            cond["uuid"]: branch for branch, name in NAMES.items() for cond in self.guider.conds[name]
+        }
         with self._access.step(self._options(), branches, expected) as options:
             yield options
 
@@ -165,9 +167,10 @@ class ComfyTextHost(ComfyHost):
         """The entries of a branch's conditioning that ComfyUI uses at σ; both ends of a range are in it."""
         level = torch.tensor(float(sigma), dtype=torch.float32)  # compared as ComfyUI does, edges included
         return [
-            cond for cond in self.guider.conds[NAMES[branch]]
+            cond
+            for cond in self.guider.conds[NAMES[branch]]
             if not level > cond.get("timestep_start", float("inf")) and not level < cond.get("timestep_end", 0.0)
-        ]  # fmt: skip
+        ]
 
     def _embedding(self, branch: Branch) -> Tensor:
         """[1, L, D] of a branch's first entry with text."""
@@ -362,6 +365,7 @@ def _entered(conds: list[Cond] | None, scale: _Scale) -> list[Cond] | None:
         return conds
     return [
         {**cond, "model_conds": {**cond["model_conds"], TEXT: _OwnLength(scale.enter(cond["model_conds"][TEXT].cond))}}
-        if TEXT in cond["model_conds"] else cond
+        if TEXT in cond["model_conds"]
+        else cond
         for cond in conds
-    ]  # fmt: skip
+    ]

@@ -110,16 +110,21 @@ class _Fitting:
             self._laid_over(name, "an area with a time")
             return tuple(area)
         units = picture if shares else (self.downscale, self.downscale)
-        return self._box(*(number * unit for number, unit in zip(numbers, (*units, *units))))
+        return self._box(*(number * unit for number, unit in zip(numbers, (*units, *units), strict=True)))
 
     def _box(self, height: float, width: float, y: float, x: float) -> tuple[int, int, int, int] | None:
         """A box in pixels of the picture, in cells of the canvas; None where the canvas has nothing of it."""
         window = self.canvas.window
         spans = []
         for start, length, first, last, inner, cells in zip(
-            (y, x), (height, width), (window.top, window.left), (window.bottom, window.right), self.canvas.inner,
+            (y, x),
+            (height, width),
+            (window.top, window.left),
+            (window.bottom, window.right),
+            self.canvas.inner,
             (side // self.downscale for side in self.canvas.source.shape[-2:]),
-        ):  # fmt: skip
+            strict=True,
+        ):
             scale = inner / (last - first) / self.downscale
             begin, end = (start - first) * scale, (start + length - first) * scale
             if start + length <= first or start >= last:

@@ -48,18 +48,14 @@ class DiffusersHost:
         self.downscale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
 
     @classmethod
-    def from_prior(
-        cls, path: str | Path, *, class_label: int = 0, device: torch.device | str = "cpu"
-    ) -> DiffusersHost:
+    def from_prior(cls, path: str | Path, *, class_label: int = 0, device: torch.device | str = "cpu") -> DiffusersHost:
         """A pixel-space prior (see `adm.load_guided_diffusion` for the files); `class_label` is for
         class-conditional ones alone."""
         from .adm import load_guided_diffusion
 
         prior = load_guided_diffusion(path, dtype=torch.float32).to(device)
         if prior.num_classes and not 0 <= class_label < prior.num_classes:
-            raise ValueError(
-                f"class_label is {class_label}; {path} knows the classes 0 to {prior.num_classes - 1}"
-            )
+            raise ValueError(f"class_label is {class_label}; {path} knows the classes 0 to {prior.num_classes - 1}")
 
         def network(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
             labels = torch.full_like(t, class_label) if prior.num_classes else None
@@ -85,9 +81,12 @@ class DiffusersHost:
         """
         parts = load_pipeline(folder, [prompt] if cfg == 1 else [prompt, negative], device)
         return cls(
-            guided_network(parts.unet, parts.context, cfg), parts.alphas_cumprod, device=device,
-            prediction=parts.prediction, vae=parts.vae,
-        )  # fmt: skip
+            guided_network(parts.unet, parts.context, cfg),
+            parts.alphas_cumprod,
+            device=device,
+            prediction=parts.prediction,
+            vae=parts.vae,
+        )
 
     def encode(self, image: Tensor) -> Tensor:
         """See `DiffusionHost.encode`; the posterior's mode."""
@@ -137,9 +136,7 @@ def load_pipeline(folder: str | Path, prompts: Sequence[str], device: torch.devi
     folder = Path(folder)
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (folder / part).is_dir():
-            raise FileNotFoundError(
-                f"{folder / part} is missing: {folder} is not a whole Stable Diffusion pipeline"
-            )
+            raise FileNotFoundError(f"{folder / part} is missing: {folder} is not a whole Stable Diffusion pipeline")
 
     def load(kind, part: str):
         model = kind.from_pretrained(folder / part, torch_dtype=torch.float32, local_files_only=True)
@@ -152,9 +149,12 @@ def load_pipeline(folder: str | Path, prompts: Sequence[str], device: torch.devi
     )
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     tokens = tokenizer(
-        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
         return_tensors="pt",
-    )  # fmt: skip
+    )
     with torch.no_grad():
         context = encoder(tokens.input_ids.to(device)).last_hidden_state
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)

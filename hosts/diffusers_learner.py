@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,28 +36,37 @@ class DiffusersLearner:
     """
 
     def __init__(
-        self, folder: str | Path, learned: Learned, precision: Precision = "fp32", gradient_checkpointing: bool = False,
-        *, device: torch.device | str = "cpu",
+        self,
+        folder: str | Path,
+        learned: Learned,
+        precision: Precision = "fp32",
+        gradient_checkpointing: bool = False,
+        *,
+        device: torch.device | str = "cpu",
     ) -> None:
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; choose one of {', '.join(DTYPES)}")
         self.learned, self.device, self.dtype = learned, torch.device(device), DTYPES[precision]
-        self.precision = precision
+        self.precision: Precision = precision
         autocast(self.device, precision)  # says so where the device has none
         self._open(Path(folder))
         found = {
-            LowRank: self._low_rank, FullWeights: self._full_weights, TokenVectors: self._token_vectors,
-        }[type(learned)]()  # fmt: skip
-        self._parameters = {name: parameter.requires_grad_() for name, parameter in found.items()}
+            LowRank: self._low_rank,
+            FullWeights: self._full_weights,
+            TokenVectors: self._token_vectors,
+        }[type(learned)]()
+        self._parameters: dict[str, nn.Parameter] = {
+            name: parameter.requires_grad_() for name, parameter in found.items()
+        }
         if self.dtype != torch.float32 and not isinstance(learned, FullWeights):
-            _convert_frozen(self._unet, self.dtype)
+            _convert_frozen(self.unet, self.dtype)
         if self.dtype == torch.float16:
             for name, parameter in self._parameters.items():
                 if name.startswith("unet."):
                     parameter.register_hook(lambda gradient: gradient / HALF_SCALE)
         if gradient_checkpointing:
-            self._unet.enable_gradient_checkpointing()
-            self._unet.train()  # older releases of diffusers keep activations otherwise; there is no dropout
+            self.unet.enable_gradient_checkpointing()
+            self.unet.train()  # older releases of diffusers keep activations otherwise; there is no dropout
 
     def _open(self, folder: Path) -> None:
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -74,21 +84,21 @@ class DiffusersLearner:
             model = kind.from_pretrained(folder / part, torch_dtype=torch.float32, local_files_only=True)
             return model.to(self.device).eval().requires_grad_(False)
 
-        self._unet, self._vae = load(UNet2DConditionModel, "unet"), load(AutoencoderKL, "vae")
-        self._encoder = load(CLIPTextModel, "text_encoder")
-        self._tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        self._scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        self.unet, self.vae = load(UNet2DConditionModel, "unet"), load(AutoencoderKL, "vae")
+        self.encoder = load(CLIPTextModel, "text_encoder")
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        self._scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
         self.prediction = self._scheduler.config.prediction_type
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {self.prediction!r}; this learner knows {' and '.join(PREDICTIONS)}")
-        channels = self._unet.config.in_channels, self._unet.config.out_channels
+        channels = self.unet.config.in_channels, self.unet.config.out_channels
         if channels[0] != channels[1]:
             raise ValueError(
                 f"{folder} takes {channels[0]} channels and gives {channels[1]}, as inpainting models do: take the "
                 "model that it was made from"
             )
         self.alphas_cumprod = self._scheduler.alphas_cumprod.float().to(self.device)
-        self.downscale = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        self.downscale = 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     # What is trained
 
@@ -96,15 +106,18 @@ class DiffusersLearner:
         from peft import LoraConfig, inject_adapter_in_model
 
         learned, found = self.learned, {}
-        parts = {"unet": self._unet, **({"text_encoder": self._encoder} if learned.text_encoder else {})}
+        alpha: Any = learned.alpha or learned.rank  # a fraction will do as well
+        parts = {"unet": self.unet, **({"text_encoder": self.encoder} if learned.text_encoder else {})}
         for part, network in parts.items():
             inject_adapter_in_model(
                 LoraConfig(
-                    r=learned.rank, lora_alpha=learned.alpha or learned.rank,
+                    r=learned.rank,
+                    lora_alpha=alpha,
                     target_modules=_every_weight(network) if learned.convolutions else list(ATTENTION[part]),
                 ),
-                network, ADAPTER,
-            )  # fmt: skip
+                network,
+                ADAPTER,
+            )
             for name, parameter in network.named_parameters():
                 if f".{ADAPTER}." in name:
                     found[f"{part}.{name}"] = parameter
@@ -118,21 +131,21 @@ class DiffusersLearner:
         return found
 
     def _full_weights(self) -> dict[str, nn.Parameter]:
-        parts = {"unet": self._unet, **({"text_encoder": self._encoder} if self.learned.text_encoder else {})}
+        parts = {"unet": self.unet, **({"text_encoder": self.encoder} if self.learned.text_encoder else {})}
         return {f"{part}.{name}": p for part, network in parts.items() for name, p in network.named_parameters()}
 
     def _token_vectors(self) -> dict[str, nn.Parameter]:
-        learned, tokenizer = self.learned, self._tokenizer
+        learned, tokenizer = self.learned, self.tokenizer
         ids = tokenizer(learned.initial_word, add_special_tokens=False).input_ids
         if not ids or tokenizer.unk_token_id in ids:
             raise ValueError(f"initial_word {learned.initial_word!r} is no word that the tokenizer knows: give another")
         ids = (ids + ids[-1:] * learned.count)[: learned.count]
         # Where the embedding sits differs between releases of transformers.
-        path = next(name for name, _ in self._encoder.named_modules() if name.endswith("token_embedding"))
+        path = next(name for name, _ in self.encoder.named_modules() if name.endswith("token_embedding"))
         parent, _, name = path.rpartition(".")
-        table = self._encoder.get_submodule(path)
+        table: Any = self.encoder.get_submodule(path)
         rows = _WithRows(table, nn.Parameter(table.weight[ids].detach().clone()))
-        setattr(self._encoder.get_submodule(parent), name, rows)
+        setattr(self.encoder.get_submodule(parent), name, rows)
         return {"token_vectors": rows.vectors}
 
     # See `Learner`
@@ -144,16 +157,16 @@ class DiffusersLearner:
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """See `Learner.encode`; the posterior's mode."""
-        latent = self._vae.encode(image.to(self.device, torch.float32)).latent_dist.mode()
-        return latent * self._vae.config.scaling_factor
+        latent = self.vae.encode(image.to(self.device, torch.float32)).latent_dist.mode()
+        return latent * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        return self._vae.decode(x0.to(self.device) / self._vae.config.scaling_factor).sample.clamp(-1, 1)
+        return self.vae.decode(x0.to(self.device) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
 
     def text(self, prompts: Sequence[str]) -> Text:
         ids = torch.tensor([self._ids(prompt) for prompt in prompts], device=self.device)
-        return Text(self._encoder(ids).last_hidden_state)
+        return Text(self.encoder(ids).last_hidden_state)
 
     def denoise(self, x: Tensor, t: Tensor, text: Text, sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """See `Learner.denoise`; these models are not told sizes."""
@@ -161,18 +174,16 @@ class DiffusersLearner:
         if half:
             context = _Divided.apply(context, HALF_SCALE)
         with autocast(self.device, self.precision):
-            output = self._unet(x, t, context).sample.float()
+            output = self.unet(x, t, context).sample.float()
         return _Divided.apply(output, 1 / HALF_SCALE) if half else output
 
     @torch.no_grad()
-    def sample(
-        self, prompts: Sequence[str], size: tuple[int, int], *, steps: int, cfg: float, seed: int
-    ) -> Tensor:
+    def sample(self, prompts: Sequence[str], size: tuple[int, int], *, steps: int, cfg: float, seed: int) -> Tensor:
         """See `Learner.sample`; row i begins from the noise of seed + i."""
-        shape = (self._unet.config.in_channels, *(side // self.downscale for side in size))
-        x = torch.stack([
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed + row)) for row in range(len(prompts))
-        ]).to(self.device)  # fmt: skip
+        shape = (self.unet.config.in_channels, *(side // self.downscale for side in size))
+        x = torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed + row)) for row in range(len(prompts))]
+        ).to(self.device)
         cond, uncond = self.text(prompts), self.text([""] * len(prompts))
         self._scheduler.set_timesteps(steps)
         for t in self._scheduler.timesteps:
@@ -188,10 +199,10 @@ class DiffusersLearner:
 
     def _ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, as long as the text encoder reads; those from the vocabulary's end on are new rows."""
-        tokenizer, ids = self._tokenizer, []
+        tokenizer, ids = self.tokenizer, []
         if isinstance(self.learned, TokenVectors):
             token = re.compile(rf"(?<!\w){re.escape(self.learned.token)}(?!\w)", re.IGNORECASE)
-            first = self._encoder.config.vocab_size
+            first = self.encoder.config.vocab_size
             new = list(range(first, first + self.learned.count))
             parts = token.split(prompt)
         else:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import TensorWeakRef
 
 LENT = ("_v", "prev_comfy_cast_weights")
-"""What a module of ComfyUI has whose weight is elsewhere and is brought for one use at a time: by dynamic VRAM, and by a
-partial load."""
+"""What a module of ComfyUI has whose weight is elsewhere and is brought for one use at a time: by dynamic VRAM, and by
+a partial load."""
 
 
 def is_poisoned(tensor: Tensor) -> bool:
@@ -42,7 +44,7 @@ def repair_inference_tensors(module: nn.Module) -> int:
     Loading a model undoes this: repair after each load. Doing so twice does no harm. `without_copies` takes the weight
     functions off again.
     """
-    repaired: dict[int, Tensor] = {}
+    repaired: dict[int, Any] = {}
     with torch.inference_mode(False), torch.no_grad():
         for part in module.modules():
             lent = any(hasattr(part, name) for name in LENT) and hasattr(part, "weight_function")
@@ -51,13 +53,11 @@ def repair_inference_tensors(module: nn.Module) -> int:
             for tensors, is_parameter in ((part._parameters, True), (part._buffers, False)):
                 for name, tensor in tensors.items():
                     # What is stored of a lent weight takes no part in the computation itself.
-                    if tensor is None or lent and name in ("weight", "bias") or not is_poisoned(tensor):
+                    if tensor is None or (lent and name in ("weight", "bias")) or not is_poisoned(tensor):
                         continue
                     if id(tensor) not in repaired:
                         copy = tensor.detach().clone()
-                        repaired[id(tensor)] = (
-                            nn.Parameter(copy, requires_grad=False) if is_parameter else copy
-                        )
+                        repaired[id(tensor)] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
                     tensors[name] = repaired[id(tensor)]
     return len(repaired)
 
@@ -75,7 +75,7 @@ def _is_quantised(part: nn.Module) -> bool:
     weight = part._parameters.get("weight")
     if weight is None or not hasattr(part, "weight_function"):
         return False
-    return is_traceable_wrapper_subclass(weight) or weight.is_floating_point() and weight.element_size() == 1
+    return is_traceable_wrapper_subclass(weight) or (weight.is_floating_point() and weight.element_size() == 1)
 
 
 def _copy_on_use(part: nn.Module) -> None:

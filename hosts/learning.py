@@ -116,13 +116,24 @@ class Learner(Protocol):
     What mixed precision and gradient checkpointing need inside the network is the learner's own business.
     """
 
-    device: torch.device
-    learned: Learned
-    prediction: Prediction
-    alphas_cumprod: Tensor
-    """ᾱ of every training timestep, [T], descending."""
-    downscale: int
-    """Picture pixels per latent cell along a side."""
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def learned(self) -> Learned: ...
+
+    @property
+    def prediction(self) -> Prediction: ...
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ of every training timestep, [T], descending."""
+        ...
+
+    @property
+    def downscale(self) -> int:
+        """Picture pixels per latent cell along a side."""
+        ...
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -149,9 +160,7 @@ class Learner(Protocol):
         """
         ...
 
-    def sample(
-        self, prompts: Sequence[str], size: tuple[int, int], *, steps: int, cfg: float, seed: int
-    ) -> Tensor:
+    def sample(self, prompts: Sequence[str], size: tuple[int, int], *, steps: int, cfg: float, seed: int) -> Tensor:
         """Pictures [B, 3, H, W] in -1..1 from the model as it stands, DDIM, one for each prompt; `size` is (H, W).
 
         Row i is the same whatever other prompts are there. Training goes on afterwards as if nothing had been.

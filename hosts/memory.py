@@ -12,9 +12,11 @@ CUDA_OUT_OF_MEMORY = 2
 WORDS = (
     "out of memory",  # MPS, Intel, CUDA in an AcceleratorError
     "not enough gpu video memory",  # DirectML
-    "not enough memory", "can't allocate memory",  # torch's allocator for the CPU
-    "cublas_status_alloc_failed", "cudnn_status_alloc_failed",
-)  # fmt: skip
+    "not enough memory",
+    "can't allocate memory",  # torch's allocator for the CPU
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
 """What an error says, in small letters, that is no torch.OutOfMemoryError but means one."""
 
 

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
 PREDICTIONS = ("epsilon", "v_prediction")
 """What a network may give, in diffusers' words."""
 
@@ -32,11 +31,18 @@ class Prediction:
 class DiffusionHost(Protocol):
     """A diffusion model with its autoencoder, conditioned already. Tensors are float32 on `device`."""
 
-    device: torch.device
-    train_sigmas: Tensor
-    """σ of every training timestep, [T], ascending."""
-    downscale: int
-    """Picture pixels per latent cell along a side; 1 for a model in pixel space."""
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def train_sigmas(self) -> Tensor:
+        """σ of every training timestep, [T], ascending."""
+        ...
+
+    @property
+    def downscale(self) -> int:
+        """Picture pixels per latent cell along a side; 1 for a model in pixel space."""
+        ...
 
     def encode(self, image: Tensor) -> Tensor:
         """Picture [B, 3, H, W] in -1..1 → x0 [B, C, h, w] in the scale that the model was trained on."""

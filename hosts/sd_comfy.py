@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_base
@@ -35,16 +35,30 @@ END_OF_WORD = "</w>"
 
 # Settings of diffusers' classes that ComfyUI's networks have built in. A folder without one has the default.
 UNET_FIXED = {
-    "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "norm_eps": 1e-5,
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "resnet_time_scale_shift": "default",
-    "only_cross_attention": False, "class_embed_type": None, "addition_embed_type": None,
+    "act_fn": "silu",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "downsample_padding": 1,
+    "norm_eps": 1e-5,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "resnet_time_scale_shift": "default",
+    "only_cross_attention": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
     "time_embedding_type": "positional",
-    "time_embedding_dim": None, "dual_cross_attention": False, "center_input_sample": False,
-}  # fmt: skip
+    "time_embedding_dim": None,
+    "dual_cross_attention": False,
+    "center_input_sample": False,
+}
 VAE_FIXED = {
-    "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
-    "shift_factor": None, "latents_mean": None, "latents_std": None,
-}  # fmt: skip
+    "act_fn": "silu",
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
 CLIP_FIXED = {"layer_norm_eps": 1e-5, "max_position_embeddings": 77}
 
 
@@ -66,7 +80,7 @@ class SmallDiffusionConfig(comfy.supported_models_base.BASE):
     """What ComfyUI's BaseModel asks of a model's configuration."""
 
     # The heads are counted in the UNet's own configuration.
-    unet_extra_config: dict[str, Any] = {}
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
     latent_format = SmallLatent
     memory_usage_factor = 1.0
 
@@ -124,9 +138,7 @@ def load_demo_text_model(
         latent_format = SmallLatent(
             vae.latent_channels, config["scaling_factor"], _preview_colours(vae, config["scaling_factor"])
         )
-        model = _load_unet(
-            folder / "unet", _read_json(folder / "scheduler" / "scheduler_config.json"), latent_format
-        )
+        model = _load_unet(folder / "unet", _read_json(folder / "scheduler" / "scheduler_config.json"), latent_format)
         model.model.native_size = model.model.model_config.unet_config["image_size"] * vae.spacial_compression_decode()
         clip = _load_clip(folder / "text_encoder", folder / "tokenizer")
     return model, clip, vae
@@ -152,9 +164,7 @@ def unet_config(config: Mapping[str, Any], where: str = "the UNet") -> dict[str,
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     depth = config.get("transformer_layers_per_block", 1)
     if not isinstance(heads, int) or not isinstance(depth, int):
-        raise ValueError(
-            f"{where}: attention_head_dim and transformer_layers_per_block must be one number each."
-        )
+        raise ValueError(f"{where}: attention_head_dim and transformer_layers_per_block must be one number each.")
     down = [depth if kind.startswith("CrossAttn") else 0 for kind in config["down_block_types"]]
     up = [depth if kind.startswith("CrossAttn") else 0 for kind in reversed(config["up_block_types"])]
     return {
@@ -164,9 +174,9 @@ def unet_config(config: Mapping[str, Any], where: str = "the UNet") -> dict[str,
         "model_channels": base,
         "channel_mult": [width // base for width in widths],
         "num_res_blocks": layers,
-        "transformer_depth": [each for each, count in zip(down, layers) for _ in range(count)],
+        "transformer_depth": [each for each, count in zip(down, layers, strict=True) for _ in range(count)],
         "transformer_depth_middle": depth,
-        "transformer_depth_output": [each for each, count in zip(up, layers) for _ in range(count + 1)],
+        "transformer_depth_output": [each for each, count in zip(up, layers, strict=True) for _ in range(count + 1)],
         "num_heads": heads,
         "num_head_channels": -1,
         "context_dim": config["cross_attention_dim"],
@@ -186,9 +196,7 @@ def _load_unet(
     built = unet_config(published, str(folder / "config.json"))
     config = SmallDiffusionConfig(built)
     config.latent_format = latent_format
-    config.sampling_settings = _sampling_settings(
-        schedule, folder.parent / "scheduler" / "scheduler_config.json"
-    )
+    config.sampling_settings = _sampling_settings(schedule, folder.parent / "scheduler" / "scheduler_config.json")
     device = comfy.model_management.get_torch_device()
     dtype = comfy.model_management.unet_dtype(
         device=device,
@@ -216,9 +224,7 @@ def _load_unet(
 def _sampling_settings(schedule: Mapping[str, Any], where: Path) -> dict[str, Any]:
     kind = schedule.get("beta_schedule", "linear")
     if kind != "scaled_linear" or schedule.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            f"{where}: only scaled_linear is known as beta_schedule, without rescaling; this is {kind}."
-        )
+        raise ValueError(f"{where}: only scaled_linear is known as beta_schedule, without rescaling; this is {kind}.")
     return {
         # diffusers' scaled_linear, linear in the root of beta, is ComfyUI's linear.
         "beta_schedule": "linear",
@@ -241,10 +247,13 @@ def vae_name(name: str, levels: int) -> str:
     name = name.replace(".upsamplers.0.", ".upsample.")
     name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda found: f"mid.block_{int(found[1]) + 1}.", name)
     for theirs, ours in (
-        ("mid_block.attentions.0.", "mid.attn_1."), ("attn_1.group_norm.", "attn_1.norm."),
-        ("attn_1.to_out.0.", "attn_1.proj_out."), ("attn_1.to_", "attn_1."),
-        (".conv_shortcut.", ".nin_shortcut."), (".conv_norm_out.", ".norm_out."),
-    ):  # fmt: skip
+        ("mid_block.attentions.0.", "mid.attn_1."),
+        ("attn_1.group_norm.", "attn_1.norm."),
+        ("attn_1.to_out.0.", "attn_1.proj_out."),
+        ("attn_1.to_", "attn_1."),
+        (".conv_shortcut.", ".nin_shortcut."),
+        (".conv_norm_out.", ".norm_out."),
+    ):
         name = name.replace(theirs, ours)
     return name
 
@@ -259,18 +268,22 @@ def _load_vae(folder: Path) -> tuple[comfy.sd.VAE, dict[str, Any]]:
             f"counts every level in whole multiples of the first ({widths[0]})."
         )
     params = {
-        "double_z": True, "z_channels": config["latent_channels"], "resolution": config["sample_size"],
-        "in_channels": config["in_channels"], "out_ch": config["out_channels"], "ch": widths[0],
-        "ch_mult": [width // widths[0] for width in widths], "num_res_blocks": config["layers_per_block"],
-        "attn_resolutions": [], "dropout": 0.0,
-    }  # fmt: skip
+        "double_z": True,
+        "z_channels": config["latent_channels"],
+        "resolution": config["sample_size"],
+        "in_channels": config["in_channels"],
+        "out_ch": config["out_channels"],
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
     renamed = {vae_name(name, len(widths)): weight for name, weight in weights.items()}
     for name, weight in renamed.items():
         if ".attn_1." in name and weight.ndim == 2:  # ComfyUI's are 1 × 1 convolutions
             renamed[name] = weight[:, :, None, None]
-    vae = comfy.sd.VAE(
-        sd=renamed, config={"params": {"ddconfig": params, "embed_dim": config["latent_channels"]}}
-    )
+    vae = comfy.sd.VAE(sd=renamed, config={"params": {"ddconfig": params, "embed_dim": config["latent_channels"]}})
     # comfy.sd.VAE only logs what is missing.
     _load_strictly(vae.first_stage_model, renamed, folder / WEIGHTS)
     _set_groups(vae.first_stage_model, config["norm_num_groups"])
@@ -342,9 +355,7 @@ def _load_clip(folder: Path, tokenizer_folder: Path) -> comfy.sd.CLIP:
         target,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         tokenizer_data={
-            "clip_l_tokenizer_class": functools.partial(
-                KnownWordsTokenizer, known=known, embedding_size=width
-            )
+            "clip_l_tokenizer_class": functools.partial(KnownWordsTokenizer, known=known, embedding_size=width)
         },
         parameters=comfy.utils.calculate_parameters(weights),
         model_options={
@@ -357,7 +368,7 @@ def _load_clip(folder: Path, tokenizer_folder: Path) -> comfy.sd.CLIP:
                     "num_attention_heads",
                     "hidden_act",
                 )
-            }  # fmt: skip
+            }
         },
     )
     _load_strictly(clip.cond_stage_model.clip_l.transformer, weights, folder / "model.safetensors")
@@ -393,9 +404,7 @@ def _read_weights(path: Path) -> StateDict:
 def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
     for name, value in fixed.items():
         if config.get(name, value) != value:
-            raise ValueError(
-                f"{where}: {name} is {config[name]!r}, but ComfyUI's network has {value!r} built in."
-            )
+            raise ValueError(f"{where}: {name} is {config[name]!r}, but ComfyUI's network has {value!r} built in.")
 
 
 def _load_strictly(module: nn.Module, weights: StateDict, where: Path) -> None:

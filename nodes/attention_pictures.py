@@ -33,18 +33,31 @@ def _inputs(own: list[Any], more: list[Any]) -> list[Any]:
         io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL: for an inversion the MODEL that made it."),
         io.Conditioning.Input("positive", tooltip="The source's prompt. Its attention is shown."),
         *own,
-        io.Int.Input("seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=True,
-                     tooltip="Draws the noise for a latent, as KSampler does."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=LARGEST_SEED,
+            control_after_generate=True,
+            tooltip="Draws the noise for a latent, as KSampler does.",
+        ),
         io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Steps of the source."),
         io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the source."),
-        io.Combo.Input("scheduler", options=["ddim_uniform", "simple", "official"], default="ddim_uniform",
-                       tooltip="Noise levels of the steps, as in AttentionCapture."),
+        io.Combo.Input(
+            "scheduler",
+            options=["ddim_uniform", "simple", "official"],
+            default="ddim_uniform",
+            tooltip="Noise levels of the steps, as in AttentionCapture.",
+        ),
         *source_kind(),
-        io.Vae.Input("vae", optional=True,
-                     tooltip="The VAE that belongs to the MODEL: the source's picture is shown too, and the pictures "
-                     "have its size. Without it they have eight pixels to a latent cell."),
+        io.Vae.Input(
+            "vae",
+            optional=True,
+            tooltip="The VAE that belongs to the MODEL: the source's picture is shown too, and the pictures "
+            "have its size. Without it they have eight pixels to a latent cell.",
+        ),
         *more,
-    ]  # fmt: skip
+    ]
 
 
 class AttentionSVD(io.ComfyNode):
@@ -63,13 +76,28 @@ class AttentionSVD(io.ComfyNode):
                 "No layer's maps are kept."
             ),
             inputs=_inputs(
-                [io.Int.Input("components", default=6, min=1, max=32,
-                              tooltip="How many singular vectors, the strongest first. The first three make the "
-                              "colours.")],
-                [dial(io.Int.Input("grid", default=64, min=2, max=128,
-                                   tooltip="The layers' maps are brought to one grid: at most this many cells a side "
-                                   "(as many in all for other aspect ratios), and no finer than the finest layer. "
-                                   "Memory grows with its fourth power."))],
+                [
+                    io.Int.Input(
+                        "components",
+                        default=6,
+                        min=1,
+                        max=32,
+                        tooltip="How many singular vectors, the strongest first. The first three make the colours.",
+                    )
+                ],
+                [
+                    dial(
+                        io.Int.Input(
+                            "grid",
+                            default=64,
+                            min=2,
+                            max=128,
+                            tooltip="The layers' maps are brought to one grid: at most this many cells a side "
+                            "(as many in all for other aspect ratios), and no finer than the finest layer. "
+                            "Memory grows with its fourth power.",
+                        )
+                    )
+                ],
             ),
             outputs=[
                 io.Image.Output(display_name="colours", tooltip="Components 1, 2 and 3 as red, green and blue."),
@@ -78,13 +106,23 @@ class AttentionSVD(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What was run, and the singular values."),
             ],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, positive, components: int = 6, seed: int = 0, steps: int = 50, cfg: float = 7.5,
-        scheduler: str = "ddim_uniform", negative=None, inversion: Inversion | None = None, latent: dict | None = None,
-        vae=None, grid: int = 64,
+        cls,
+        model,
+        positive,
+        components: int = 6,
+        seed: int = 0,
+        steps: int = 50,
+        cfg: float = 7.5,
+        scheduler: str = "ddim_uniform",
+        negative=None,
+        inversion: Inversion | None = None,
+        latent: dict | None = None,
+        vae=None,
+        grid: int = 64,
     ) -> io.NodeOutput:
         from ..attention_swap.pictures import COLOURS, colours, greys
         from ..attention_swap.self_maps import SelfMaps, grid_of
@@ -100,9 +138,7 @@ class AttentionSVD(io.ComfyNode):
             source.said.append((f"picture {number}: " if len(whole) > 1 else "") + f"singular values {values}")
         coloured = torch.stack([colours(one, source.size) for one in whole])
         grey = torch.cat([greys(one, source.size)[:components] for one in whole])
-        by_step = torch.stack([
-            colours(one, source.size) for row in maps.step_components(whole) for one in row
-        ])
+        by_step = torch.stack([colours(one, source.size) for row in maps.step_components(whole) for one in row])
         shown = [*([] if source.picture is None else [source.picture]), coloured, grey]
         return source.output(cls, torch.cat(shown), coloured, grey, by_step)
 
@@ -117,7 +153,12 @@ class WordMaps(io.ComfyNode):
             display_name="Word Maps",
             category="BlendSwap/swap",
             **aliases(
-                "attention heatmap", "cross-attention map", "daam", "word mask", "text to mask", "segment by word",
+                "attention heatmap",
+                "cross-attention map",
+                "daam",
+                "word mask",
+                "text to mask",
+                "segment by word",
             ),
             description=(
                 "Samples a source once and shows for each word of its prompt where the cross-attention to it is, as a "
@@ -125,30 +166,75 @@ class WordMaps(io.ComfyNode):
             ),
             inputs=_inputs(
                 [
-                    io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
-                                    tooltip="With clip: the prompt that positive was made from. Not used with tokens."),
-                    io.String.Input("words", default="",
-                                    tooltip="Which words, separated by commas: star, blue sky. Several in a row count "
-                                    "as one. Empty: each word of the prompt."),
-                    io.Float.Input("threshold", default=0.0, min=0.0, max=0.99, step=0.05,
-                                   tooltip="0: soft masks, shares of a word's maximum. Above: white where the share is "
-                                   "larger, grown by a cell, as in the local blend, which has 0.3."),
+                    io.String.Input(
+                        "prompt",
+                        multiline=True,
+                        default="",
+                        dynamic_prompts=True,
+                        tooltip="With clip: the prompt that positive was made from. Not used with tokens.",
+                    ),
+                    io.String.Input(
+                        "words",
+                        default="",
+                        tooltip="Which words, separated by commas: star, blue sky. Several in a row count "
+                        "as one. Empty: each word of the prompt.",
+                    ),
+                    io.Float.Input(
+                        "threshold",
+                        default=0.0,
+                        min=0.0,
+                        max=0.99,
+                        step=0.05,
+                        tooltip="0: soft masks, shares of a word's maximum. Above: white where the share is "
+                        "larger, grown by a cell, as in the local blend, which has 0.3.",
+                    ),
                 ],
                 [
-                    io.Clip.Input("clip", optional=True,
-                                  tooltip="The CLIP that positive was made with; then prompt is needed."),
-                    SwapTokensIO.Input("tokens", optional=True,
-                                       tooltip="SwapPrompts, instead of clip and prompt: its source prompt."),
-                    dial(io.Int.Input("min_size", default=0, min=0, max=1024,
-                                      tooltip="Layers whose longer side has at least this many tokens. 0 and 0: the "
-                                      "layers that the local blend looks at (16×16 at 512×512 pixels).")),
-                    dial(io.Int.Input("max_size", default=0, min=0, max=1024,
-                                      tooltip="Layers whose longer side has at most this many tokens; 0 for no "
-                                      "limit.")),
-                    dial(io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,
-                                        tooltip="Share of the steps from which on the maps count.")),
-                    dial(io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01,
-                                        tooltip="Share of the steps up to which the maps count.")),
+                    io.Clip.Input(
+                        "clip", optional=True, tooltip="The CLIP that positive was made with; then prompt is needed."
+                    ),
+                    SwapTokensIO.Input(
+                        "tokens", optional=True, tooltip="SwapPrompts, instead of clip and prompt: its source prompt."
+                    ),
+                    dial(
+                        io.Int.Input(
+                            "min_size",
+                            default=0,
+                            min=0,
+                            max=1024,
+                            tooltip="Layers whose longer side has at least this many tokens. 0 and 0: the "
+                            "layers that the local blend looks at (16×16 at 512×512 pixels).",
+                        )
+                    ),
+                    dial(
+                        io.Int.Input(
+                            "max_size",
+                            default=0,
+                            min=0,
+                            max=1024,
+                            tooltip="Layers whose longer side has at most this many tokens; 0 for no limit.",
+                        )
+                    ),
+                    dial(
+                        io.Float.Input(
+                            "start",
+                            default=0.0,
+                            min=0.0,
+                            max=1.0,
+                            step=0.01,
+                            tooltip="Share of the steps from which on the maps count.",
+                        )
+                    ),
+                    dial(
+                        io.Float.Input(
+                            "end",
+                            default=1.0,
+                            min=0.0,
+                            max=1.0,
+                            step=0.01,
+                            tooltip="Share of the steps up to which the maps count.",
+                        )
+                    ),
                 ],
             ),
             outputs=[
@@ -158,14 +244,30 @@ class WordMaps(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What was run, and how strong each word is."),
             ],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, positive, prompt: str = "", words: str = "", threshold: float = 0.0, seed: int = 0, steps: int = 50,
-        cfg: float = 7.5, scheduler: str = "ddim_uniform", negative=None, inversion: Inversion | None = None,
-        latent: dict | None = None, vae=None, clip=None, tokens: PromptPair | None = None, min_size: int = 0,
-        max_size: int = 0, start: float = 0.0, end: float = 1.0,
+        cls,
+        model,
+        positive,
+        prompt: str = "",
+        words: str = "",
+        threshold: float = 0.0,
+        seed: int = 0,
+        steps: int = 50,
+        cfg: float = 7.5,
+        scheduler: str = "ddim_uniform",
+        negative=None,
+        inversion: Inversion | None = None,
+        latent: dict | None = None,
+        vae=None,
+        clip=None,
+        tokens: PromptPair | None = None,
+        min_size: int = 0,
+        max_size: int = 0,
+        start: float = 0.0,
+        end: float = 1.0,
     ) -> io.NodeOutput:
         from ..attention_swap.pictures import heat_picture, word_masks
         from ..attention_swap.prompts import listed
@@ -194,12 +296,16 @@ class WordMaps(io.ComfyNode):
         names = [word.text for word in chosen] * len(found)
         source.said.append(f"layers: {', '.join(used)}; steps {maps.steps.start + 1} to {maps.steps.stop}")
         shares = found.flatten(0, 1).amax((1, 2)).tolist()
-        source.said += [f"{name}: at most {share:.1%} of a place's attention" for name, share in zip(names, shares)]
+        source.said += [
+            f"{name}: at most {share:.1%} of a place's attention" for name, share in zip(names, shares, strict=True)
+        ]
         source.said += filter(None, [legend(names)])
-        pictures = torch.stack([
-            heat_picture(None if source.picture is None else source.picture[index // len(chosen)], mask, name)
-            for index, (mask, name) in enumerate(zip(masks, names))
-        ])
+        pictures = torch.stack(
+            [
+                heat_picture(None if source.picture is None else source.picture[index // len(chosen)], mask, name)
+                for index, (mask, name) in enumerate(zip(masks, names, strict=True))
+            ]
+        )
         return source.output(cls, pictures, pictures, masks, "\n".join(names))
 
 
@@ -241,7 +347,8 @@ class _Source:
         self.negative = negative_for(negative, positive, self.cfg, inversion)
         if vae is not None:
             latent_shape(model, vae, *(side * PIXELS_PER_CELL for side in self.noise.shape[-2:]))
-        self.size = tuple(side * PIXELS_PER_CELL for side in self.noise.shape[-2:])
+        height, width = self.noise.shape[-2:]
+        self.size = (height * PIXELS_PER_CELL, width * PIXELS_PER_CELL)
         self.picture: torch.Tensor | None = None
 
     def watched(self, watcher: Callable[[Layout, int], Watcher]) -> Any:
@@ -255,12 +362,10 @@ class _Source:
             check_null(host, self.source)
             return watch(host, self.source, watcher, progress.step)
 
-        made, latents = run_text(
-            self.model, None, self.positive, self.negative, self.cfg, self.noise, self.seed, body
-        )
+        made, latents = run_text(self.model, None, self.positive, self.negative, self.cfg, self.noise, self.seed, body)
         if self.vae is not None:
-            self.picture = self.vae.decode(as_latent(self.model, latents.cpu())["samples"])[..., :3].float().cpu()
-            self.size = tuple(self.picture.shape[1:3])
+            picture = self.vae.decode(as_latent(self.model, latents.cpu())["samples"])[..., :3].float().cpu()
+            self.picture, self.size = picture, (picture.shape[1], picture.shape[2])
         return made
 
     def output(self, node, shown: torch.Tensor, *values: Any) -> io.NodeOutput:

@@ -32,8 +32,7 @@ class ExtendingAugment(io.ComfyNode):
                 min=0,
                 max=255,
                 tooltip=(
-                    "How many of the copies are random square cut-outs of the picture instead. At most "
-                    "copies - 1."
+                    "How many of the copies are random square cut-outs of the picture instead. At most copies - 1."
                 ),
             ),
             io.Int.Input(
@@ -43,8 +42,7 @@ class ExtendingAugment(io.ComfyNode):
                 max=LARGEST_SEED,
                 control_after_generate=False,
                 tooltip=(
-                    "Mixed into each candidate's own random numbers, so that the views can be varied by "
-                    "themselves."
+                    "Mixed into each candidate's own random numbers, so that the views can be varied by themselves."
                 ),
             ),
         ]
@@ -99,17 +97,12 @@ class ExtendingAugment(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip=(
-                        "A picture to preview the views on (the first of a batch). Without one a grid is "
-                        "shown."
-                    ),
+                    tooltip=("A picture to preview the views on (the first of a batch). Without one a grid is shown."),
                 ),
             ],
             outputs=[
                 AugmentIO.Output(display_name="AUGMENT", tooltip="For CLIPBlendSampler."),
-                io.Image.Output(
-                    display_name="preview", tooltip="All views, 224×224, the unchanged picture first."
-                ),
+                io.Image.Output(display_name="preview", tooltip="All views, 224×224, the unchanged picture first."),
             ],
         )
 

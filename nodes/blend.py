@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from . import folders
 from .convert import paste_into, split_alpha, to_bchw
-from .inputs import LARGEST_SEED, aliases, dial, match_border_input, text_conditioning
 from .guides import GUARDS_NOTHING, RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
+from .inputs import LARGEST_SEED, aliases, dial, match_border_input, text_conditioning
 from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import AugmentIO, ClipGuideIO
 
@@ -42,8 +42,13 @@ class CLIPBlendSampler(io.ComfyNode):
             display_name="CLIP Blend Sampler (Blended Diffusion)",
             category="BlendSwap/blend",
             **aliases(
-                "inpaint", "clip guidance", "replace object", "remove object", "edit region",
-                "text-driven editing", "background",
+                "inpaint",
+                "clip guidance",
+                "replace object",
+                "remove object",
+                "edit region",
+                "text-driven editing",
+                "background",
             ),
             description=(
                 "Blended Diffusion (CVPR 2022): CLIP guides the masked region towards the prompt, at every step the "
@@ -55,103 +60,267 @@ class CLIPBlendSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="A pixel-space prior (GuidedDiffusionLoader) or SD 1.x, SD 2.x, SDXL."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the MODEL; the loader of a prior gives one too."),
                 io.Image.Input("image", tooltip="The picture to edit, of any size. A batch is edited one by one."),
-                io.Mask.Input("mask", tooltip="White is changed, black (below 0.02) stays exactly as it is. One, or "
-                              "one per picture."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="White is changed, black (below 0.02) stays exactly as it is. One, or one per picture.",
+                ),
                 ClipGuideIO.Input("clip_guide", tooltip="The CLIP that steers (CLIPGuideLoader)."),
                 io.String.Input(
-                    "prompt", multiline=True, default="", dynamic_prompts=True,
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=True,
                     tooltip="What the masked region is to show. Empty: nothing steers, the region is made up anew.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=True,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=LARGEST_SEED,
+                    control_after_generate=True,
                     tooltip="Candidate i uses seed + i, so each can be made again alone, in any batch size.",
                 ),
-                io.Int.Input("candidates", default=4, min=1, max=256,
-                             tooltip="How many pictures are made and ranked. The paper made 64."),
-                io.Int.Input("batch_size", default=4, min=1, max=64,
-                             tooltip="How many candidates run at once. Only memory and speed depend on it."),
+                io.Int.Input(
+                    "candidates",
+                    default=4,
+                    min=1,
+                    max=256,
+                    tooltip="How many pictures are made and ranked. The paper made 64.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=64,
+                    tooltip="How many candidates run at once. Only memory and speed depend on it.",
+                ),
                 io.Combo.Input(
-                    "preset", options=[CUSTOM, "paper", "official", "fast"], default=CUSTOM,
-                    tooltip="custom: the dials below, whose defaults are the paper's. paper and official (the published "
-                    "code's arithmetic) and fast (half the steps, no gradient through the model) replace the dials "
-                    "from steps to clamp, except guidance; what they set is said in the summary.",
+                    "preset",
+                    options=[CUSTOM, "paper", "official", "fast"],
+                    default=CUSTOM,
+                    tooltip="custom: the dials below, whose defaults are the paper's. paper and official (the "
+                    "published code's arithmetic) and fast (half the steps, no gradient through the model) replace the "
+                    "dials from steps to clamp, except guidance; what they set is said in the summary.",
                 ),
                 io.Float.Input(
-                    "guidance", default=1000.0, min=0.0, max=100000.0, step=10.0,
+                    "guidance",
+                    default=1000.0,
+                    min=0.0,
+                    max=100000.0,
+                    step=10.0,
                     tooltip="Weight of the CLIP loss. 1000 for ViT-B/16 with the published priors; more follows the "
                     "prompt more and looks less natural. The demo models want about 120.",
                 ),
                 io.Int.Input("steps", default=100, min=1, max=1000, tooltip="Length of the schedule."),
                 io.Int.Input(
-                    "start", default=25, min=0, max=999,
+                    "start",
+                    default=25,
+                    min=0,
+                    max=999,
                     tooltip="How many of the steps are skipped: the more, the more of the source shines through. Must "
                     "be below steps.",
                 ),
-                dial(io.Combo.Input("sampler", options=["ddpm", "ddim"], default="ddpm",
-                                    tooltip="ddpm is better at 100 steps, ddim below 50.")),
-                dial(io.Float.Input("range_weight", default=50.0, min=0.0, max=100000.0, step=1.0,
-                                    tooltip="Weight of the loss that keeps the estimate's values in range.")),
-                dial(io.Combo.Input("distance", options=["cosine", "spherical"], default="cosine",
-                                    tooltip="CLIP distance: cosine as in the paper, squared spherical as published.")),
-                dial(io.Combo.Input("guided_input", options=["x0", "mixed"], default="x0",
-                                    tooltip="What CLIP sees: the clean estimate, or as published its mix with the "
-                                    "noisy picture.")),
-                dial(io.Int.Input("guide_every", default=1, min=1, max=1000,
-                                  tooltip="Guidance at every n-th step only; the every of a schedule takes its place.")),
-                dial(io.Combo.Input("gradient", options=["through_model", "direct"], default="through_model",
-                                    tooltip="through_model differentiates through the MODEL (exact; about twice the "
-                                    "time and much more memory), direct does not.")),
-                dial(io.Boolean.Input("blend", default=True,
-                                      tooltip="Off gives the paper's baseline, Local CLIP-guided diffusion: the whole "
-                                      "picture is guided and background_weight alone holds the background.")),
-                dial(io.Combo.Input("background_level", options=["next", "current"], default="next",
-                                    tooltip="Noise level of the blended source: that of the step's result, or as "
-                                    "published that of its input.")),
-                dial(io.Float.Input("background_weight", default=0.0, min=0.0, max=1000000.0, step=10.0,
-                                    tooltip="Weight λ of the background loss ½(MSE + LPIPS); needs an LPIPS backbone.")),
-                dial(io.Combo.Input("background_loss", options=["paper", "official"], default="paper",
-                                    tooltip="paper: ½(MSE + LPIPS) of both backgrounds. official: 10·MSE + LPIPS of "
-                                    "the masked result against the unmasked source.")),
-                dial(io.Boolean.Input("clamp", default=False,
-                                      tooltip="Keep the clean estimate within a picture's range (pixel-space priors "
-                                      "only). Helps priors that overshoot at high noise, as small ε-predicting ones do.")),
-                dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
-                                    tooltip="Backbone of LPIPS for the background loss.")),
-                dial(io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
-                                  tooltip="Working size of the picture's shorter side. 0: the size that a prior was "
-                                  "trained at; for a latent model the picture's own. The result always has the "
-                                  "picture's own size.")),
-                dial(io.Int.Input("clip_chunk", default=0, min=0, max=1024,
-                                  tooltip="Copies that CLIP sees at once; 0 for all. Only memory depends on it; when "
-                                  "memory runs out it is halved by itself.")),
-                dial(io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1,
-                                    tooltip="Classifier-free guidance, for a MODEL that takes text.")),
-                AugmentIO.Input("augment", optional=True,
-                                tooltip="ExtendingAugment. Without it: 16 copies as in the paper, or the preset's."),
+                dial(
+                    io.Combo.Input(
+                        "sampler",
+                        options=["ddpm", "ddim"],
+                        default="ddpm",
+                        tooltip="ddpm is better at 100 steps, ddim below 50.",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "range_weight",
+                        default=50.0,
+                        min=0.0,
+                        max=100000.0,
+                        step=1.0,
+                        tooltip="Weight of the loss that keeps the estimate's values in range.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "distance",
+                        options=["cosine", "spherical"],
+                        default="cosine",
+                        tooltip="CLIP distance: cosine as in the paper, squared spherical as published.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "guided_input",
+                        options=["x0", "mixed"],
+                        default="x0",
+                        tooltip="What CLIP sees: the clean estimate, or as published its mix with the noisy picture.",
+                    )
+                ),
+                dial(
+                    io.Int.Input(
+                        "guide_every",
+                        default=1,
+                        min=1,
+                        max=1000,
+                        tooltip="Guidance at every n-th step only; the every of a schedule takes its place.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "gradient",
+                        options=["through_model", "direct"],
+                        default="through_model",
+                        tooltip="through_model differentiates through the MODEL (exact; about twice the "
+                        "time and much more memory), direct does not.",
+                    )
+                ),
+                dial(
+                    io.Boolean.Input(
+                        "blend",
+                        default=True,
+                        tooltip="Off gives the paper's baseline, Local CLIP-guided diffusion: the whole "
+                        "picture is guided and background_weight alone holds the background.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "background_level",
+                        options=["next", "current"],
+                        default="next",
+                        tooltip="Noise level of the blended source: that of the step's result, or as "
+                        "published that of its input.",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "background_weight",
+                        default=0.0,
+                        min=0.0,
+                        max=1000000.0,
+                        step=10.0,
+                        tooltip="Weight λ of the background loss ½(MSE + LPIPS); needs an LPIPS backbone.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "background_loss",
+                        options=["paper", "official"],
+                        default="paper",
+                        tooltip="paper: ½(MSE + LPIPS) of both backgrounds. official: 10·MSE + LPIPS of "
+                        "the masked result against the unmasked source.",
+                    )
+                ),
+                dial(
+                    io.Boolean.Input(
+                        "clamp",
+                        default=False,
+                        tooltip="Keep the clean estimate within a picture's range (pixel-space priors "
+                        "only). Helps priors that overshoot at high noise, as small ε-predicting ones do.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "lpips",
+                        options=lpips_choices(),
+                        default=NONE,
+                        tooltip="Backbone of LPIPS for the background loss.",
+                    )
+                ),
+                dial(
+                    io.Int.Input(
+                        "resolution",
+                        default=0,
+                        min=0,
+                        max=4096,
+                        step=8,
+                        tooltip="Working size of the picture's shorter side. 0: the size that a prior was "
+                        "trained at; for a latent model the picture's own. The result always has the "
+                        "picture's own size.",
+                    )
+                ),
+                dial(
+                    io.Int.Input(
+                        "clip_chunk",
+                        default=0,
+                        min=0,
+                        max=1024,
+                        tooltip="Copies that CLIP sees at once; 0 for all. Only memory depends on it; when "
+                        "memory runs out it is halved by itself.",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "cfg",
+                        default=4.0,
+                        min=0.0,
+                        max=100.0,
+                        step=0.1,
+                        tooltip="Classifier-free guidance, for a MODEL that takes text.",
+                    )
+                ),
+                AugmentIO.Input(
+                    "augment",
+                    optional=True,
+                    tooltip="ExtendingAugment. Without it: 16 copies as in the paper, or the preset's.",
+                ),
                 io.Conditioning.Input("positive", optional=True, tooltip="For a MODEL that takes text."),
                 io.Conditioning.Input("negative", optional=True, tooltip="For a MODEL that takes text."),
-                ClipGuideIO.Input("scorer", optional=True,
-                                  tooltip="Another CLIP that ranks the candidates. Better than the guide, which may "
-                                  "have been fooled by what it made itself."),
+                ClipGuideIO.Input(
+                    "scorer",
+                    optional=True,
+                    tooltip="Another CLIP that ranks the candidates. Better than the guide, which may "
+                    "have been fooled by what it made itself.",
+                ),
                 *steering_inputs(),
-                io.Vae.Input("guide_vae", optional=True,
-                             tooltip="A small VAE of the same family (taesd, taesdxl) that CLIP looks through while it "
-                             "guides; the result is decoded by vae."),
-                dial(io.Combo.Input("guide_decode", options=["whole", "window"], default="whole", optional=True,
-                                    tooltip="What of a latent estimate is decoded for CLIP: all of it, or the window "
-                                    "around the mask, which is faster for small masks and nearly the same.")),
-                dial(io.Combo.Input("window", options=["off", "auto", "on"], default="auto", optional=True,
-                                    tooltip="Edit the part of the picture around the mask at the MODEL's own size, and "
-                                    "paste it back. auto: where the picture's shorter side is larger than that size, or "
-                                    "the mask is a few pixels wide; on: always; off: the whole picture. Narrow "
-                                    "parts far apart have windows of their own.")),
-                dial(io.Float.Input("context", default=0.5, min=0.0, max=16.0, step=0.05, optional=True,
-                                    tooltip="Room around the mask that a window takes in, to every side, as a fraction "
-                                    "of the mask's longer side.")),
-                dial(io.Combo.Input("shrink", options=["off", "auto", "on"], default="auto", optional=True,
-                                    tooltip="Begin with a larger mask that shrinks to yours while the noise falls: in a "
-                                    "mask of a few pixels nothing happens otherwise. auto: where the mask is narrower "
-                                    "than a sixth of the working size's shorter side.")),
+                io.Vae.Input(
+                    "guide_vae",
+                    optional=True,
+                    tooltip="A small VAE of the same family (taesd, taesdxl) that CLIP looks through while it "
+                    "guides; the result is decoded by vae.",
+                ),
+                dial(
+                    io.Combo.Input(
+                        "guide_decode",
+                        options=["whole", "window"],
+                        default="whole",
+                        optional=True,
+                        tooltip="What of a latent estimate is decoded for CLIP: all of it, or the window "
+                        "around the mask, which is faster for small masks and nearly the same.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "window",
+                        options=["off", "auto", "on"],
+                        default="auto",
+                        optional=True,
+                        tooltip="Edit the part of the picture around the mask at the MODEL's own size, and "
+                        "paste it back. auto: where the picture's shorter side is larger than that size, or "
+                        "the mask is a few pixels wide; on: always; off: the whole picture. Narrow "
+                        "parts far apart have windows of their own.",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "context",
+                        default=0.5,
+                        min=0.0,
+                        max=16.0,
+                        step=0.05,
+                        optional=True,
+                        tooltip="Room around the mask that a window takes in, to every side, as a fraction "
+                        "of the mask's longer side.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "shrink",
+                        options=["off", "auto", "on"],
+                        default="auto",
+                        optional=True,
+                        tooltip="Begin with a larger mask that shrinks to yours while the noise falls: in a "
+                        "mask of a few pixels nothing happens otherwise. auto: where the mask is narrower "
+                        "than a sixth of the working size's shorter side.",
+                    )
+                ),
                 text_guard_input(),
                 match_border_input(True, optional=True),
             ],
@@ -169,15 +338,49 @@ class CLIPBlendSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, vae, image, mask, clip_guide: ComfyGuide, prompt: str, seed: int, candidates: int, batch_size: int,
-        preset: str, guidance: float, steps: int, start: int, sampler: str = "ddpm", range_weight: float = 50.0,
-        distance: str = "cosine", guided_input: str = "x0", guide_every: int = 1, gradient: str = "through_model",
-        blend: bool = True, background_level: str = "next", background_weight: float = 0.0,
-        background_loss: str = "paper", clamp: bool = False, lpips: str = NONE, resolution: int = 0, clip_chunk: int = 0,
-        cfg: float = 4.0, augment: ExtendingAugmentations | None = None, positive=None, negative=None, scorer: ComfyGuide | None = None,
-        negative_prompt: str = "", guide_image=None, regions: tuple[RegionRequest, ...] = (),
-        schedule: GuideSchedule | None = None, guide_vae=None, guide_decode: str = "whole",
-        window: str = "auto", context: float = 0.5, shrink: str = "auto", text_guard: float = 0.0,
+        cls,
+        model,
+        vae,
+        image,
+        mask,
+        clip_guide: ComfyGuide,
+        prompt: str,
+        seed: int,
+        candidates: int,
+        batch_size: int,
+        preset: str,
+        guidance: float,
+        steps: int,
+        start: int,
+        sampler: str = "ddpm",
+        range_weight: float = 50.0,
+        distance: str = "cosine",
+        guided_input: str = "x0",
+        guide_every: int = 1,
+        gradient: str = "through_model",
+        blend: bool = True,
+        background_level: str = "next",
+        background_weight: float = 0.0,
+        background_loss: str = "paper",
+        clamp: bool = False,
+        lpips: str = NONE,
+        resolution: int = 0,
+        clip_chunk: int = 0,
+        cfg: float = 4.0,
+        augment: ExtendingAugmentations | None = None,
+        positive=None,
+        negative=None,
+        scorer: ComfyGuide | None = None,
+        negative_prompt: str = "",
+        guide_image=None,
+        regions: tuple[RegionRequest, ...] = (),
+        schedule: GuideSchedule | None = None,
+        guide_vae=None,
+        guide_decode: str = "whole",
+        window: str = "auto",
+        context: float = 0.5,
+        shrink: str = "auto",
+        text_guard: float = 0.0,
         match_border: bool = True,
     ) -> io.NodeOutput:
         from ..blending.augment import ExtendingAugmentations
@@ -187,11 +390,21 @@ class CLIPBlendSampler(io.ComfyNode):
         from ..blending.schedule import GuideSchedule
         from ..blending.settings import PRESETS, BlendSettings, preset_settings
 
-        dials = dict(
-            steps=steps, start=start, sampler=sampler,
-            guidance=guidance, range_weight=range_weight, distance=distance, guided_input=guided_input,
-            gradient=gradient, blend=blend, background_level=background_level,
-            background_weight=background_weight, background_loss=background_loss, clamp=clamp, chunk=clip_chunk,
+        dials: dict[str, Any] = dict(
+            steps=steps,
+            start=start,
+            sampler=sampler,
+            guidance=guidance,
+            range_weight=range_weight,
+            distance=distance,
+            guided_input=guided_input,
+            gradient=gradient,
+            blend=blend,
+            background_level=background_level,
+            background_weight=background_weight,
+            background_loss=background_loss,
+            clamp=clamp,
+            chunk=clip_chunk,
             # A preset replaces guide_every like any other dial; a schedule is a choice of its own.
             schedule=schedule or GuideSchedule(every=guide_every if preset == CUSTOM else 1),
             guide_decode=guide_decode,
@@ -208,27 +421,47 @@ class CLIPBlendSampler(io.ComfyNode):
         requests = (RegionRequest(mask, prompt, negative_prompt, guide_image=guide_image), *regions)
         if not any(request.asks for request in requests):
             said.append(
-                "the prompt is empty, so CLIP does not steer: the region is made up anew" if len(requests) == 1
+                "the prompt is empty, so CLIP does not steer: the region is made up anew"
+                if len(requests) == 1
                 else "no region asks for anything, so CLIP does not steer: they are made up anew"
             )
             logger.warning("CLIPBlendSampler: %s.", said[-1])
         said += dict.fromkeys(
-            note for request in requests for guide in (clip_guide, scorer or clip_guide) for note in request.notes(guide)
+            note
+            for request in requests
+            for guide in (clip_guide, scorer or clip_guide)
+            for note in request.notes(guide)
         )
         job = _Job(
-            model, vae, positive, negative, cfg, clip_guide, scorer, requests, settings, augment,
-            load_perceptual(lpips) if settings.background_weight > 0 else None, resolution, batch_size,
-            window, context, shrink, guide_vae, text_guard, match_border,
+            model,
+            vae,
+            positive,
+            negative,
+            cfg,
+            clip_guide,
+            scorer,
+            requests,
+            settings,
+            augment,
+            load_perceptual(lpips) if settings.background_weight > 0 else None,
+            resolution,
+            batch_size,
+            window,
+            context,
+            shrink,
+            guide_vae,
+            text_guard,
+            match_border,
         )
         masks = masks_for(image, requests, said)
         seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(candidates)]
-        edits = [job.plan(image[row:row + 1], [one[row:row + 1] for one in masks]) for row in range(len(image))]
+        edits = [job.plan(image[row : row + 1], [one[row : row + 1] for one in masks]) for row in range(len(image))]
         runs = sum(len(edit.parts) for edit in edits if edit is not None)
         progress = _Progress(model, runs * candidates * (settings.steps - settings.start))
         images, tables, history = [], [], []
         for row, edit in enumerate(edits):
             if edit is None:  # nothing is marked; the rows of the others stay where they are expected
-                images.append(_as_edited(image[row:row + 1]).expand(candidates, -1, -1, -1))
+                images.append(_as_edited(image[row : row + 1]).expand(candidates, -1, -1, -1))
                 tables.append("not edited: its mask is empty")
                 continue
             made, scores, losses = job.edit(edit, seeds, progress)
@@ -245,9 +478,7 @@ class CLIPBlendSampler(io.ComfyNode):
         plot = _one_size([loss_plot(losses, title) for losses in history])
         said += filter(None, [legend([title])])
         summary = "\n".join(said)
-        return io.NodeOutput(
-            torch.cat(images), scores, plot, summary, ui=ui.PreviewText(f"{scores}\n\n{summary}")
-        )
+        return io.NodeOutput(torch.cat(images), scores, plot, summary, ui=ui.PreviewText(f"{scores}\n\n{summary}"))
 
 
 class _Progress:
@@ -290,9 +521,28 @@ class _Edit:
 class _Job:
     """What the edits of one execution share."""
 
-    def __init__(self, model, vae, positive, negative, cfg, guide, scorer, requests, settings, augment, perceptual,
-                 resolution, batch_size, window, context, shrink, guide_vae, text_guard,
-                 match_border):
+    def __init__(
+        self,
+        model,
+        vae,
+        positive,
+        negative,
+        cfg,
+        guide,
+        scorer,
+        requests,
+        settings,
+        augment,
+        perceptual,
+        resolution,
+        batch_size,
+        window,
+        context,
+        shrink,
+        guide_vae,
+        text_guard,
+        match_border,
+    ):
         from ..hosts import comfy_host
         from ..hosts.comfy_guide import check_guide_vae
 
@@ -378,11 +628,14 @@ class _Job:
                 results = restored if results is None else window.put(results, window.cut(restored))
                 which = f"window {number}: " if len(edit.parts) > 1 else ""
                 history.append([{f"{which}{name}": values for name, values in step.items()} for step in losses])
+            assert results is not None, "an edit has at least one part"
             pasted = paste_into(edit.image.clone(), results, edit.mask, self.match_border)
             scores = self._ranked(to_bchw(pasted[..., :3]), edit) if self.prompted else []
             if scores:
                 pasted = pasted[[score.index for score in scores]]
-        joined = [{name: values for losses in step for name, values in losses.items()} for step in zip(*history)]
+        joined = [
+            {name: values for losses in step for name, values in losses.items()} for step in zip(*history, strict=True)
+        ]
         return pasted, scores, joined
 
     def _candidates(self, part: _Part, seeds: list[int], progress: _Progress):
@@ -392,7 +645,7 @@ class _Job:
         made, history, position = [], [], 0
         batch_size = self.batch_size  # of these candidates; the next ones try the whole again
         while position < len(seeds):
-            batch = seeds[position:position + batch_size]
+            batch = seeds[position : position + batch_size]
             losses: list[dict[str, torch.Tensor]] = []
             before = progress.done
             try:
@@ -414,7 +667,8 @@ class _Job:
             position += len(batch)
             history.append(losses)
         joined = [
-            {name: torch.cat([losses[name].cpu() for losses in step]) for name in step[0]} for step in zip(*history)
+            {name: torch.cat([losses[name].cpu() for losses in step]) for name in step[0]}
+            for step in zip(*history, strict=True)
         ]
         return torch.cat(made).cpu(), joined
 
@@ -432,8 +686,10 @@ class _Job:
         scorer = (self.scorer or self.guide).load()
         asked = [
             (part.masks[number], self.requests[number])
-            for part in edit.parts for number in self.prompted if number in part.masks
-        ]  # fmt: skip
+            for part in edit.parts
+            for number in self.prompted
+            if number in part.masks
+        ]
         by_region = []
         for mask, request in asked:
             prompt, contrasts = request.prompt.strip(), lines(request.negative_prompt)
@@ -444,8 +700,10 @@ class _Job:
             return []
         terms = [name for name in dataclasses.asdict(by_region[0][0]) if name != "index"]
         mean = [
-            dataclasses.replace(same[0], **{name: statistics.fmean(getattr(one, name) for one in same) for name in terms})
-            for same in zip(*by_region)
+            dataclasses.replace(
+                same[0], **{name: statistics.fmean(getattr(one, name) for one in same) for name in terms}
+            )
+            for same in zip(*by_region, strict=True)
         ]
         return sorted(mean, key=lambda one: math.inf if math.isnan(one.combined) else -one.combined)
 
@@ -460,12 +718,15 @@ class _Job:
         cells = comfy_host.latent_shape(self.model, self.vae, height, width)
         noise = CandidateNoise(seeds, torch.device("cpu")).like(cells)
         asked = any(request.asks for request in requests)
-        guided = asked and self.settings.guidance > 0 or self.settings.background_weight > 0
+        guided = (asked and self.settings.guidance > 0) or self.settings.background_weight > 0
 
         def body(host) -> torch.Tensor:
             regions = self._regions(part, host.device)
             guidance = Guidance(
-                self.settings, regions, canvas.source.to(host.device), self.augment,
+                self.settings,
+                regions,
+                canvas.source.to(host.device),
+                self.augment,
                 self.augment.generators(seeds),
                 self.perceptual.to(host.device) if self.perceptual is not None else None,
             )
@@ -477,7 +738,14 @@ class _Job:
             return blended_diffusion(host, guidance, seeds, self.settings, on_step)
 
         return comfy_host.run(
-            self.model, self.vae, part.positive, part.negative, self.cfg, noise, seeds[0], body,
+            self.model,
+            self.vae,
+            part.positive,
+            part.negative,
+            self.cfg,
+            noise,
+            seeds[0],
+            body,
             gradients=bool(guided),
             beside=[*patchers_of(requests, self.guide), *([self.guide_vae.patcher] if self.guide_vae else [])],
             host=host_with_guide_vae(self.guide_vae),
@@ -499,9 +767,9 @@ class _Job:
 def _one_size(plots: list[torch.Tensor]) -> torch.Tensor:
     """Plots [1, H, W, 3] as a batch, on white of the largest's size: they differ where pictures have other regions."""
     height, width = (max(plot.shape[axis] for plot in plots) for axis in (1, 2))
-    return torch.cat([
-        F.pad(plot, (0, 0, 0, width - plot.shape[2], 0, height - plot.shape[1]), value=1.0) for plot in plots
-    ])  # fmt: skip
+    return torch.cat(
+        [F.pad(plot, (0, 0, 0, width - plot.shape[2], 0, height - plot.shape[1]), value=1.0) for plot in plots]
+    )
 
 
 def _as_edited(image: torch.Tensor) -> torch.Tensor:

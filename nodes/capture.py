@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..attention_swap.layout import Layout, Needs
     from ..attention_swap.sampler import Subject
     from ..attention_swap.settings import SwapSettings
-    from ..hosts.attention import TextHost
+    from ..hosts.attention import Branch, TextHost
 
 logger = logging.getLogger(__name__)
 
@@ -53,51 +53,96 @@ class AttentionCapture(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="SD 1.x, SD 2.x or SDXL: for an inversion the MODEL that made it."),
                 io.Conditioning.Input("positive", tooltip="The source's prompt."),
-                io.Int.Input("seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=True,
-                             tooltip="Draws the noise for a latent, as KSampler does."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=LARGEST_SEED,
+                    control_after_generate=True,
+                    tooltip="Draws the noise for a latent, as KSampler does.",
+                ),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Steps of source and targets."),
                 io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the source."),
-                io.Combo.Input("scheduler", options=["ddim_uniform", "simple", "official"], default="ddim_uniform",
-                               tooltip="Noise levels of the steps. official: the published code's, which ends a little "
-                               "above zero noise."),
                 io.Combo.Input(
-                    "storage", options=["auto", "tape", "replay"], default="auto",
+                    "scheduler",
+                    options=["ddim_uniform", "simple", "official"],
+                    default="ddim_uniform",
+                    tooltip="Noise levels of the steps. official: the published code's, which ends a little "
+                    "above zero noise.",
+                ),
+                io.Combo.Input(
+                    "storage",
+                    options=["auto", "tape", "replay"],
+                    default="auto",
                     tooltip="tape: what a swap needs is kept in main memory, and a target costs one run. replay: "
                     "nothing is kept, the source runs again beside each target. auto: a tape where it fits into "
                     "memory_gib.",
                 ),
-                io.Float.Input("memory_gib", default=0.0, min=0.0, max=4096.0, step=0.5,
-                               tooltip="Main memory that a tape may take, in GiB; 0 for a quarter of what is free, and "
-                               "at most 8. It is held until ComfyUI drops this node's output."),
-                dial(io.Boolean.Input("for_sweep", default=False,
-                                      tooltip="Keep what every smaller λ needs too, so that AttentionSwapSweep can "
-                                      "run a grid up to the settings' λ's from one tape.")),
-                dial(io.Boolean.Input("sample_source", default=True,
-                                      tooltip="With replay: sample the source here, for the LATENT output. A swap "
-                                      "does not need it; off saves a run.")),
+                io.Float.Input(
+                    "memory_gib",
+                    default=0.0,
+                    min=0.0,
+                    max=4096.0,
+                    step=0.5,
+                    tooltip="Main memory that a tape may take, in GiB; 0 for a quarter of what is free, and "
+                    "at most 8. It is held until ComfyUI drops this node's output.",
+                ),
+                dial(
+                    io.Boolean.Input(
+                        "for_sweep",
+                        default=False,
+                        tooltip="Keep what every smaller λ needs too, so that AttentionSwapSweep can "
+                        "run a grid up to the settings' λ's from one tape.",
+                    )
+                ),
+                dial(
+                    io.Boolean.Input(
+                        "sample_source",
+                        default=True,
+                        tooltip="With replay: sample the source here, for the LATENT output. A swap "
+                        "does not need it; off saves a run.",
+                    )
+                ),
                 *source_kind(),
-                SwapSettingsIO.Input("settings", optional=True,
-                                     tooltip="SwapSettings; without it the Photoswap paper's."),
-                SwapSubjectsIO.Input("subjects", optional=True,
-                                     tooltip="SwapSubject, where subjects have λ's of their own: a tape must know of "
-                                     "them."),
+                SwapSettingsIO.Input(
+                    "settings", optional=True, tooltip="SwapSettings; without it the Photoswap paper's."
+                ),
+                SwapSubjectsIO.Input(
+                    "subjects",
+                    optional=True,
+                    tooltip="SwapSubject, where subjects have λ's of their own: a tape must know of them.",
+                ),
             ],
             outputs=[
-                AttentionIO.Output(display_name="attention",
-                                   tooltip="For AttentionSwapSampler and AttentionSwapSweep."),
+                AttentionIO.Output(
+                    display_name="attention", tooltip="For AttentionSwapSampler and AttentionSwapSweep."
+                ),
                 io.Latent.Output(display_name="latent", tooltip="The source as it was sampled."),
-                io.String.Output(display_name="summary",
-                                 tooltip="What was run, what is kept, and how much memory it takes."),
+                io.String.Output(
+                    display_name="summary", tooltip="What was run, what is kept, and how much memory it takes."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, positive, seed: int = 0, steps: int = 50, cfg: float = 7.5, scheduler: str = "ddim_uniform",
-        storage: str = "auto", memory_gib: float = 0.0, for_sweep: bool = False, sample_source: bool = True,
-        negative=None, inversion: Inversion | None = None, latent: dict | None = None,
-        settings: SwapSettings | None = None, subjects: tuple[Subject, ...] | None = None,
+        cls,
+        model,
+        positive,
+        seed: int = 0,
+        steps: int = 50,
+        cfg: float = 7.5,
+        scheduler: str = "ddim_uniform",
+        storage: str = "auto",
+        memory_gib: float = 0.0,
+        for_sweep: bool = False,
+        sample_source: bool = True,
+        negative=None,
+        inversion: Inversion | None = None,
+        latent: dict | None = None,
+        settings: SwapSettings | None = None,
+        subjects: tuple[Subject, ...] | None = None,
     ) -> io.NodeOutput:
         from comfy_execution.graph_utils import ExecutionBlocker
 
@@ -131,8 +176,10 @@ class AttentionCapture(io.ComfyNode):
         said.append(describe(settings))
         text = "\n".join(said)
         attention = Attention.of(made, settings, positive, negative, seed, model)
-        result = as_latent(model, made.latents) if made.sampled else ExecutionBlocker(
-            "AttentionCapture did not sample the source: switch sample_source on for its latent."
+        result = (
+            as_latent(model, latents)
+            if (latents := made.latents) is not None
+            else ExecutionBlocker("AttentionCapture did not sample the source: switch sample_source on for its latent.")
         )
         return io.NodeOutput(attention, result, text, ui=ui.PreviewText(text))
 
@@ -145,7 +192,8 @@ class _Wanted:
 
         whole = [settings, *(subject.settings(settings) for subject in subjects)]
         self.settings = [one for given in whole for one in (covering(given) if for_sweep else [given])]
-        self.tell, self.batch, self.branches = tell, 1, ()
+        self.tell, self.batch = tell, 1
+        self.branches: tuple[Branch, ...] = ()
 
     def __call__(self, layout: Layout, steps: int) -> Needs:
         from ..attention_swap.capture import estimate, needed
@@ -237,8 +285,17 @@ def _size(count: int) -> str:
 
 
 def _run(
-    model, positive, negative, cfg: float, seed: int, source: Any, wanted: _Wanted, storage: str, budget: int,
-    sample: bool, progress: Progress,
+    model,
+    positive,
+    negative,
+    cfg: float,
+    seed: int,
+    source: Any,
+    wanted: _Wanted,
+    storage: str,
+    budget: int,
+    sample: bool,
+    progress: Progress,
 ) -> Capture:
     from ..attention_swap.capture import branches_of, capture
     from ..hosts.comfy_text import run_text
@@ -249,7 +306,13 @@ def _run(
         check_null(host, source)
         wanted.batch, wanted.branches = len(noise), branches_of(host)
         return capture(
-            host, source, wanted, storage, budget=budget, sample=sample, on_step=progress.step,
+            host,
+            source,
+            wanted,
+            storage,
+            budget=budget,
+            sample=sample,
+            on_step=progress.step,
             facts={"model": type(model.model).__name__},
         )
 

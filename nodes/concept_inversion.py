@@ -5,9 +5,17 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from .concept_training import (
-    Training, checked_token, gathered, model_inputs, name_input, reference_inputs, settings_of, train, training_inputs,
+    Training,
+    checked_token,
+    gathered,
+    model_inputs,
+    name_input,
+    reference_inputs,
+    settings_of,
+    train,
+    training_inputs,
     training_outputs,
-)  # fmt: skip
+)
 from .inputs import aliases, running_node
 
 
@@ -30,15 +38,25 @@ class LearnConceptTextualInversion(io.ComfyNode):
             inputs=[
                 *model_inputs(),
                 io.String.Input("token", default="sks", tooltip="The new word: one that means nothing yet."),
-                io.String.Input("initial_word", default="dog",
-                                tooltip="What the subject is, in a word: what the vectors begin as."),
-                io.Int.Input("vectors", default=1, min=1, max=32,
-                             tooltip="Vectors of the word. More hold more of the subject, and leave less room for "
-                             "the rest of a prompt."),
+                io.String.Input(
+                    "initial_word", default="dog", tooltip="What the subject is, in a word: what the vectors begin as."
+                ),
+                io.Int.Input(
+                    "vectors",
+                    default=1,
+                    min=1,
+                    max=32,
+                    tooltip="Vectors of the word. More hold more of the subject, and leave less room for "
+                    "the rest of a prompt.",
+                ),
                 name_input("my_concept", "ComfyUI's embeddings folder"),
-                io.String.Input("templates", default="", multiline=True,
-                                tooltip="Prompts to train on, one in a line, with {} in the place of the word. Empty "
-                                "for the 27 published ones (a photo of a {}, …)."),
+                io.String.Input(
+                    "templates",
+                    default="",
+                    multiline=True,
+                    tooltip="Prompts to train on, one in a line, with {} in the place of the word. Empty "
+                    "for the 27 published ones (a photo of a {}, …).",
+                ),
                 *shared,
                 *reference_inputs(),
             ],
@@ -49,13 +67,28 @@ class LearnConceptTextualInversion(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, clip, vae, token: str, initial_word: str, name: str, vectors: int = 1, templates: str = "",
-        lr: float = 5e-4, size: int = 0, precision: str = "auto", gradient_checkpointing: bool = True,
-        resume: bool = True, images=None, masks=None, references=None, **schedule,
+        cls,
+        model,
+        clip,
+        vae,
+        token: str,
+        initial_word: str,
+        name: str,
+        vectors: int = 1,
+        templates: str = "",
+        lr: float = 5e-4,
+        size: int = 0,
+        precision: str = "auto",
+        gradient_checkpointing: bool = True,
+        resume: bool = True,
+        images=None,
+        masks=None,
+        references=None,
+        **schedule,
     ) -> io.NodeOutput:
         from ..blending.regions import lines
         from ..concepts.settings import TEMPLATES, TEXTUAL_INVERSION, prompts_for
@@ -71,13 +104,26 @@ class LearnConceptTextualInversion(io.ComfyNode):
             raise ValueError("initial_word is empty: give a word for what the subject is, such as 'dog'")
         learned = TokenVectors(token, initial_word.strip(), vectors)
         training = Training(
-            "Textual Inversion", "embeddings", name, token, learned, pictures,
-            prompts_for(token, lines(templates) or TEMPLATES), settings_of(lr or TEXTUAL_INVERSION.lr, 0.0, schedule), size,
-            precision, gradient_checkpointing, resume,
-        )  # fmt: skip
+            "Textual Inversion",
+            "embeddings",
+            name,
+            token,
+            learned,
+            pictures,
+            prompts_for(token, lines(templates) or TEMPLATES),
+            settings_of(lr or TEXTUAL_INVERSION.lr, 0.0, schedule),
+            size,
+            precision,
+            gradient_checkpointing,
+            resume,
+        )
         made = train(model, clip, vae, training, running_node(cls))
         knowing = learned_model(model, clip, learned, made.state)[1]
         return io.NodeOutput(
-            knowing, f"embedding:{made.file.stem}", made.plot, made.previews, made.report,
+            knowing,
+            f"embedding:{made.file.stem}",
+            made.plot,
+            made.previews,
+            made.report,
             ui=ui.PreviewText(made.report),
-        )  # fmt: skip
+        )

@@ -44,35 +44,71 @@ class ConceptScore(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="Their VAE."),
                 io.Model.Input("base_model", tooltip="The MODEL before it learned."),
                 io.Clip.Input("base_clip", tooltip="The CLIP before it learned."),
-                ClipGuideIO.Input("scorer", tooltip="A CLIP (Load CLIP Guide) that judges. Not one that guided what it "
-                                  "judges, and none whose image side was trained on the references."),
-                io.String.Input("prompt", default="a photo of sks dog", dynamic_prompts=True,
-                                tooltip="Names the concept."),
-                io.String.Input("class_prompt", default="a photo of a dog", dynamic_prompts=True,
-                                tooltip="The same without the token."),
+                ClipGuideIO.Input(
+                    "scorer",
+                    tooltip="A CLIP (Load CLIP Guide) that judges. Not one that guided what it "
+                    "judges, and none whose image side was trained on the references.",
+                ),
+                io.String.Input(
+                    "prompt", default="a photo of sks dog", dynamic_prompts=True, tooltip="Names the concept."
+                ),
+                io.String.Input(
+                    "class_prompt",
+                    default="a photo of a dog",
+                    dynamic_prompts=True,
+                    tooltip="The same without the token.",
+                ),
                 io.Int.Input("samples", default=8, min=2, max=256, tooltip="Pictures of each of three kinds."),
                 io.Int.Input("steps", default=25, min=1, max=1000, tooltip="Of sampling (DDIM)."),
                 io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance."),
-                io.Int.Input("size", default=0, min=0, max=8192, step=8,
-                             tooltip="Side of the samples in pixels; 0 for what the MODEL was trained at."),
-                io.Int.Input("seed", default=0, min=0, max=LARGEST_SEED - 1000, control_after_generate=True,
-                             tooltip="Draws the noise, the same for each kind."),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip="Side of the samples in pixels; 0 for what the MODEL was trained at.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=LARGEST_SEED - 1000,
+                    control_after_generate=True,
+                    tooltip="Draws the noise, the same for each kind.",
+                ),
                 *reference_inputs(),
             ],
             outputs=[
-                io.Float.Output(display_name="score", tooltip="Identity: 0 the class, 1 the subject. NaN where this "
-                                "scorer cannot tell."),
+                io.Float.Output(
+                    display_name="score",
+                    tooltip="Identity: 0 the class, 1 the subject. NaN where this scorer cannot tell.",
+                ),
                 io.String.Output(display_name="report", tooltip="The verdict, and the figures behind it."),
                 io.Image.Output(display_name="sheet", tooltip="The references, below them what was sampled."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, clip, vae, base_model, base_clip, scorer: ComfyGuide, prompt: str, class_prompt: str,
-        samples: int = 8, steps: int = 25, cfg: float = 7.5, size: int = 0, seed: int = 0, images=None, masks=None,
+        cls,
+        model,
+        clip,
+        vae,
+        base_model,
+        base_clip,
+        scorer: ComfyGuide,
+        prompt: str,
+        class_prompt: str,
+        samples: int = 8,
+        steps: int = 25,
+        cfg: float = 7.5,
+        size: int = 0,
+        seed: int = 0,
+        images=None,
+        masks=None,
         references=None,
     ) -> io.NodeOutput:
         from ..concepts.score import score_concept
@@ -112,7 +148,13 @@ class ConceptScore(io.ComfyNode):
 
 
 def _sampled(
-    kinds: dict[str, tuple[Any, Any, str]], vae, count: int, steps: int, cfg: float, size: int, seed: int,
+    kinds: dict[str, tuple[Any, Any, str]],
+    vae,
+    count: int,
+    steps: int,
+    cfg: float,
+    size: int,
+    seed: int,
     node_id: str | None,
 ) -> dict[str, Tensor]:
     """Pictures [count, size, size, 3] in 0..1 of each kind, by ComfyUI's own sampling."""
@@ -121,7 +163,7 @@ def _sampled(
     progress, done = comfy.utils.ProgressBar(len(kinds) * count), 0
     made: dict[str, list[Tensor]] = {}
     for kind, (model, clip, words) in kinds.items():
-        for pictures in _pictures(model, clip, vae, words, count, steps, cfg, size, seed):
+        for pictures in sampled_pictures(model, clip, vae, words, count, steps, cfg, size, seed):
             made.setdefault(kind, []).append(pictures)
             done += len(pictures)
             progress.update_absolute(done)
@@ -129,7 +171,7 @@ def _sampled(
     return {kind: torch.cat(pictures) for kind, pictures in made.items()}
 
 
-def _pictures(
+def sampled_pictures(
     model, clip, vae, words: str, count: int, steps: int, cfg: float, size: int, seed: int
 ) -> Iterator[Tensor]:
     import comfy.sample
@@ -142,9 +184,18 @@ def _pictures(
         seeds = range(seed + start, seed + min(start + ROWS, count))
         noise = torch.cat([comfy.sample.prepare_noise(empty, each) for each in seeds])
         latents = comfy.sample.sample(
-            model, noise, steps, cfg, "ddim", "ddim_uniform", positive, negative, empty.expand_as(noise).clone(),
-            disable_pbar=True, seed=seed,
-        )  # fmt: skip
+            model,
+            noise,
+            steps,
+            cfg,
+            "ddim",
+            "ddim_uniform",
+            positive,
+            negative,
+            empty.expand_as(noise).clone(),
+            disable_pbar=True,
+            seed=seed,
+        )
         yield vae.decode(latents)[..., :3].float().cpu()
 
 
@@ -158,7 +209,7 @@ def _subject(reference: Reference) -> Tensor:
     rows, columns = torch.nonzero(mask > 0.5, as_tuple=True)
     if not len(rows):
         return picture
-    return picture[:, int(rows.min()):int(rows.max()) + 1, int(columns.min()):int(columns.max()) + 1]
+    return picture[:, int(rows.min()) : int(rows.max()) + 1, int(columns.min()) : int(columns.max()) + 1]
 
 
 def _sheet(references: tuple[Reference, ...], made: dict[str, Tensor], size: int) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import comfy.model_management
 import comfy.utils
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..concepts.settings import TrainSettings
     from ..concepts.trainer import LearnResult, StepReport
     from ..hosts.comfy_learner import ComfyLearner
-    from ..hosts.learning import Learned
+    from ..hosts.learning import Learned, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +59,21 @@ class ConceptReferences(io.ComfyNode):
             "IMAGE batch has one size: chain one of these for each size.",
             inputs=[
                 io.Image.Input("images", tooltip="Pictures of the subject, one or a batch."),
-                io.Mask.Input("masks", optional=True,
-                              tooltip="Where the subject is (white): one for each picture, or one for all. The rest is "
-                              "not learned. Without it the alpha of images with 4 channels. Load Image's and Split "
-                              "Image with Alpha's mask is white where a picture is transparent: put InvertMask between."),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Where the subject is (white): one for each picture, or one for all. The rest is "
+                    "not learned. Without it the alpha of images with 4 channels. Load Image's and Split "
+                    "Image with Alpha's mask is white where a picture is transparent: put InvertMask between.",
+                ),
                 ConceptReferencesIO.Input("references", optional=True, tooltip="The Concept References before this."),
             ],
-            outputs=[ConceptReferencesIO.Output(display_name="references",
-                                                tooltip="For a learning node, or the next Concept References.")],
-        )  # fmt: skip
+            outputs=[
+                ConceptReferencesIO.Output(
+                    display_name="references", tooltip="For a learning node, or the next Concept References."
+                )
+            ],
+        )
 
     @classmethod
     def execute(
@@ -78,24 +84,35 @@ class ConceptReferences(io.ComfyNode):
 
 def reference_inputs() -> list[Any]:
     return [
-        io.Image.Input("images", optional=True,
-                       tooltip="References of the subject, 3 to 20, on different grounds. Pictures of other sizes go "
-                       "through Concept References."),
-        io.Mask.Input("masks", optional=True,
-                      tooltip="Where the subject is in images (white): one for each, or one for all. Only there is it "
-                      "learned. Without it the alpha of images with 4 channels. Load Image's and Split Image with "
-                      "Alpha's mask is white where a picture is transparent: put InvertMask between."),
-        ConceptReferencesIO.Input("references", optional=True,
-                                  tooltip="References of any sizes (Concept References), beside images or instead."),
-    ]  # fmt: skip
+        io.Image.Input(
+            "images",
+            optional=True,
+            tooltip="References of the subject, 3 to 20, on different grounds. Pictures of other sizes go "
+            "through Concept References.",
+        ),
+        io.Mask.Input(
+            "masks",
+            optional=True,
+            tooltip="Where the subject is in images (white): one for each, or one for all. Only there is it "
+            "learned. Without it the alpha of images with 4 channels. Load Image's and Split Image with "
+            "Alpha's mask is white where a picture is transparent: put InvertMask between.",
+        ),
+        ConceptReferencesIO.Input(
+            "references",
+            optional=True,
+            tooltip="References of any sizes (Concept References), beside images or instead.",
+        ),
+    ]
 
 
 def class_input() -> Any:
     return io.MultiType.Input(
-        "class_pictures", types=[io.Image, ConceptReferencesIO], optional=True,
+        "class_pictures",
+        types=[io.Image, ConceptReferencesIO],
+        optional=True,
         tooltip="Pictures of your own of the class, an image batch or Concept References: then none are made, and "
         "class_images does not count.",
-    )  # fmt: skip
+    )
 
 
 def gathered(
@@ -130,7 +147,7 @@ def gathered(
         own = [None] * len(pictures)
         if masks is not None:
             own = list(masks[:, 0].detach().clone().cpu().expand(len(pictures), -1, -1))
-        return (*(references or ()), *zip(pictures, own))
+        return (*(references or ()), *zip(pictures, own, strict=True))
 
 
 def given_class(pictures: Tensor | tuple[Reference, ...] | None) -> tuple[Tensor, ...]:
@@ -177,43 +194,101 @@ def training_outputs() -> list[Any]:
 
 
 def name_input(default: str, place: str) -> Any:
-    return io.String.Input("name", default=default,
-                           tooltip=f"Of the file in {place}, without folder and ending. One that is there already is "
-                           "kept, and a number is added.")  # fmt: skip
+    return io.String.Input(
+        "name",
+        default=default,
+        tooltip=f"Of the file in {place}, without folder and ending. One that is there already is "
+        "kept, and a number is added.",
+    )
 
 
 def training_inputs(*, steps: int, batch: int, lr: float, lr_words: str) -> list[Any]:
     """Inputs of a training; the defaults are a preset's."""
     return [
-        io.Int.Input("steps", default=steps, min=1, max=1_000_000, tooltip="Updates. With resume on, a finished "
-                     "training goes on when this is raised."),
+        io.Int.Input(
+            "steps",
+            default=steps,
+            min=1,
+            max=1_000_000,
+            tooltip="Updates. With resume on, a finished training goes on when this is raised.",
+        ),
         io.Float.Input("lr", default=lr, min=0.0, max=10.0, step=1e-6, round=1e-9, tooltip=lr_words),
-        io.Int.Input("size", default=0, min=0, max=8192, step=8,
-                     tooltip="Side of the pictures in pixels; others than squares get its area. 0 for what the MODEL "
-                     "was trained at (512, SD 2.1 768, SDXL 1024)."),
+        io.Int.Input(
+            "size",
+            default=0,
+            min=0,
+            max=8192,
+            step=8,
+            tooltip="Side of the pictures in pixels; others than squares get its area. 0 for what the MODEL "
+            "was trained at (512, SD 2.1 768, SDXL 1024).",
+        ),
         # Not drawn anew for each run: an unbroken and a resumed training have one seed.
-        io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
-                     tooltip="The same seed and settings give the same concept."),
-        io.Int.Input("preview_every", default=100, min=0, max=1_000_000,
-                     tooltip="Steps between pictures of the concept as it is then; 0 for one at the end alone."),
-        io.Int.Input("checkpoint_every", default=100, min=0, max=1_000_000,
-                     tooltip="Steps between checkpoints in output/concepts, which is how many a power cut costs at "
-                     "most; 0 for one at the end alone."),
-        io.Boolean.Input("resume", default=True,
-                         tooltip="On: goes on from the checkpoint of this name, if there is one. Off: begins anew."),
-        io.Combo.Input("precision", options=["auto", "fp32", "bf16", "fp16"], default="auto",
-                       tooltip="Of the arithmetic; what is trained stays in fp32. auto: bf16 or fp16 on a GPU that is "
-                       "fast at it, else fp32."),
-        io.Boolean.Input("gradient_checkpointing", default=True,
-                         tooltip="Much less memory, about a third more time; the result is the same."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**32 - 1,
+            control_after_generate=False,
+            tooltip="The same seed and settings give the same concept.",
+        ),
+        io.Int.Input(
+            "preview_every",
+            default=100,
+            min=0,
+            max=1_000_000,
+            tooltip="Steps between pictures of the concept as it is then; 0 for one at the end alone.",
+        ),
+        io.Int.Input(
+            "checkpoint_every",
+            default=100,
+            min=0,
+            max=1_000_000,
+            tooltip="Steps between checkpoints in output/concepts, which is how many a power cut costs at "
+            "most; 0 for one at the end alone.",
+        ),
+        io.Boolean.Input(
+            "resume",
+            default=True,
+            tooltip="On: goes on from the checkpoint of this name, if there is one. Off: begins anew.",
+        ),
+        io.Combo.Input(
+            "precision",
+            options=["auto", "fp32", "bf16", "fp16"],
+            default="auto",
+            tooltip="Of the arithmetic; what is trained stays in fp32. auto: bf16 or fp16 on a GPU that is "
+            "fast at it, else fp32.",
+        ),
+        io.Boolean.Input(
+            "gradient_checkpointing",
+            default=True,
+            tooltip="Much less memory, about a third more time; the result is the same.",
+        ),
         dial(io.Int.Input("batch", default=batch, min=1, max=64, tooltip="References at a time.")),
-        dial(io.Int.Input("accumulation", default=1, min=1, max=1024,
-                          tooltip="Passes that make one update: a larger batch without its memory.")),
-        dial(io.Float.Input("min_snr", default=0.0, min=0.0, max=100.0, step=0.5,
-                            tooltip="γ of the min-SNR weighting of noise levels (Hang et al. 2023: 5); 0 for none.")),
-        dial(io.Boolean.Input("flip", default=False,
-                              tooltip="Mirror references by chance. Not for subjects with a left and a right.")),
-    ]  # fmt: skip
+        dial(
+            io.Int.Input(
+                "accumulation",
+                default=1,
+                min=1,
+                max=1024,
+                tooltip="Passes that make one update: a larger batch without its memory.",
+            )
+        ),
+        dial(
+            io.Float.Input(
+                "min_snr",
+                default=0.0,
+                min=0.0,
+                max=100.0,
+                step=0.5,
+                tooltip="γ of the min-SNR weighting of noise levels (Hang et al. 2023: 5); 0 for none.",
+            )
+        ),
+        dial(
+            io.Boolean.Input(
+                "flip", default=False, tooltip="Mirror references by chance. Not for subjects with a left and a right."
+            )
+        ),
+    ]
 
 
 def checked_token(clip: Any, token: str) -> str:
@@ -290,16 +365,23 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
 
     settings, prior = training.settings, training.settings.prior_weight > 0
     size = training.size or native_size(model)
-    precision = _precision(training.precision, model.load_device)
+    precision = trained_precision(training.precision, model.load_device)
     checkpoint = _Checkpoint(training)
     progress = _Progress(training.class_images if prior and not training.own_class else 0, settings.steps, node_id)
     with open_learner(
-        model, clip, vae, training.learned, precision=precision, checkpointing=training.checkpointing,
-        batch=settings.batch * (2 if prior else 1), size=size, seed=settings.seed,
-    ) as learner:  # fmt: skip
+        model,
+        clip,
+        vae,
+        training.learned,
+        precision=precision,
+        checkpointing=training.checkpointing,
+        batch=settings.batch * (2 if prior else 1),
+        size=size,
+        seed=settings.seed,
+    ) as learner:
         need = learner.need.words()
         say(node_id, need)
-        images, masks = zip(*training.references)
+        images, masks = zip(*training.references, strict=True)
         references = prepare(learner, images, masks, size)
         of_class = _OfClass(training, learner, size, progress) if prior else None
         facts = _Facts(training, model, learner, size, precision, references, need, of_class)
@@ -321,11 +403,11 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
     return Trained(state, file, to_bhwc(previews), loss_plot(result.history(), f"{training.kind}: {file.stem}"), report)
 
 
-def _precision(choice: str, device: torch.device) -> str:
+def trained_precision(choice: str, device: torch.device) -> Precision:
     from ..hosts.learning import has_autocast
 
     if choice != "auto":
-        return choice
+        return cast("Precision", choice)  # one of the schema's
     if device.type == "cpu" or not has_autocast(device):
         return "fp32"
     if comfy.model_management.should_use_bf16(device):
@@ -353,9 +435,14 @@ class _OfClass:
 
         training, root = self.training, Path(folder_paths.get_folder_paths(CLASS_FOLDER)[0])
         self.kept = kept_class_pictures(
-            self.learner, training.class_prompt, training.class_images, self.size, root, seed=training.settings.seed,
+            self.learner,
+            training.class_prompt,
+            training.class_images,
+            self.size,
+            root,
+            seed=training.settings.seed,
             on_picture=self.progress.class_picture,
-        )  # fmt: skip
+        )
         say(self.progress.node_id, self.words())
         return self.kept.pictures
 
@@ -405,7 +492,8 @@ class _Progress:
         """The previews [N, 3, H, W] in -1..1, the last of the finished concept."""
         from ..concepts.trainer import PREVIEW_CFG, PREVIEW_STEPS
 
-        size = tuple(side * learner.downscale for side in references.latents[0].shape[-2:])
+        height, width = references.latents[0].shape[-2:]
+        size = (height * learner.downscale, width * learner.downscale)
         last = learner.sample([prompt], size, steps=PREVIEW_STEPS, cfg=PREVIEW_CFG, seed=seed).cpu()
         if self._previews and torch.equal(self._previews[-1], last):
             self._previews.pop()
@@ -426,7 +514,10 @@ class _Checkpoint:
         self.said: list[str] = []
 
     def learn(
-        self, learner: ComfyLearner, references: PreparedReferences, class_pictures: ClassPictures | None,
+        self,
+        learner: ComfyLearner,
+        references: PreparedReferences,
+        class_pictures: ClassPictures | None,
         progress: _Progress,
     ) -> LearnResult:
         """Trains, from the checkpoint where one is to be resumed; those that are there stay until a new one is."""
@@ -434,10 +525,16 @@ class _Checkpoint:
 
         def run(source: Path | None) -> LearnResult:
             return learn(
-                learner, references, self.training.prompts, self.training.settings, class_pictures=class_pictures,
-                class_prompt=self.training.class_prompt or None, checkpoint=self.running, resume=source or False,
+                learner,
+                references,
+                self.training.prompts,
+                self.training.settings,
+                class_pictures=class_pictures,
+                class_prompt=self.training.class_prompt or None,
+                checkpoint=self.running,
+                resume=source or False,
                 on_step=progress.step,
-            )  # fmt: skip
+            )
 
         found = [path for path in (self.running, self.finished) if path.exists()] if self.training.resume else []
         if not found:
@@ -528,28 +625,45 @@ class _Facts:
 
     def metadata(self, steps: int) -> dict[str, str]:
         """Of the file: this pack's own entry whole, and what other programs look for."""
+        from ..hosts.learning import LowRank
+
         training, settings = self.training, self.training.settings
         own = {
-            "kind": training.kind, "token": training.token, "prompts": list(training.prompts),
+            "kind": training.kind,
+            "token": training.token,
+            "prompts": list(training.prompts),
             "class_prompt": training.class_prompt,
             "class_images": self.of_class.count if self.of_class else 0,
             "learned": {"kind": type(training.learned).__name__, **dataclasses.asdict(training.learned)},
-            "settings": dataclasses.asdict(settings), "steps": steps, "size": self.size, "precision": self.precision,
-            "references": len(self.references), "references_digest": self.references.digest,
-            "base": base_family(self.model), "prediction": self.learner.prediction,
-        }  # fmt: skip
+            "settings": dataclasses.asdict(settings),
+            "steps": steps,
+            "size": self.size,
+            "precision": self.precision,
+            "references": len(self.references),
+            "references_digest": self.references.digest,
+            "base": base_family(self.model),
+            "prediction": self.learner.prediction,
+        }
         found = {
             "blendswap_concept": json.dumps(own),
-            "modelspec.title": training.name, "modelspec.trigger_phrase": training.prompts[0],
+            "modelspec.title": training.name,
+            "modelspec.trigger_phrase": training.prompts[0],
             "modelspec.prediction_type": self.learner.prediction.removesuffix("_prediction"),
-            "ss_output_name": training.name, "ss_base_model_version": base_family(self.model),
-            "ss_learning_rate": str(settings.lr), "ss_steps": str(steps), "ss_seed": str(settings.seed),
-            "ss_resolution": f"({self.size}, {self.size})", "ss_num_train_images": str(len(self.references)),
-        }  # fmt: skip
-        rank = getattr(training.learned, "rank", None)
-        if rank is not None:
-            alpha = training.learned.alpha or rank
-            found |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+            "ss_output_name": training.name,
+            "ss_base_model_version": base_family(self.model),
+            "ss_learning_rate": str(settings.lr),
+            "ss_steps": str(steps),
+            "ss_seed": str(settings.seed),
+            "ss_resolution": f"({self.size}, {self.size})",
+            "ss_num_train_images": str(len(self.references)),
+        }
+        learned = training.learned
+        if isinstance(learned, LowRank):
+            found |= {
+                "ss_network_module": "networks.lora",
+                "ss_network_dim": str(learned.rank),
+                "ss_network_alpha": str(learned.alpha or learned.rank),
+            }
         return found
 
     def report(self, result: LearnResult, progress: _Progress, files: list[str]) -> str:

@@ -65,8 +65,4 @@ def paste_into(image: Tensor, result: Tensor, mask: Tensor, match: bool = False)
     if match:
         result = match_border(to_bchw(colours).to(result), result, mask)
     pasted = exact_paste(colours.float().cpu(), to_bhwc(result), mask[:, 0].cpu())
-    return (
-        pasted
-        if alpha is None
-        else torch.cat([pasted, alpha.to(pasted).expand(len(pasted), -1, -1, -1)], dim=-1)
-    )
+    return pasted if alpha is None else torch.cat([pasted, alpha.to(pasted).expand(len(pasted), -1, -1, -1)], dim=-1)

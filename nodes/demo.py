@@ -72,9 +72,7 @@ class DemoScene(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Which picture. The same seed draws the same one everywhere.",
                 ),
-                io.Int.Input(
-                    "objects", default=1, min=1, max=2, tooltip="How many objects are in the picture."
-                ),
+                io.Int.Input("objects", default=1, min=1, max=2, tooltip="How many objects are in the picture."),
                 io.Int.Input("object", default=1, min=1, max=2, tooltip="Which of them the masks are about."),
                 io.Float.Input(
                     "margin",
@@ -87,9 +85,7 @@ class DemoScene(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="IMAGE"),
-                io.Mask.Output(
-                    display_name="edit", tooltip="A square with room for another object in its place."
-                ),
+                io.Mask.Output(display_name="edit", tooltip="A square with room for another object in its place."),
                 io.Mask.Output(display_name="outline", tooltip="The object's own visible pixels."),
                 io.String.Output(display_name="caption", tooltip="The picture in the demo models' words."),
             ],
@@ -102,9 +98,7 @@ class DemoScene(io.ComfyNode):
         from ..demo import world
 
         if object > objects:
-            raise ValueError(
-                f"object is {object}, but the picture has only {objects}: choose 1, or set objects to 2."
-            )
+            raise ValueError(f"object is {object}, but the picture has only {objects}: choose 1, or set objects to 2.")
         scene = next(world.scenes(FIRST_SEED + seed, objects))
         image = torch.from_numpy(world.draw(scene)).float() / 255
         edit = torch.from_numpy(world.edit_mask(scene, object - 1, margin)).float()

@@ -58,6 +58,8 @@ class ExtendCanvas(io.ComfyNode):
         split_alpha(image)  # refuses what is no picture
         extended = extend_canvas(image, left, right, top, bottom, fill)
         return io.NodeOutput(
-            extended.picture, extended.new, *(extended.masks[side] for side in SIDES),
+            extended.picture,
+            extended.new,
+            *(extended.masks[side] for side in SIDES),
             ui=ui.PreviewImage(extended.picture, cls=cls),
         )

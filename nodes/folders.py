@@ -87,11 +87,7 @@ def model_names(name: str) -> list[str]:
     """
     directories = _model_directories(name)
     inside = tuple(directory + "/" for directory in directories)
-    files = [
-        file
-        for file in folder_paths.get_filename_list(name)
-        if not file.replace(os.sep, "/").startswith(inside)
-    ]
+    files = [file for file in folder_paths.get_filename_list(name) if not file.replace(os.sep, "/").startswith(inside)]
     return sorted([*directories, *files]) or [nothing_there(name)]
 
 
@@ -112,9 +108,7 @@ def resolve(name: str, choice: str) -> Path:
     """
     folder, roots = FOLDERS[name], folder_paths.get_folder_paths(name)
     if choice == nothing_there(name):
-        raise FileNotFoundError(
-            f"{_place(name)} is empty: put {folder.wanted} into {roots[0]}, then reload the page."
-        )
+        raise FileNotFoundError(f"{_place(name)} is empty: put {folder.wanted} into {roots[0]}, then reload the page.")
     spellings = dict.fromkeys([choice, choice.replace("\\", "/")])
     for root, spelling in itertools.product(map(os.path.abspath, roots), spellings):
         path = os.path.abspath(os.path.join(root, spelling))
@@ -124,8 +118,7 @@ def resolve(name: str, choice: str) -> Path:
         if os.path.isfile(path) or (folder.marker and os.path.isfile(os.path.join(path, folder.marker))):
             return Path(path)
     raise FileNotFoundError(
-        f"There is no {choice!r} in {_place(name)} (looked in {', '.join(roots)}). There belongs "
-        f"{folder.wanted}."
+        f"There is no {choice!r} in {_place(name)} (looked in {', '.join(roots)}). There belongs {folder.wanted}."
     )
 
 
@@ -158,9 +151,7 @@ def fingerprint(find: Callable[[str], Path | None], choice: Any) -> str:
 def _files(path: Path) -> list[str]:
     if path.is_file():
         return [str(path)]
-    return sorted(
-        os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names
-    )
+    return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
 
 
 def _state(file: str) -> str:

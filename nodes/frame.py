@@ -36,7 +36,7 @@ class Frame:
         """
         common = math.gcd(*inner)
         multiple = multiple or min(common & -common, LARGEST_MULTIPLE)
-        rest = tuple(whole - part for whole, part in zip(size, inner))
+        rest = tuple(whole - part for whole, part in zip(size, inner, strict=True))
         if all(0 <= one < multiple for one in rest):
             return cls(size, inner, rest[0] // 2, rest[1] // 2)
         return None
@@ -56,20 +56,21 @@ class Frame:
         """The part of a mask [..., H, W] at the source's size that the model sees; one of another size as it is."""
         if self.resized or tuple(mask.shape[-2:]) != self.size:
             return mask
-        return mask[..., self.top:self.top + self.inner[0], self.left:self.left + self.inner[1]]
+        return mask[..., self.top : self.top + self.inner[0], self.left : self.left + self.inner[1]]
 
     def embedded(self, mask: Tensor) -> Tensor:
         """A mask [B, 1, h, w] of the decoded picture at the source's size, [B, 1, H, W]; 0 where that was cut off."""
-        right, below = (whole - part - before for whole, part, before in zip(
-            self.size[::-1], self.inner[::-1], (self.left, self.top)
-        ))  # fmt: skip
+        right, below = (
+            whole - part - before
+            for whole, part, before in zip(self.size[::-1], self.inner[::-1], (self.left, self.top), strict=True)
+        )
         return F.pad(mask, (self.left, right, self.top, below))
 
     def view(self, image: Tensor) -> Tensor:
         """The colours of the source picture [B, H, W, C] as the model sees them, [B, h, w, 3]."""
         colours = split_alpha(image)[0].float().cpu()
         if not self.resized:
-            return colours[:, self.top:self.top + self.inner[0], self.left:self.left + self.inner[1]]
+            return colours[:, self.top : self.top + self.inner[0], self.left : self.left + self.inner[1]]
         colours = colours.movedim(-1, 1)
         made = F.interpolate(colours, self.inner, mode="bicubic", antialias=True, align_corners=False)
         return made.clamp(0, 1).movedim(1, -1)
@@ -80,7 +81,7 @@ class Frame:
             made = F.interpolate(decoded, self.size, mode="bicubic", antialias=True, align_corners=False)
             return made.clamp(-1, 1)
         whole = to_bchw(split_alpha(image)[0]).to(decoded).expand(len(decoded), -1, -1, -1).clone()
-        whole[..., self.top:self.top + self.inner[0], self.left:self.left + self.inner[1]] = decoded
+        whole[..., self.top : self.top + self.inner[0], self.left : self.left + self.inner[1]] = decoded
         return whole
 
 

@@ -57,8 +57,12 @@ class GuidedDiffusionLoader(io.ComfyNode):
             display_name="Load Guided Diffusion Prior",
             category="BlendSwap/loaders",
             **aliases(
-                "adm", "openai diffusion", "256x256_diffusion_uncond", "pixel-space",
-                "unconditional", "blended diffusion",
+                "adm",
+                "openai diffusion",
+                "256x256_diffusion_uncond",
+                "pixel-space",
+                "unconditional",
+                "blended diffusion",
             ),
             description="Loads a pixel-space diffusion model (ADM): the checkpoints of "
             "openai/guided-diffusion that Blended Diffusion uses, or a diffusers UNet2DModel. "
@@ -90,9 +94,7 @@ class GuidedDiffusionLoader(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL"),
-                io.Vae.Output(
-                    display_name="VAE", tooltip="Pixel-space VAE: the latent is the picture itself."
-                ),
+                io.Vae.Output(display_name="VAE", tooltip="Pixel-space VAE: the latent is the picture itself."),
                 io.Conditioning.Output(
                     display_name="unconditional",
                     tooltip="An empty conditioning for samplers that ask for one; no text encoder needed.",

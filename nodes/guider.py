@@ -46,37 +46,95 @@ class CLIPBlendGuider(io.ComfyNode):
                 io.Image.Input("image", tooltip="One picture: the one whose VAE Encode is sampled."),
                 io.Mask.Input("mask", tooltip="White is changed."),
                 ClipGuideIO.Input("clip_guide", tooltip="The CLIP that steers (CLIPGuideLoader)."),
-                io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
-                                tooltip="What the masked region is to show. Empty: it is made up anew."),
-                io.Float.Input("guidance", default=1000.0, min=0.0, max=100000.0, step=10.0,
-                               tooltip="Weight of the CLIP loss, the same for any number of steps. The demo models want "
-                               "about 120."),
-                dial(io.Float.Input("range_weight", default=50.0, min=0.0, max=100000.0, step=1.0,
-                                    tooltip="Weight of the loss that keeps the estimate's values in range.")),
-                dial(io.Combo.Input("distance", options=["cosine", "spherical"], default="cosine",
-                                    tooltip="CLIP distance: cosine as in the paper, squared spherical as published.")),
-                dial(io.Combo.Input("gradient", options=["through_model", "direct"], default="through_model",
-                                    tooltip="through_model differentiates through the MODEL (exact; about twice the "
-                                    "time and much more memory), direct does not.")),
-                dial(io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1,
-                                    tooltip="Classifier-free guidance, for a MODEL that takes text.")),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=True,
+                    tooltip="What the masked region is to show. Empty: it is made up anew.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=1000.0,
+                    min=0.0,
+                    max=100000.0,
+                    step=10.0,
+                    tooltip="Weight of the CLIP loss, the same for any number of steps. The demo models want "
+                    "about 120.",
+                ),
+                dial(
+                    io.Float.Input(
+                        "range_weight",
+                        default=50.0,
+                        min=0.0,
+                        max=100000.0,
+                        step=1.0,
+                        tooltip="Weight of the loss that keeps the estimate's values in range.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "distance",
+                        options=["cosine", "spherical"],
+                        default="cosine",
+                        tooltip="CLIP distance: cosine as in the paper, squared spherical as published.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "gradient",
+                        options=["through_model", "direct"],
+                        default="through_model",
+                        tooltip="through_model differentiates through the MODEL (exact; about twice the "
+                        "time and much more memory), direct does not.",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "cfg",
+                        default=4.0,
+                        min=0.0,
+                        max=100.0,
+                        step=0.1,
+                        tooltip="Classifier-free guidance, for a MODEL that takes text.",
+                    )
+                ),
                 AugmentIO.Input("augment", optional=True, tooltip="ExtendingAugment. Without it: 16 copies."),
                 io.Conditioning.Input("positive", optional=True, tooltip="For a MODEL that takes text."),
                 io.Conditioning.Input("negative", optional=True, tooltip="For a MODEL that takes text."),
                 *steering_inputs(),
-                io.Vae.Input("guide_vae", optional=True,
-                             tooltip="A small VAE of the same family (taesd, taesdxl) that CLIP looks through."),
+                io.Vae.Input(
+                    "guide_vae",
+                    optional=True,
+                    tooltip="A small VAE of the same family (taesd, taesdxl) that CLIP looks through.",
+                ),
                 text_guard_input(),
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For SamplerCustomAdvanced.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, vae, image, mask, clip_guide: ComfyGuide, prompt: str, guidance: float, range_weight: float = 50.0,
-        distance: str = "cosine", gradient: str = "through_model", cfg: float = 4.0,
-        augment: ExtendingAugmentations | None = None, positive=None, negative=None, negative_prompt: str = "",
-        guide_image=None, regions: tuple[RegionRequest, ...] = (), schedule: GuideSchedule | None = None, guide_vae=None,
+        cls,
+        model,
+        vae,
+        image,
+        mask,
+        clip_guide: ComfyGuide,
+        prompt: str,
+        guidance: float,
+        range_weight: float = 50.0,
+        distance: str = "cosine",
+        gradient: str = "through_model",
+        cfg: float = 4.0,
+        augment: ExtendingAugmentations | None = None,
+        positive=None,
+        negative=None,
+        negative_prompt: str = "",
+        guide_image=None,
+        regions: tuple[RegionRequest, ...] = (),
+        schedule: GuideSchedule | None = None,
+        guide_vae=None,
         text_guard: float = 0.0,
     ) -> io.NodeOutput:
         from ..blending.augment import ExtendingAugmentations
@@ -98,7 +156,10 @@ class CLIPBlendGuider(io.ComfyNode):
         if guide_vae is not None:
             comfy_guide.check_guide_vae(vae, guide_vae)
         settings = BlendSettings(
-            guidance=guidance, range_weight=range_weight, distance=distance, gradient=gradient,
+            guidance=guidance,
+            range_weight=range_weight,
+            distance=distance,
+            gradient=gradient,
             schedule=schedule or GuideSchedule(),
         )
         augment = augment or ExtendingAugmentations()
@@ -117,7 +178,7 @@ class CLIPBlendGuider(io.ComfyNode):
 
         def guidance_of_run(device: torch.device, seeds: Sequence[int]) -> Guidance:
             made = []
-            for request, own in zip(requests, masks):
+            for request, own in zip(requests, masks, strict=True):
                 region = request.region(clip_guide, own.to(device), text_guard)
                 made.append(dataclasses.replace(region, shrink=shrink_for(own, "auto")))
             for line in told(made, range(len(made))):
@@ -125,7 +186,10 @@ class CLIPBlendGuider(io.ComfyNode):
             return Guidance(settings, tuple(made), source.to(device), augment, augment.generators(seeds))
 
         guider = comfy_guider.BlendGuider(
-            model, vae, source, guidance_of_run,
+            model,
+            vae,
+            source,
+            guidance_of_run,
             [*patchers_of(requests, clip_guide), *([guide_vae.patcher] if guide_vae is not None else [])],
             comfy_guide.host_with_guide_vae(guide_vae),
         )
@@ -146,7 +210,9 @@ def _frame(image: torch.Tensor, model, vae) -> Frame:
         multiple = vae.spacial_compression_encode()
         inner = (height // multiple * multiple, width // multiple * multiple)
         if min(inner) > 0:
-            return Frame.cut_from((height, width), inner, multiple)
+            frame = Frame.cut_from((height, width), inner, multiple)
+            assert frame is not None, "inner is what this multiple leaves"
+            return frame
     else:
         multiple = comfy_host.size_multiple(model, vae)
         if height % multiple == 0 and width % multiple == 0:
@@ -173,18 +239,22 @@ class ExactPaste(io.ComfyNode):
             ),
             inputs=[
                 io.Image.Input("source", tooltip="The picture before. One, or one per result."),
-                io.Image.Input("result",
-                               tooltip="The picture after, of the same size, or cut by a VAE to its multiple."),
-                io.Mask.Input("mask", tooltip="White takes the result. One, or one per result. An empty one gives the "
-                              "source."),
+                io.Image.Input(
+                    "result", tooltip="The picture after, of the same size, or cut by a VAE to its multiple."
+                ),
+                io.Mask.Input(
+                    "mask", tooltip="White takes the result. One, or one per result. An empty one gives the source."
+                ),
                 match_border_input(False, optional=True),
             ],
             outputs=[io.Image.Output(display_name="image")],
         )
 
     @classmethod
-    def execute(cls, source: torch.Tensor, result: torch.Tensor, mask: torch.Tensor, match_border: bool = False) -> io.NodeOutput:
-        frame = Frame.cut_from(tuple(source.shape[1:3]), tuple(result.shape[1:3]))
+    def execute(
+        cls, source: torch.Tensor, result: torch.Tensor, mask: torch.Tensor, match_border: bool = False
+    ) -> io.NodeOutput:
+        frame = Frame.cut_from((source.shape[1], source.shape[2]), (result.shape[1], result.shape[2]))
         if frame is None or len(source) not in (1, len(result)):
             raise ValueError(
                 f"source holds {len(source)} pictures of {source.shape[2]}×{source.shape[1]} (width×height), result "

@@ -24,18 +24,23 @@ GUARDS_NOTHING = "text_guard does nothing: no region has a prompt that could be 
 
 def negative_prompt_input(**settings) -> Any:
     return io.String.Input(
-        "negative_prompt", multiline=True, default="", dynamic_prompts=True,
-        tooltip="What the region is not to show, a line each: CLIP pushes away from it with half the weight, and ranks by "
-        "the prompt's lead over it.", **settings,
-    )  # fmt: skip
+        "negative_prompt",
+        multiline=True,
+        default="",
+        dynamic_prompts=True,
+        tooltip="What the region is not to show, a line each: CLIP pushes away from it with half the weight, and ranks "
+        "by the prompt's lead over it.",
+        **settings,
+    )
 
 
 def guide_image_input() -> Any:
     return io.Image.Input(
-        "guide_image", optional=True,
+        "guide_image",
+        optional=True,
         tooltip="A picture that the region is to resemble for CLIP, beside the prompt (each has half of the weight) or "
         "instead of it.",
-    )  # fmt: skip
+    )
 
 
 def steering_inputs() -> list[Any]:
@@ -43,18 +48,28 @@ def steering_inputs() -> list[Any]:
     return [
         negative_prompt_input(optional=True),
         guide_image_input(),
-        BlendRegionsIO.Input("regions", optional=True, tooltip="Further regions, edited in the same pass (BlendRegion)."),
-        GuideScheduleIO.Input("schedule", optional=True,
-                              tooltip="At which steps CLIP guides, and how strongly (GuideSchedule)."),
-    ]  # fmt: skip
+        BlendRegionsIO.Input(
+            "regions", optional=True, tooltip="Further regions, edited in the same pass (BlendRegion)."
+        ),
+        GuideScheduleIO.Input(
+            "schedule", optional=True, tooltip="At which steps CLIP guides, and how strongly (GuideSchedule)."
+        ),
+    ]
 
 
 def text_guard_input() -> Any:
-    return dial(io.Float.Input(
-        "text_guard", default=0.0, min=0.0, max=10.0, step=0.05, optional=True,
-        tooltip="Pushes away from pictures that write the prompt instead of showing it, which CLIP takes for the same; 0 is "
-        "off, 0.5 a start. Candidates are then ranked by the prompt's lead over its written word too.",
-    ))  # fmt: skip
+    return dial(
+        io.Float.Input(
+            "text_guard",
+            default=0.0,
+            min=0.0,
+            max=10.0,
+            step=0.05,
+            optional=True,
+            tooltip="Pushes away from pictures that write the prompt instead of showing it, which CLIP takes for the "
+            "same; 0 is off, 0.5 a start. Candidates are then ranked by the prompt's lead over its written word too.",
+        )
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +133,7 @@ def patchers_of(requests: Sequence[RegionRequest], default: ComfyGuide) -> list:
 def told(regions: Sequence[Region], numbers: Iterable[int]) -> list[str]:
     """Lines for a report: what steers where, with what weight. numbers: the regions' in the node's list, from 0."""
     lines = []
-    for number, region in zip(numbers, regions):
+    for number, region in zip(numbers, regions, strict=True):
         share = f"{(region.mask > 0).float().mean().item():.1%} of the canvas, strength {region.strength:g}"
         terms = "; ".join(str(term) for term in region.terms) or "nothing steers"
         lines.append(f"region {number + 1} ({share}): {terms}")
@@ -136,9 +151,15 @@ class CombineCLIPGuides(io.ComfyNode):
                 ClipGuideIO.Input(f"clip_guide_{number}", optional=number > 2, tooltip="A CLIP (CLIPGuideLoader).")
             )
             inputs.append(
-                io.Float.Input(f"weight_{number}", default=1.0, min=0.01, max=100.0, step=0.05,
-                               tooltip="Its share; only the proportion of the weights counts.")
-            )  # fmt: skip
+                io.Float.Input(
+                    f"weight_{number}",
+                    default=1.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="Its share; only the proportion of the weights counts.",
+                )
+            )
         return io.Schema(
             node_id="CombineCLIPGuides",
             display_name="Combine CLIP Guides",
@@ -146,8 +167,8 @@ class CombineCLIPGuides(io.ComfyNode):
             **aliases("clip ensemble", "several clips", "merge clip", "multi clip"),
             description=(
                 "Several CLIPs as one guide, with weights: a picture that fools one of them seldom fools the others. "
-                "They steer one after another, so memory is that of the largest. As a scorer it gives the weighted mean "
-                "similarity."
+                "They steer one after another, so memory is that of the largest. As a scorer it gives the weighted "
+                "mean similarity."
             ),
             inputs=inputs,
             outputs=[ClipGuideIO.Output(display_name="CLIP_GUIDE")],
@@ -155,12 +176,24 @@ class CombineCLIPGuides(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip_guide_1: ComfyGuide, weight_1: float, clip_guide_2: ComfyGuide, weight_2: float, weight_3: float = 1.0,
-        weight_4: float = 1.0, clip_guide_3: ComfyGuide | None = None, clip_guide_4: ComfyGuide | None = None,
+        cls,
+        clip_guide_1: ComfyGuide,
+        weight_1: float,
+        clip_guide_2: ComfyGuide,
+        weight_2: float,
+        weight_3: float = 1.0,
+        weight_4: float = 1.0,
+        clip_guide_3: ComfyGuide | None = None,
+        clip_guide_4: ComfyGuide | None = None,
     ) -> io.NodeOutput:
         from ..hosts.comfy_guide import ComfyGuide
 
-        guides = ((clip_guide_1, weight_1), (clip_guide_2, weight_2), (clip_guide_3, weight_3), (clip_guide_4, weight_4))
+        guides = (
+            (clip_guide_1, weight_1),
+            (clip_guide_2, weight_2),
+            (clip_guide_3, weight_3),
+            (clip_guide_4, weight_4),
+        )
         return io.NodeOutput(ComfyGuide.combine([(guide, weight) for guide, weight in guides if guide is not None]))
 
 
@@ -175,29 +208,48 @@ class BlendRegion(io.ComfyNode):
             category="BlendSwap/blend",
             **aliases("multi region", "regional prompt", "several masks", "second mask", "area prompt"),
             description=(
-                "A region with a mask, a prompt and a strength of its own, edited in the same pass as the sampler's own "
-                "region. Where masks overlap, a pixel is shared in proportion to their values; every guide looks at the "
-                "whole of its region."
+                "A region with a mask, a prompt and a strength of its own, edited in the same pass as the sampler's "
+                "own region. Where masks overlap, a pixel is shared in proportion to their values; every guide looks "
+                "at the whole of its region."
             ),
             inputs=[
                 io.Mask.Input("mask", tooltip="White is changed. Of the size of the picture that is edited."),
-                io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
-                                tooltip="What this region is to show. Empty, with no guide_image: it is made up anew."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=True,
+                    tooltip="What this region is to show. Empty, with no guide_image: it is made up anew.",
+                ),
                 negative_prompt_input(),
-                io.Float.Input("strength", default=1.0, min=0.0, max=100.0, step=0.05,
-                               tooltip="Factor of the sampler's guidance for this region."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="Factor of the sampler's guidance for this region.",
+                ),
                 BlendRegionsIO.Input("regions", optional=True, tooltip="Regions before this one in the chain."),
-                ClipGuideIO.Input("clip_guide", optional=True,
-                                  tooltip="A CLIP for this region alone. Without it: the sampler's."),
+                ClipGuideIO.Input(
+                    "clip_guide", optional=True, tooltip="A CLIP for this region alone. Without it: the sampler's."
+                ),
                 guide_image_input(),
             ],
-            outputs=[BlendRegionsIO.Output(display_name="BLEND_REGIONS", tooltip="For CLIPBlendSampler or CLIPBlendGuider.")],
-        )  # fmt: skip
+            outputs=[
+                BlendRegionsIO.Output(display_name="BLEND_REGIONS", tooltip="For CLIPBlendSampler or CLIPBlendGuider.")
+            ],
+        )
 
     @classmethod
     def execute(
-        cls, mask: torch.Tensor, prompt: str, negative_prompt: str, strength: float,
-        regions: tuple[RegionRequest, ...] = (), clip_guide: ComfyGuide | None = None,
+        cls,
+        mask: torch.Tensor,
+        prompt: str,
+        negative_prompt: str,
+        strength: float,
+        regions: tuple[RegionRequest, ...] = (),
+        clip_guide: ComfyGuide | None = None,
         guide_image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         request = RegionRequest(mask, prompt, negative_prompt, strength, clip_guide, guide_image)
@@ -219,17 +271,37 @@ class GuideSchedule(io.ComfyNode):
                 "decide on shape and layout, the last on detail; steps that are not guided cost half or less."
             ),
             inputs=[
-                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="Fraction of the run from which it guides."),
-                io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="Fraction of the run at which it stops. Above start."),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Fraction of the run from which it guides.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Fraction of the run at which it stops. Above start.",
+                ),
                 io.Int.Input("every", default=1, min=1, max=1000, tooltip="At every n-th step only."),
-                io.Combo.Input("curve", options=list(CURVES), default="constant",
-                               tooltip="Factor of the guidance between start and end. early: 3 in the first third, then "
-                               "1. falling: from 2 to 0."),
+                io.Combo.Input(
+                    "curve",
+                    options=list(CURVES),
+                    default="constant",
+                    tooltip="Factor of the guidance between start and end. early: 3 in the first third, then "
+                    "1. falling: from 2 to 0.",
+                ),
             ],
-            outputs=[GuideScheduleIO.Output(display_name="GUIDE_SCHEDULE", tooltip="For CLIPBlendSampler or CLIPBlendGuider.")],
-        )  # fmt: skip
+            outputs=[
+                GuideScheduleIO.Output(
+                    display_name="GUIDE_SCHEDULE", tooltip="For CLIPBlendSampler or CLIPBlendGuider."
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, start: float, end: float, every: int, curve: str) -> io.NodeOutput:

@@ -30,12 +30,16 @@ def dial(made: Any) -> Any:
 
 
 def match_border_input(default: bool, **settings) -> Any:
-    return dial(io.Boolean.Input(
-        "match_border", default=default,
-        tooltip="A latent model's autoencoder changes the kept surroundings a little too. What it changed around the mask is "
-        "taken out inside, smoothly continued, so that no seam is left. Outside the mask every pixel is the picture's in any "
-        "case.", **settings,
-    ))  # fmt: skip
+    return dial(
+        io.Boolean.Input(
+            "match_border",
+            default=default,
+            tooltip="A latent model's autoencoder changes the kept surroundings a little too. What it changed around "
+            "the mask is taken out inside, smoothly continued, so that no seam is left. Outside the mask every pixel "
+            "is the picture's in any case.",
+            **settings,
+        )
+    )
 
 
 def running_node(node: Any) -> Any:
@@ -47,15 +51,21 @@ def running_node(node: Any) -> Any:
 def source_kind() -> list[Any]:
     """Optional inputs of a node that runs a source: what it was inverted with, or a latent to make it up from."""
     return [
-        io.Conditioning.Input("negative", optional=True,
-                              tooltip="As at the inversion. Not needed for cfg 1, nor for an inversion by "
-                              "negative_prompt or proximal."),
-        InversionIO.Input("inversion", optional=True,
-                          tooltip="A real picture (NullTextInvert). Its steps, cfg and scheduler hold."),
-        io.Latent.Input("latent", optional=True,
-                        tooltip="A picture that is made up: an empty latent for its size, filled with noise by seed; "
-                        "or noise itself."),
-    ]  # fmt: skip
+        io.Conditioning.Input(
+            "negative",
+            optional=True,
+            tooltip="As at the inversion. Not needed for cfg 1, nor for an inversion by negative_prompt or proximal.",
+        ),
+        InversionIO.Input(
+            "inversion", optional=True, tooltip="A real picture (NullTextInvert). Its steps, cfg and scheduler hold."
+        ),
+        io.Latent.Input(
+            "latent",
+            optional=True,
+            tooltip="A picture that is made up: an empty latent for its size, filled with noise by seed; "
+            "or noise itself.",
+        ),
+    ]
 
 
 def text_conditioning(model: Any, positive: Any, negative: Any, cfg: float) -> tuple[Any, Any, str]:

@@ -20,7 +20,7 @@ from .report import NONE, load_perceptual, lpips_choices, lpips_path
 from .sockets import InversionIO
 
 if TYPE_CHECKING:
-    from ..attention_swap.inversion import Inverted, Inversion
+    from ..attention_swap.inversion import Inversion, Inverted
     from ..attention_swap.steps import StepReport
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,13 @@ class NullTextInvert(io.ComfyNode):
             display_name="Null-Text Invert",
             category="BlendSwap/swap",
             **aliases(
-                "ddim inversion", "null-text inversion", "image to noise", "unsample", "negative prompt inversion",
-                "direct inversion", "real image editing",
+                "ddim inversion",
+                "null-text inversion",
+                "image to noise",
+                "unsample",
+                "negative prompt inversion",
+                "direct inversion",
+                "real image editing",
             ),
             description=(
                 "Finds the noise that samples back to a picture (DDIM inversion), and what guided sampling needs to "
@@ -57,43 +62,106 @@ class NullTextInvert(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The picture's latent (VAEEncode), one picture."),
                 io.Conditioning.Input("positive", tooltip="The source prompt: what the picture shows, in plain words."),
                 io.Combo.Input(
-                    "method", options=METHODS, default="null_text",
+                    "method",
+                    options=METHODS,
+                    default="null_text",
                     tooltip="null_text: an unconditional embedding for each step, optimised; best with any sampler. "
                     "negative_prompt: the source prompt in the negative's place, nothing to optimise. proximal: the "
                     "same, and a swap keeps only the larger part of the guidance. direct: the source is set back on "
                     "its path at each step; exact, for AttentionCapture alone. ddim: plain; good at cfg 1 only.",
                 ),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Steps of the sampling to come."),
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1,
-                               tooltip="Guidance of the sampling to come. The inversion itself has none."),
+                io.Float.Input(
+                    "cfg",
+                    default=7.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance of the sampling to come. The inversion itself has none.",
+                ),
                 io.Combo.Input(
-                    "scheduler", options=["ddim_uniform", "simple", "official"], default="ddim_uniform",
+                    "scheduler",
+                    options=["ddim_uniform", "simple", "official"],
+                    default="ddim_uniform",
                     tooltip="That of the sampling to come. official: the published code's, which ends a little above "
                     "zero noise; for AttentionSwapSampler's preset official, no stock sampler has it.",
                 ),
-                dial(io.Combo.Input(
-                    "optimiser", options=["fast", "published"], default="fast",
-                    tooltip="null_text: fast starts from the source prompt and takes Gauss-Newton steps only where "
-                    "they are needed; published is the published loop (Adam), several times slower.",
-                )),
-                dial(io.Int.Input("inner_steps", default=10, min=1, max=1000,
-                                  tooltip="null_text: most updates of the embedding at one step.")),
-                dial(io.Float.Input("early_stop", default=1e-5, min=0.0, max=1.0, step=1e-6, round=1e-9,
-                                    tooltip="null_text: error (MSE of the latent) at which a step is good enough. "
-                                    "That of the first step; it grows by 0.001 up to the last, as published.")),
-                dial(io.Float.Input("lr", default=1e-2, min=1e-6, max=10.0, step=1e-3, round=1e-6,
-                                    tooltip="null_text, published: learning rate of the first step.")),
-                dial(io.Combo.Input("threshold", options=["hard", "soft"], default="hard",
-                                    tooltip="proximal: what is above the quantile stays, or is lowered by it.")),
-                dial(io.Float.Input("quantile", default=0.7, min=0.0, max=0.99, step=0.01,
-                                    tooltip="proximal: share of the guidance that is left out, smallest first.")),
-                dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
-                                    tooltip="Backbone of LPIPS for the report; values compare only within one.")),
-                io.Conditioning.Input("negative", optional=True,
-                                      tooltip="An empty prompt. Not needed for negative_prompt and proximal."),
-                io.Image.Input("image", optional=True,
-                               tooltip="The picture itself, to measure against. Without it the report knows the VAE's "
-                               "round trip alone."),
+                dial(
+                    io.Combo.Input(
+                        "optimiser",
+                        options=["fast", "published"],
+                        default="fast",
+                        tooltip="null_text: fast starts from the source prompt and takes Gauss-Newton steps only where "
+                        "they are needed; published is the published loop (Adam), several times slower.",
+                    )
+                ),
+                dial(
+                    io.Int.Input(
+                        "inner_steps",
+                        default=10,
+                        min=1,
+                        max=1000,
+                        tooltip="null_text: most updates of the embedding at one step.",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "early_stop",
+                        default=1e-5,
+                        min=0.0,
+                        max=1.0,
+                        step=1e-6,
+                        round=1e-9,
+                        tooltip="null_text: error (MSE of the latent) at which a step is good enough. "
+                        "That of the first step; it grows by 0.001 up to the last, as published.",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "lr",
+                        default=1e-2,
+                        min=1e-6,
+                        max=10.0,
+                        step=1e-3,
+                        round=1e-6,
+                        tooltip="null_text, published: learning rate of the first step.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "threshold",
+                        options=["hard", "soft"],
+                        default="hard",
+                        tooltip="proximal: what is above the quantile stays, or is lowered by it.",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "quantile",
+                        default=0.7,
+                        min=0.0,
+                        max=0.99,
+                        step=0.01,
+                        tooltip="proximal: share of the guidance that is left out, smallest first.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "lpips",
+                        options=lpips_choices(),
+                        default=NONE,
+                        tooltip="Backbone of LPIPS for the report; values compare only within one.",
+                    )
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="An empty prompt. Not needed for negative_prompt and proximal."
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The picture itself, to measure against. Without it the report knows the VAE's "
+                    "round trip alone.",
+                ),
             ],
             outputs=[
                 InversionIO.Output(display_name="inversion", tooltip="For AttentionCapture and SaveInversion."),
@@ -104,7 +172,7 @@ class NullTextInvert(io.ComfyNode):
                 io.Image.Output(display_name="losses", tooltip="Distance from the path, and model runs, by step."),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, lpips: str = NONE, **_) -> str:
@@ -112,9 +180,24 @@ class NullTextInvert(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, vae, latent: dict, positive, method: str = "null_text", steps: int = 50, cfg: float = 7.5,
-        scheduler: str = "ddim_uniform", optimiser: str = "fast", inner_steps: int = 10, early_stop: float = 1e-5,
-        lr: float = 1e-2, threshold: str = "hard", quantile: float = 0.7, lpips: str = NONE, negative=None, image=None,
+        cls,
+        model,
+        vae,
+        latent: dict,
+        positive,
+        method: str = "null_text",
+        steps: int = 50,
+        cfg: float = 7.5,
+        scheduler: str = "ddim_uniform",
+        optimiser: str = "fast",
+        inner_steps: int = 10,
+        early_stop: float = 1e-5,
+        lr: float = 1e-2,
+        threshold: str = "hard",
+        quantile: float = 0.7,
+        lpips: str = NONE,
+        negative=None,
+        image=None,
     ) -> io.NodeOutput:
         from ..attention_swap.inversion import InvertSettings
         from ..attention_swap.null_text import NullTextSettings
@@ -122,7 +205,10 @@ class NullTextInvert(io.ComfyNode):
         from ..blending.plot import loss_plot
 
         settings = InvertSettings(
-            method, steps, scheduler, NullTextSettings(optimiser, inner_steps, lr, early_stop),
+            method,
+            steps,
+            scheduler,
+            NullTextSettings(optimiser, inner_steps, lr, early_stop),
             Proximal(threshold, quantile),
         )
         negative = _negative_for(method, positive, negative)
@@ -141,13 +227,20 @@ class NullTextInvert(io.ComfyNode):
             report += "\n" + _about_patches(patches)
         inversion = dataclasses.replace(inverted.inversion, facts={**inverted.inversion.facts, **facts})
         history = [
-            {"mean squared error": torch.tensor([step.loss]),
-             "model runs": torch.tensor([float(step.forwards + step.backwards)])}
+            {
+                "mean squared error": torch.tensor([step.loss]),
+                "model runs": torch.tensor([float(step.forwards + step.backwards)]),
+            }
             for step in inverted.steps
-        ]  # fmt: skip
+        ]
         return io.NodeOutput(
-            inversion, noise_latent(model, inversion), null_conditioning(model, inversion, negative), reconstruction,
-            report, loss_plot(history, f"{method}, cfg {cfg:g}"), ui=ui.PreviewText(report),
+            inversion,
+            noise_latent(model, inversion),
+            null_conditioning(model, inversion, negative),
+            reconstruction,
+            report,
+            loss_plot(history, f"{method}, cfg {cfg:g}"),
+            ui=ui.PreviewText(report),
         )
 
 
@@ -203,13 +296,9 @@ def _invert(model, positive, negative, cfg: float, clean: torch.Tensor, settings
             return inverted
         # The optimisation knows plain guidance; what is reported is what sampling will give.
         path, _ = sample_source(host, inverted.inversion)
-        return Inverted(
-            inverted.inversion, from_level(path[-1], float(inverted.inversion.sigmas[-1])), inverted.steps
-        )
+        return Inverted(inverted.inversion, from_level(path[-1], float(inverted.inversion.sigmas[-1])), inverted.steps)
 
-    return run_text(
-        model, None, positive, negative, cfg, clean, 0, body, gradients=settings.method == "null_text"
-    )
+    return run_text(model, None, positive, negative, cfg, clean, 0, body, gradients=settings.method == "null_text")
 
 
 def _about_patches(patches: list[str]) -> str:
@@ -252,7 +341,7 @@ def _fitted(image: torch.Tensor, bound: torch.Tensor, vae) -> torch.Tensor:
     """The colours of `image` [1, H, W, C] cut to the size of the VAE's picture, as ComfyUI cuts before it encodes."""
     if len(image) != 1:
         raise ValueError(f"image holds {len(image)} pictures; connect the one that latent was encoded from.")
-    size, decoded = tuple(image.shape[1:3]), tuple(bound.shape[1:3])
+    size, decoded = (image.shape[1], image.shape[2]), (bound.shape[1], bound.shape[2])
     frame = Frame.cut_from(size, decoded, vae.spacial_compression_encode())
     if frame is None:
         raise ValueError(
@@ -288,7 +377,7 @@ def _measure(inverted: Inverted, reconstruction, bound, source, perceptual) -> t
         lines.append(f"{words}: {said}")
     if source is None:
         lines.append("image is not connected: not measured against the source")
-    losses = [step.loss for step in inverted.steps]
+    losses = [math.nan if step.loss is None else step.loss for step in inverted.steps]
     worst = max(range(len(losses)), key=losses.__getitem__)
     lines.append(
         f"distance from the inverted path (MSE): {losses[-1]:.2g} at the end, at most {losses[worst]:.2g} "
@@ -332,7 +421,7 @@ def null_conditioning(model, inversion: Inversion, negative) -> list:
     ranges = percent_ranges(model.get_model_object("model_sampling").sigmas, inversion.sigmas)
     return [
         [embedding.clone(), {**options, "start_percent": start, "end_percent": end}]
-        for embedding, (start, end) in zip(null, ranges)
+        for embedding, (start, end) in zip(null, ranges, strict=True)
     ]
 
 
@@ -363,8 +452,11 @@ class UnpackInversion(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that the picture was inverted with."),
                 InversionIO.Input("inversion", tooltip="NullTextInvert or LoadInversion."),
-                io.Conditioning.Input("negative", tooltip="As at the inversion: the empty prompt, or for "
-                                      "negative_prompt and proximal the source prompt."),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="As at the inversion: the empty prompt, or for "
+                    "negative_prompt and proximal the source prompt.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="noise", tooltip="For latent_image; add_noise disabled."),
@@ -372,7 +464,7 @@ class UnpackInversion(io.ComfyNode):
                 io.Sigmas.Output(display_name="sigmas", tooltip="For SamplerCustomAdvanced."),
                 io.Float.Output(display_name="cfg", tooltip="The guidance it was made for."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, inversion: Inversion, negative) -> io.NodeOutput:
@@ -384,7 +476,9 @@ class UnpackInversion(io.ComfyNode):
             )
         negative = _negative_for("null_text", None, negative)
         return io.NodeOutput(
-            noise_latent(model, inversion), null_conditioning(model, inversion, negative), inversion.sigmas.clone(),
+            noise_latent(model, inversion),
+            null_conditioning(model, inversion, negative),
+            inversion.sigmas.clone(),
             inversion.cfg,
         )
 
@@ -410,14 +504,17 @@ class SaveInversion(io.ComfyNode):
             description="Writes an inversion into output/inversions, as one safetensors file. LoadInversion lists it.",
             inputs=[
                 InversionIO.Input("inversion", tooltip="From NullTextInvert."),
-                io.String.Input("filename_prefix", default="inversion",
-                                tooltip="Name, with a folder if you like; a number is added. %date:yyyy-MM-dd%, "
-                                "%width%, %KSampler.seed% and the like are filled in, as in Save Image."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="inversion",
+                    tooltip="Name, with a folder if you like; a number is added. %date:yyyy-MM-dd%, "
+                    "%width%, %KSampler.seed% and the like are filled in, as in Save Image.",
+                ),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="Its name, as LoadInversion lists it.")],
             hidden=[io.Hidden.prompt],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, inversion: Inversion, filename_prefix: str = "inversion") -> io.NodeOutput:
@@ -470,8 +567,10 @@ class LoadInversion(io.ComfyNode):
         lines = [
             f"{inversion.method}, {inversion.steps} steps, cfg {inversion.cfg:g}, latent of {width}×{height} cells and "
             f"{inversion.channels} channels",
-            *(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}"
-              for key, value in inversion.facts.items()),
-        ]  # fmt: skip
+            *(
+                f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}"
+                for key, value in inversion.facts.items()
+            ),
+        ]
         report = "\n".join(lines)
         return io.NodeOutput(inversion, report, ui=ui.PreviewText(report))

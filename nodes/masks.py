@@ -26,21 +26,27 @@ class ShrinkingMask(io.ComfyNode):
             inputs=[
                 io.Mask.Input("mask", tooltip="White is changed. The first of a batch is shown."),
                 io.Combo.Input(
-                    "shrink", options=["off", "auto", "on"], default="auto",
+                    "shrink",
+                    options=["off", "auto", "on"],
+                    default="auto",
                     tooltip="As at CLIPBlendSampler. auto: only a mask that is narrow enough shrinks.",
                 ),
                 io.Int.Input(
-                    "resolution", default=0, min=0, max=4096, step=8,
+                    "resolution",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
                     tooltip="Working size of the picture's shorter side, as the sampler's summary tells it. 0: the "
                     "mask's own.",
                 ),
                 io.Combo.Input(
-                    "window", options=["off", "auto", "on"], default="auto",
+                    "window",
+                    options=["off", "auto", "on"],
+                    default="auto",
                     tooltip="As at CLIPBlendSampler; the masks are shown in the window. auto needs a resolution.",
                 ),
-                io.Float.Input(
-                    "context", default=0.5, min=0.0, max=16.0, step=0.05, tooltip="As at CLIPBlendSampler."
-                ),
+                io.Float.Input("context", default=0.5, min=0.0, max=16.0, step=0.05, tooltip="As at CLIPBlendSampler."),
                 io.Int.Input("frames", default=10, min=1, max=64, tooltip="Moments of the run that are shown."),
             ],
             outputs=[
@@ -50,13 +56,18 @@ class ShrinkingMask(io.ComfyNode):
                 io.String.Output(display_name="summary", tooltip="The canvas, and how the mask shrinks on it."),
             ],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, mask: torch.Tensor, shrink: str = "auto", resolution: int = 0, window: str = "auto", context: float = 0.5,
+        cls,
+        mask: torch.Tensor,
+        shrink: str = "auto",
+        resolution: int = 0,
+        window: str = "auto",
+        context: float = 0.5,
         frames: int = 10,
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         from ..blending.canvas import Canvas
         from ..blending.paste import plain_mask, prepare_mask
         from ..blending.shrink import schedule_sheet, shrink_for
@@ -64,7 +75,7 @@ class ShrinkingMask(io.ComfyNode):
 
         lines: list[str] = []
         mask = plain_mask(mask, said=lines)[:1]
-        mask = prepare_mask(mask, *mask.shape[-2:])
+        mask = prepare_mask(mask, mask.shape[-2], mask.shape[-1])
         size = resolution or min(mask.shape[-2:])
         windows, notes = windows_for([mask], window, context, size)
         lines += notes

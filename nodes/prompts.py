@@ -27,7 +27,12 @@ class SwapPrompts(io.ComfyNode):
             display_name="Swap Prompts",
             category="BlendSwap/swap",
             **aliases(
-                "photoswap", "prompt-to-prompt", "p2p", "clip text encode", "align words", "replace word",
+                "photoswap",
+                "prompt-to-prompt",
+                "p2p",
+                "clip text encode",
+                "align words",
+                "replace word",
                 "attention reweighting",
             ),
             description=(
@@ -37,34 +42,61 @@ class SwapPrompts(io.ComfyNode):
             ),
             inputs=[
                 io.Clip.Input("clip", tooltip="CLIP of SD 1.x, SD 2.x or SDXL."),
-                io.String.Input("source_prompt", multiline=True, default="", dynamic_prompts=True,
-                                tooltip="What the source shows: the prompt that it was inverted or made with."),
-                io.String.Input("target_prompt", multiline=True, default="", dynamic_prompts=True,
-                                tooltip="The same with the new subject in the old one's place."),
-                io.String.Input("source_subject", default="",
-                                tooltip="The subject's word, or words in a row, in source_prompt. Empty: the words "
-                                "that were replaced. For several subjects use SwapSubject."),
-                io.String.Input("target_subject", default="",
-                                tooltip="What stands in its place in target_prompt. Both, or neither."),
-                io.String.Input("word_weights", default="", multiline=True,
-                                tooltip="How strongly words of target_prompt attend, 1 being normal: star:1.5, blue "
-                                "sky:0.5"),
-                io.Clip.Input("target_clip", optional=True,
-                              tooltip="CLIP for the target's prompt where it is another one, such as a concept's."),
+                io.String.Input(
+                    "source_prompt",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=True,
+                    tooltip="What the source shows: the prompt that it was inverted or made with.",
+                ),
+                io.String.Input(
+                    "target_prompt",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=True,
+                    tooltip="The same with the new subject in the old one's place.",
+                ),
+                io.String.Input(
+                    "source_subject",
+                    default="",
+                    tooltip="The subject's word, or words in a row, in source_prompt. Empty: the words "
+                    "that were replaced. For several subjects use SwapSubject.",
+                ),
+                io.String.Input(
+                    "target_subject", default="", tooltip="What stands in its place in target_prompt. Both, or neither."
+                ),
+                io.String.Input(
+                    "word_weights",
+                    default="",
+                    multiline=True,
+                    tooltip="How strongly words of target_prompt attend, 1 being normal: star:1.5, blue sky:0.5",
+                ),
+                io.Clip.Input(
+                    "target_clip",
+                    optional=True,
+                    tooltip="CLIP for the target's prompt where it is another one, such as a concept's.",
+                ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="source",
-                                       tooltip="positive for NullTextInvert and AttentionCapture."),
+                io.Conditioning.Output(
+                    display_name="source", tooltip="positive for NullTextInvert and AttentionCapture."
+                ),
                 io.Conditioning.Output(display_name="target", tooltip="positive for AttentionSwapSampler."),
                 SwapTokensIO.Output(display_name="tokens", tooltip="For AttentionSwapSampler."),
                 io.String.Output(display_name="words", tooltip="What became of the words."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, clip, source_prompt: str, target_prompt: str, source_subject: str = "", target_subject: str = "",
-        word_weights: str = "", target_clip=None,
+        cls,
+        clip,
+        source_prompt: str,
+        target_prompt: str,
+        source_subject: str = "",
+        target_subject: str = "",
+        word_weights: str = "",
+        target_clip=None,
     ) -> io.NodeOutput:
         from ..attention_swap.prompts import PromptPair, word_weights as parsed
 
@@ -109,8 +141,10 @@ def encoded(clip: Any, prompt: str) -> tuple[Any, TokenisedPrompt, list[str]]:
         if not vectors:
             notes.append(f"{name} is not in ComfyUI's embeddings folder, and is left out")
         elif vectors[0].shape[-1] != width:
-            notes.append(f"{name} was made for another kind of model ({vectors[0].shape[-1]} numbers a vector, "
-                         f"this one takes {width}), and is left out")  # fmt: skip
+            notes.append(
+                f"{name} was made for another kind of model ({vectors[0].shape[-1]} numbers a vector, "
+                f"this one takes {width}), and is left out"
+            )
         else:
             found.append(name)
     chunks = [_as_encoded(chunk, width) for chunk in tokens[first]]

@@ -36,28 +36,48 @@ class RankCandidates(io.ComfyNode):
                 ClipGuideIO.Input(
                     "clip_guide", tooltip="The CLIP that scores, or several combined. Better not the one that guided."
                 ),
-                io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
-                                tooltip="What the region was to show."),
                 io.String.Input(
-                    "contrasts", multiline=True, default="", dynamic_prompts=True,
+                    "prompt", multiline=True, default="", dynamic_prompts=True, tooltip="What the region was to show."
+                ),
+                io.String.Input(
+                    "contrasts",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=True,
                     tooltip="What a failed candidate looks like, one caption per line, such as the empty ground. A "
                     "candidate scores by how much better the prompt fits than the best of these.",
                 ),
-                io.Float.Input("region", default=1.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="Weight of CLIP in the square around the mask."),
-                io.Float.Input("whole", default=1.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="Weight of CLIP in the whole picture."),
-                io.Float.Input("seam", default=0.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="Weight of the visibility of the mask's border, which counts against."),
-                AugmentIO.Input("augment", optional=True,
-                                tooltip="Scores the mean over these copies (ExtendingAugment) instead of the picture."),
+                io.Float.Input(
+                    "region",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Weight of CLIP in the square around the mask.",
+                ),
+                io.Float.Input(
+                    "whole", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Weight of CLIP in the whole picture."
+                ),
+                io.Float.Input(
+                    "seam",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Weight of the visibility of the mask's border, which counts against.",
+                ),
+                AugmentIO.Input(
+                    "augment",
+                    optional=True,
+                    tooltip="Scores the mean over these copies (ExtendingAugment) instead of the picture.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The candidates, best first."),
                 io.Image.Output(display_name="best", tooltip="The first of them."),
                 io.String.Output(display_name="scores", tooltip="The terms of each, in the same order."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -82,8 +102,13 @@ class RankCandidates(io.ComfyNode):
         masks = mask_for(images, mask, said=notes)
         with torch.inference_mode(False), torch.no_grad():
             scores = rank(
-                to_bchw(images.clone()), masks.clone(), prompt.strip(), clip_guide.load(),
-                weights=weights, contrasts=lines(contrasts), augment=augment,
+                to_bchw(images.clone()),
+                masks.clone(),
+                prompt.strip(),
+                clip_guide.load(),
+                weights=weights,
+                contrasts=lines(contrasts),
+                augment=augment,
             )
         ranked = images[[score.index for score in scores]]
         notes += clip_guide.guide.notes([prompt.strip(), *lines(contrasts)])

@@ -93,9 +93,7 @@ class EditReport(io.ComfyNode):
                 ClipGuideIO.Input(
                     "clip_guide",
                     optional=True,
-                    tooltip=(
-                        "A CLIP that measures how well the picture fits the prompt. Not the one that guided."
-                    ),
+                    tooltip=("A CLIP that measures how well the picture fits the prompt. Not the one that guided."),
                 ),
             ],
             outputs=[
@@ -127,31 +125,25 @@ class EditReport(io.ComfyNode):
         if clip_guide is not None and not prompt.strip():
             raise ValueError("prompt is empty, but a clip_guide is connected: say what the edit asked for.")
         if clip_guide is None and prompt.strip():
-            raise ValueError(
-                "prompt is given, but clip_guide is not connected: connect one, or clear the prompt."
-            )
+            raise ValueError("prompt is given, but clip_guide is not connected: connect one, or clear the prompt.")
         source, result = split_alpha(source, "source")[0], split_alpha(result, "result")[0]
         count = len(result)
         if source.shape[1:] != result.shape[1:]:
-            size, made = source.shape[1:3], result.shape[1:3]
+            size, made = (source.shape[1], source.shape[2]), (result.shape[1], result.shape[2])
             cure = "resize one to the other before reporting."
-            if Frame.cut_from(tuple(size), tuple(made)) is not None:
+            if Frame.cut_from(size, made) is not None:
                 cure = "a VAE cut it. Exact Paste lays it where it was in the source: report on what that gives."
             raise ValueError(f"source is {size[1]}×{size[0]} (width×height), result {made[1]}×{made[0]}: {cure}")
         if len(source) not in (1, count):
-            raise ValueError(
-                f"source holds {len(source)} pictures for {count} results: give one, or one per result."
-            )
+            raise ValueError(f"source holds {len(source)} pictures for {count} results: give one, or one per result.")
         notes: list[str] = []
         masks = mask_for(result, mask, said=notes)
         sources = source.expand(count, -1, -1, -1)
         perceptual = load_perceptual(lpips)
         guide = clip_guide.load() if clip_guide is not None else None
         reports = [
-            edit_report(
-                *(tensor[index : index + 1] for tensor in (sources, result, masks)), perceptual, guide, prompt
-            )
-            for index in range(count)
+            edit_report(source[None], one[None], mask[None], perceptual, guide, prompt)
+            for source, one, mask in zip(sources, result, masks, strict=True)
         ]
         text = "\n\n".join(
             f"result {number} of {count}\n{report.to_text()}" if count > 1 else report.to_text()
@@ -161,6 +153,4 @@ class EditReport(io.ComfyNode):
         text = "\n".join([text, *notes])
         sheet = picture(source, result, masks)
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
-        return io.NodeOutput(
-            text, json.dumps([report.to_dict() for report in reports], indent=2), sheet, ui=shown
-        )
+        return io.NodeOutput(text, json.dumps([report.to_dict() for report in reports], indent=2), sheet, ui=shown)

@@ -34,7 +34,12 @@ class AttentionSwapSampler(io.ComfyNode):
             display_name="Attention Swap Sampler (Photoswap)",
             category="BlendSwap/swap",
             **aliases(
-                "prompt-to-prompt", "p2p", "masactrl", "plug and play", "replace object", "subject swap",
+                "prompt-to-prompt",
+                "p2p",
+                "masactrl",
+                "plug and play",
+                "replace object",
+                "subject swap",
             ),
             description=(
                 "Photoswap (NeurIPS 2023): samples the target from the source's noise, taking self-attention outputs, "
@@ -42,30 +47,52 @@ class AttentionSwapSampler(io.ComfyNode):
                 "and the subject is the target's. MODEL and target prompt may be a concept's."
             ),
             inputs=[
-                io.Model.Input("model",
-                               tooltip="The target's MODEL: the source's, or one that knows the new subject (a "
-                               "checkpoint or LoRA of the same family)."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The target's MODEL: the source's, or one that knows the new subject (a "
+                    "checkpoint or LoRA of the same family).",
+                ),
                 AttentionIO.Input("attention", tooltip="The source (AttentionCapture)."),
                 io.Conditioning.Input("positive", tooltip="The target's prompt."),
-                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="Guidance of the target; 0 for the source's."),
-                io.Combo.Input("mask_side", options=[INSIDE, OUTSIDE], default=INSIDE,
-                               tooltip="On which side of the mask the picture may change."),
-                SwapTokensIO.Input("tokens", optional=True,
-                                   tooltip="How the prompts' words correspond (SwapPrompts). Needed while cross_map "
-                                   "is above 0."),
+                io.Float.Input(
+                    "cfg",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance of the target; 0 for the source's.",
+                ),
+                io.Combo.Input(
+                    "mask_side",
+                    options=[INSIDE, OUTSIDE],
+                    default=INSIDE,
+                    tooltip="On which side of the mask the picture may change.",
+                ),
+                SwapTokensIO.Input(
+                    "tokens",
+                    optional=True,
+                    tooltip="How the prompts' words correspond (SwapPrompts). Needed while cross_map is above 0.",
+                ),
                 io.Conditioning.Input("negative", optional=True, tooltip="Without it the source's."),
-                SwapSettingsIO.Input("settings", optional=True,
-                                     tooltip="SwapSettings; without it the capture's. A tape has what its own "
-                                     "settings need, a replay serves all."),
-                SwapSubjectsIO.Input("subjects", optional=True,
-                                     tooltip="SwapSubject: several subjects, each with words, a mask and λ's of its "
-                                     "own."),
+                SwapSettingsIO.Input(
+                    "settings",
+                    optional=True,
+                    tooltip="SwapSettings; without it the capture's. A tape has what its own "
+                    "settings need, a replay serves all.",
+                ),
+                SwapSubjectsIO.Input(
+                    "subjects",
+                    optional=True,
+                    tooltip="SwapSubject: several subjects, each with words, a mask and λ's of its own.",
+                ),
                 io.Mask.Input("mask", optional=True, tooltip="Where the picture may change (see mask_side)."),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the result to the image output."),
-                io.Image.Input("image", optional=True,
-                               tooltip="The source picture. With it every pixel of the result outside the mask (or the "
-                               "subjects' masks) is this picture's, bit for bit, at its own size."),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The source picture. With it every pixel of the result outside the mask (or the "
+                    "subjects' masks) is this picture's, bit for bit, at its own size.",
+                ),
                 match_border_input(True, optional=True),
             ],
             outputs=[
@@ -74,14 +101,24 @@ class AttentionSwapSampler(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What was swapped where, what was skipped, and why."),
                 io.String.Output(display_name="json", tooltip="The same as JSON."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, attention: Attention, positive, cfg: float = 0.0, mask_side: str = INSIDE,
-        tokens: PromptPair | None = None, negative=None, settings: SwapSettings | None = None,
-        subjects: tuple[Subject, ...] | None = None, mask: torch.Tensor | None = None, vae=None,
-        image: torch.Tensor | None = None, match_border: bool = True,
+        cls,
+        model,
+        attention: Attention,
+        positive,
+        cfg: float = 0.0,
+        mask_side: str = INSIDE,
+        tokens: PromptPair | None = None,
+        negative=None,
+        settings: SwapSettings | None = None,
+        subjects: tuple[Subject, ...] | None = None,
+        mask: torch.Tensor | None = None,
+        vae=None,
+        image: torch.Tensor | None = None,
+        match_border: bool = True,
     ) -> io.NodeOutput:
         from comfy_execution.graph_utils import ExecutionBlocker
 
@@ -113,12 +150,10 @@ class AttentionSwapSampler(io.ComfyNode):
         report = said.to_text()
         if vae is not None:
             picture = vae.decode(latent["samples"])
-            if frame is not None:
+            if image is not None and frame is not None and edited is not None:
                 picture = exact_background(image, picture, edited[:, None], frame, match_border)
                 report += "\nbackground: outside of the mask each pixel is the image's"
-        return io.NodeOutput(
-            latent, picture, report, json.dumps(said.to_dict(), indent=2), ui=ui.PreviewText(report)
-        )
+        return io.NodeOutput(latent, picture, report, json.dumps(said.to_dict(), indent=2), ui=ui.PreviewText(report))
 
 
 def _weak(result: SwapResult, positive, attention: Attention, mask, outside: bool, subjects) -> str | None:
@@ -157,7 +192,12 @@ class SwapSubject(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         def own(name: str, words: str) -> io.Float.Input:
             return io.Float.Input(
-                name, default=NOT_GIVEN, min=-1.0, max=1000.0, step=1.0, round=0.001,
+                name,
+                default=NOT_GIVEN,
+                min=-1.0,
+                max=1000.0,
+                step=1.0,
+                round=0.001,
                 tooltip=f"{words} of this subject, within its mask; -1 for the settings'.",
             )
 
@@ -172,8 +212,9 @@ class SwapSubject(io.ComfyNode):
                 "every subject has a mask, the rest of the picture stays the source's."
             ),
             inputs=[
-                io.String.Input("source_word", default="",
-                                tooltip="The subject's word, or words in a row, in the source's prompt."),
+                io.String.Input(
+                    "source_word", default="", tooltip="The subject's word, or words in a row, in the source's prompt."
+                ),
                 io.String.Input("target_word", default="", tooltip="What stands in its place in the target's prompt."),
                 unit_input(),
                 own("self_map", "λ_M, self-attention maps,"),
@@ -182,14 +223,23 @@ class SwapSubject(io.ComfyNode):
                 io.Mask.Input("mask", optional=True, tooltip="Where this subject is and may change the picture."),
                 SwapSubjectsIO.Input("subjects", optional=True, tooltip="The SwapSubject before this one."),
             ],
-            outputs=[SwapSubjectsIO.Output(display_name="subjects",
-                                           tooltip="For AttentionSwapSampler, or the next SwapSubject.")],
-        )  # fmt: skip
+            outputs=[
+                SwapSubjectsIO.Output(
+                    display_name="subjects", tooltip="For AttentionSwapSampler, or the next SwapSubject."
+                )
+            ],
+        )
 
     @classmethod
     def execute(
-        cls, source_word: str = "", target_word: str = "", unit: str = OF_50, self_map: float = NOT_GIVEN,
-        cross_map: float = NOT_GIVEN, self_output: float = NOT_GIVEN, mask: torch.Tensor | None = None,
+        cls,
+        source_word: str = "",
+        target_word: str = "",
+        unit: str = OF_50,
+        self_map: float = NOT_GIVEN,
+        cross_map: float = NOT_GIVEN,
+        self_output: float = NOT_GIVEN,
+        mask: torch.Tensor | None = None,
         subjects: tuple[Subject, ...] | None = None,
     ) -> io.NodeOutput:
         from ..attention_swap.sampler import Subject

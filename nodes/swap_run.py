@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..attention_swap.sampler import Subject, SwapResult
     from ..attention_swap.settings import SwapSettings
     from ..attention_swap.steps import StepReport
+    from ..attention_swap.tokens import Alignment
     from ..hosts.attention import TextHost
 
 
@@ -117,8 +118,15 @@ class Target:
         def body(source_host: TextHost | None, host: TextHost) -> list[SwapResult]:
             return [
                 attention_swap(
-                    host, attention.capture, settings, alignment, subjects, source_host=source_host, mask=mask,
-                    outside=outside, on_step=progress.step,
+                    host,
+                    attention.capture,
+                    settings,
+                    alignment,
+                    subjects,
+                    source_host=source_host,
+                    mask=mask,
+                    outside=outside,
+                    on_step=progress.step,
                 )
                 for settings, alignment, subjects in plans
             ]
@@ -126,20 +134,35 @@ class Target:
         target = Side(self.model, self.positive, self.negative, self.cfg)
         if attention.model is None:
             return run_text(
-                target.model, self.vae, target.positive, target.negative, target.cfg, noise, attention.seed,
+                target.model,
+                self.vae,
+                target.positive,
+                target.negative,
+                target.cfg,
+                noise,
+                attention.seed,
                 lambda host: body(None, host),
             )
         source = Side(attention.model, attention.positive, attention.negative, attention.capture.cfg)
         return run_beside(source, target, self.vae, noise, attention.seed, body)
 
-    def _words(self, settings: SwapSettings):
+    def _words(self, settings: SwapSettings) -> tuple[Alignment | None, tuple[Subject, ...]]:
         """The prompts' alignment, and the subjects: those that are connected, or the words of the prompts where a local
         blend asks."""
         from ..attention_swap.sampler import Subject
 
         if self.tokens is None:
-            needs = [name for name, used in (("cross_map above 0", settings.cross_map), ("a local blend by words",
-                     settings.local_blend and any(subject.mask is None for subject in self.subjects))) if used]
+            needs = [
+                name
+                for name, used in (
+                    ("cross_map above 0", settings.cross_map),
+                    (
+                        "a local blend by words",
+                        settings.local_blend and any(subject.mask is None for subject in self.subjects),
+                    ),
+                )
+                if used
+            ]
             if needs:
                 raise ValueError(
                     f"tokens is not connected, but {' and '.join(needs)} needs to know which words correspond: connect "
@@ -147,7 +170,8 @@ class Target:
                 )
             return None, self.subjects
         named = [
-            (subject.source_word, subject.target_word) for subject in self.subjects
+            (subject.source_word, subject.target_word)
+            for subject in self.subjects
             if subject.source_word and subject.target_word
         ]
         alignment = self.tokens.align(settings.alignment, named)
@@ -198,8 +222,9 @@ def edit_mask(mask: Tensor | None, outside: bool, subjects: Sequence[Subject], s
     parts = []
     if mask is not None:
         parts.append(1 - sized(mask, "mask") if outside else sized(mask, "mask"))
-    if subjects and all(subject.mask is not None for subject in subjects):
-        parts.append(_widest([sized(subject.mask, f"the mask of {subject.name}") for subject in subjects]))
+    own = [(subject.mask, subject.name) for subject in subjects or () if subject.mask is not None]
+    if subjects and len(own) == len(subjects):
+        parts.append(_widest([sized(given, f"the mask of {name}") for given, name in own]))
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else parts[0] * parts[1]
@@ -208,5 +233,3 @@ def edit_mask(mask: Tensor | None, outside: bool, subjects: Sequence[Subject], s
 def _widest(masks: Sequence[Tensor]) -> Tensor:
     count = max(map(len, masks))
     return torch.stack([mask.expand(count, -1, -1) for mask in masks]).amax(0)
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from comfy_api.latest import io, ui
 
@@ -12,11 +12,12 @@ from .sockets import SwapLayersIO, SwapSettingsIO
 
 if TYPE_CHECKING:
     from ..attention_swap.settings import Steps, SwapSettings as Settings, Where
+    from ..hosts.attention import Branch, Place
 
 CUSTOM = "custom"
 PRESET_NAMES = ["photoswap", "official", "p2p", "pnp", "masactrl"]
 OF_50, FRACTION, STEPS = UNITS = ["of 50 steps", "fraction", "steps"]
-HALVES = {"both": ("cond", "uncond"), "cond": ("cond",), "uncond": ("uncond",)}
+HALVES: dict[str, tuple[Branch, ...]] = {"both": ("cond", "uncond"), "cond": ("cond",), "uncond": ("uncond",)}
 NOT_GIVEN = -1.0
 
 
@@ -28,7 +29,7 @@ def amount(name: str, value: float, unit: str) -> float | Steps:
     from ..attention_swap.settings import Steps
 
     if unit == STEPS:
-        return Steps(int(value)) if value == int(value) else Steps(value)
+        return Steps(int(value) if value == int(value) else cast("int", value))  # which refuses a part of one
     most = 50 if unit == OF_50 else 1
     if not 0 <= value <= most:
         raise ValueError(f"{name} is {value:g}; with unit {unit!r} it must be 0 to {most}. Change it, or the unit.")
@@ -37,22 +38,30 @@ def amount(name: str, value: float, unit: str) -> float | Steps:
 
 def unit_input(**more: Any) -> io.Combo.Input:
     return io.Combo.Input(
-        "unit", options=UNITS, default=OF_50, **more,
+        "unit",
+        options=UNITS,
+        default=OF_50,
+        **more,
         tooltip="What the λ's are given in. of 50 steps: as in the papers, scaled to the run's steps. fraction: 0 to "
         "1. steps: that many, whatever the run has.",
-    )  # fmt: skip
+    )
 
 
 def describe(settings: Settings) -> str:
     """Settings for people, a line each."""
     names = {
-        "self_output": "φ, self outputs", "self_map": "M, self maps", "cross_map": "A, cross maps",
-        "features": "features", "self_kv_from": "self keys and values from",
-    }  # fmt: skip
+        "self_output": "φ, self outputs",
+        "self_map": "M, self maps",
+        "cross_map": "A, cross maps",
+        "features": "features",
+        "self_kv_from": "self keys and values from",
+    }
     where = {
-        "self_output": settings.output_where, "self_map": settings.map_where, "cross_map": settings.cross_where,
+        "self_output": settings.output_where,
+        "self_map": settings.map_where,
+        "cross_map": settings.cross_where,
         "self_kv_from": settings.kv_where,
-    }  # fmt: skip
+    }
     lines = []
     for name, words in names.items():
         value = getattr(settings, name)
@@ -102,80 +111,165 @@ class SwapSettings(io.ComfyNode):
             ),
             inputs=[
                 io.Combo.Input(
-                    "preset", options=[CUSTOM, *PRESET_NAMES], default=CUSTOM,
+                    "preset",
+                    options=[CUSTOM, *PRESET_NAMES],
+                    default=CUSTOM,
                     tooltip="custom: the dials below, whose defaults are the Photoswap paper's. The others replace "
                     "all of them: photoswap, official (its published code), p2p (Prompt-to-Prompt), pnp "
                     "(Plug-and-Play), masactrl. What they set is said in the summary.",
                 ),
                 unit_input(),
                 io.Float.Input(
-                    "self_map", default=25.0, min=0.0, max=1000.0, step=1.0, round=0.001,
+                    "self_map",
+                    default=25.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=1.0,
+                    round=0.001,
                     tooltip="λ_M: how long self-attention maps are the source's. More keeps more of the source's "
                     "shape.",
                 ),
                 io.Float.Input(
-                    "cross_map", default=20.0, min=0.0, max=1000.0, step=1.0, round=0.001,
+                    "cross_map",
+                    default=20.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=1.0,
+                    round=0.001,
                     tooltip="λ_A: how long cross-attention maps are the source's: which word is where.",
                 ),
                 io.Float.Input(
-                    "self_output", default=10.0, min=0.0, max=1000.0, step=1.0, round=0.001,
+                    "self_output",
+                    default=10.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=1.0,
+                    round=0.001,
                     tooltip="λ_φ: how long self-attention outputs are the source's. It holds layout and background "
                     "most.",
                 ),
                 io.Boolean.Input(
-                    "local_blend", default=False,
+                    "local_blend",
+                    default=False,
                     tooltip="Put the source's latents back wherever the subject's words are not, step by step.",
                 ),
-                dial(io.Float.Input("blend_from", default=0.2, min=0.0, max=0.99, step=0.01,
-                                    tooltip="Local blend: from this fraction of the steps on.")),
-                dial(io.Float.Input("blend_threshold", default=0.3, min=0.0, max=0.99, step=0.01,
-                                    tooltip="Local blend: share of a word's strongest attention that counts as the "
-                                    "word.")),
-                dial(io.Float.Input("features", default=0.0, min=0.0, max=1000.0, step=1.0, round=0.001,
-                                    tooltip="How long features of the decoder are the source's (Plug-and-Play: 40).")),
-                dial(io.Float.Input("self_kv_from", default=NOT_GIVEN, min=-1.0, max=1000.0, step=1.0, round=0.001,
-                                    tooltip="From when on the target's queries look at the source's keys and values "
-                                    "(MasaCtrl: 4); -1 for never.")),
-                dial(io.Combo.Input("alignment", options=["words", "tokens"], default="words",
-                                    tooltip="A replaced word takes its predecessor's map whole (words), or keeps its "
-                                    "own, as in the published code (tokens).")),
-                dial(io.Combo.Input("counting", options=["paper", "published"], default="paper",
-                                    tooltip="paper: every λ counts from the first step. published: as the published "
-                                    "code, M from where φ ends, φ one step more.")),
+                dial(
+                    io.Float.Input(
+                        "blend_from",
+                        default=0.2,
+                        min=0.0,
+                        max=0.99,
+                        step=0.01,
+                        tooltip="Local blend: from this fraction of the steps on.",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "blend_threshold",
+                        default=0.3,
+                        min=0.0,
+                        max=0.99,
+                        step=0.01,
+                        tooltip="Local blend: share of a word's strongest attention that counts as the word.",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "features",
+                        default=0.0,
+                        min=0.0,
+                        max=1000.0,
+                        step=1.0,
+                        round=0.001,
+                        tooltip="How long features of the decoder are the source's (Plug-and-Play: 40).",
+                    )
+                ),
+                dial(
+                    io.Float.Input(
+                        "self_kv_from",
+                        default=NOT_GIVEN,
+                        min=-1.0,
+                        max=1000.0,
+                        step=1.0,
+                        round=0.001,
+                        tooltip="From when on the target's queries look at the source's keys and values "
+                        "(MasaCtrl: 4); -1 for never.",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "alignment",
+                        options=["words", "tokens"],
+                        default="words",
+                        tooltip="A replaced word takes its predecessor's map whole (words), or keeps its "
+                        "own, as in the published code (tokens).",
+                    )
+                ),
+                dial(
+                    io.Combo.Input(
+                        "counting",
+                        options=["paper", "published"],
+                        default="paper",
+                        tooltip="paper: every λ counts from the first step. published: as the published "
+                        "code, M from where φ ends, φ one step more.",
+                    )
+                ),
                 SwapLayersIO.Input("output_layers", optional=True, tooltip="SwapLayers for φ; with a preset too."),
                 SwapLayersIO.Input("map_layers", optional=True, tooltip="SwapLayers for M; with a preset too."),
                 SwapLayersIO.Input("cross_layers", optional=True, tooltip="SwapLayers for A; with a preset too."),
-                SwapLayersIO.Input("kv_layers", optional=True,
-                                   tooltip="SwapLayers for keys and values; with a preset too."),
+                SwapLayersIO.Input(
+                    "kv_layers", optional=True, tooltip="SwapLayers for keys and values; with a preset too."
+                ),
             ],
             outputs=[
-                SwapSettingsIO.Output(display_name="settings",
-                                      tooltip="For AttentionCapture, or for a swap of its own."),
+                SwapSettingsIO.Output(
+                    display_name="settings", tooltip="For AttentionCapture, or for a swap of its own."
+                ),
                 io.String.Output(display_name="summary", tooltip="What is set, by a preset too."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, preset: str = CUSTOM, unit: str = OF_50, self_map: float = 25.0, cross_map: float = 20.0,
-        self_output: float = 10.0, local_blend: bool = False, blend_from: float = 0.2, blend_threshold: float = 0.3,
-        features: float = 0.0, self_kv_from: float = NOT_GIVEN, alignment: str = "words", counting: str = "paper",
-        output_layers: Where | None = None, map_layers: Where | None = None, cross_layers: Where | None = None,
+        cls,
+        preset: str = CUSTOM,
+        unit: str = OF_50,
+        self_map: float = 25.0,
+        cross_map: float = 20.0,
+        self_output: float = 10.0,
+        local_blend: bool = False,
+        blend_from: float = 0.2,
+        blend_threshold: float = 0.3,
+        features: float = 0.0,
+        self_kv_from: float = NOT_GIVEN,
+        alignment: str = "words",
+        counting: str = "paper",
+        output_layers: Where | None = None,
+        map_layers: Where | None = None,
+        cross_layers: Where | None = None,
         kv_layers: Where | None = None,
     ) -> io.NodeOutput:
         from ..attention_swap.settings import SwapSettings as Settings, preset_settings
 
-        layers = dict(output_where=output_layers, map_where=map_layers, cross_where=cross_layers, kv_where=kv_layers)
+        layers: dict[str, Any] = dict(
+            output_where=output_layers, map_where=map_layers, cross_where=cross_layers, kv_where=kv_layers
+        )
         layers = {name: where for name, where in layers.items() if where is not None}
         if preset != CUSTOM:
             settings = preset_settings(preset, **layers)
         else:
-            lambdas = dict(self_map=self_map, cross_map=cross_map, self_output=self_output, features=features)
+            lambdas: dict[str, Any] = dict(
+                self_map=self_map, cross_map=cross_map, self_output=self_output, features=features
+            )
             settings = Settings(
                 **{name: amount(name, value, unit) for name, value in lambdas.items()},
                 self_kv_from=None if self_kv_from < 0 else amount("self_kv_from", self_kv_from, unit),
-                local_blend=local_blend, blend_from=blend_from, blend_threshold=blend_threshold, alignment=alignment,
-                published=counting == "published", **layers,
+                local_blend=local_blend,
+                blend_from=blend_from,
+                blend_threshold=blend_threshold,
+                alignment=alignment,
+                published=counting == "published",
+                **layers,
             )
         summary = describe(settings)
         if preset != CUSTOM:
@@ -196,35 +290,58 @@ class SwapLayers(io.ComfyNode):
             description="Narrows one of the swaps of SwapSettings down to some layers. All conditions count together; "
             "the report of a swap names the layers that were left.",
             inputs=[
-                io.Combo.Input("halves", options=list(HALVES), default="both",
-                               tooltip="Halves of classifier-free guidance: cond (with the prompt), uncond, or both."),
+                io.Combo.Input(
+                    "halves",
+                    options=list(HALVES),
+                    default="both",
+                    tooltip="Halves of classifier-free guidance: cond (with the prompt), uncond, or both.",
+                ),
                 io.Boolean.Input("down", default=True, tooltip="Layers of the UNet's encoder."),
                 io.Boolean.Input("mid", default=True, tooltip="The layer in the middle."),
                 io.Boolean.Input("up", default=True, tooltip="Layers of the decoder."),
-                io.Int.Input("first", default=0, min=0, max=999,
-                             tooltip="First layer, counted from 0 through the whole UNet."),
+                io.Int.Input(
+                    "first", default=0, min=0, max=999, tooltip="First layer, counted from 0 through the whole UNet."
+                ),
                 io.Int.Input("last", default=-1, min=-1, max=999, tooltip="Last layer; -1 for the last there is."),
-                io.Int.Input("min_tokens", default=0, min=0, max=1048576,
-                             tooltip="Only layers of at least this many tokens (height × width there)."),
-                io.Int.Input("max_tokens", default=0, min=0, max=1048576,
-                             tooltip="Only layers of at most this many tokens; 0 sets no limit. Published code: 1024."),
+                io.Int.Input(
+                    "min_tokens",
+                    default=0,
+                    min=0,
+                    max=1048576,
+                    tooltip="Only layers of at least this many tokens (height × width there).",
+                ),
+                io.Int.Input(
+                    "max_tokens",
+                    default=0,
+                    min=0,
+                    max=1048576,
+                    tooltip="Only layers of at most this many tokens; 0 sets no limit. Published code: 1024.",
+                ),
             ],
             outputs=[SwapLayersIO.Output(display_name="layers", tooltip="For SwapSettings.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, halves: str = "both", down: bool = True, mid: bool = True, up: bool = True, first: int = 0, last: int = -1,
-        min_tokens: int = 0, max_tokens: int = 0,
+        cls,
+        halves: str = "both",
+        down: bool = True,
+        mid: bool = True,
+        up: bool = True,
+        first: int = 0,
+        last: int = -1,
+        min_tokens: int = 0,
+        max_tokens: int = 0,
     ) -> io.NodeOutput:
         from ..attention_swap.settings import Where
 
-        places = tuple(place for place, chosen in (("down", down), ("mid", mid), ("up", up)) if chosen)
+        chosen: dict[Place, bool] = {"down": down, "mid": mid, "up": up}
+        places: tuple[Place, ...] = tuple(place for place in chosen if chosen[place])
         if not places:
             raise ValueError("down, mid and up are all off, so no layer is left: switch one on")
-        return io.NodeOutput(Where(
-            HALVES[halves], places, first, None if last < 0 else last, 0.0, min_tokens, max_tokens or None
-        ))
+        return io.NodeOutput(
+            Where(HALVES[halves], places, first, None if last < 0 else last, 0.0, min_tokens, max_tokens or None)
+        )
 
 
 def with_lambdas(settings: Settings, lambdas: dict[str, float | Steps | None]) -> Settings:

@@ -37,8 +37,9 @@ class AttentionSwapSweep(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         def values(name: str, words: str, default: str) -> io.String.Input:
-            return io.String.Input(name, default=default,
-                                   tooltip=f"Values of {words}, with commas between. Empty: the settings' alone.")
+            return io.String.Input(
+                name, default=default, tooltip=f"Values of {words}, with commas between. Empty: the settings' alone."
+            )
 
         return io.Schema(
             node_id="AttentionSwapSweep",
@@ -53,36 +54,65 @@ class AttentionSwapSweep(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The target's MODEL, as for AttentionSwapSampler."),
-                AttentionIO.Input("attention",
-                                  tooltip="The source; of a tape with for_sweep on and λ's at least the grid's."),
+                AttentionIO.Input(
+                    "attention", tooltip="The source; of a tape with for_sweep on and λ's at least the grid's."
+                ),
                 io.Conditioning.Input("positive", tooltip="The target's prompt."),
                 io.Vae.Input("vae", tooltip="Decodes the results."),
                 unit_input(),
                 values("self_map", "λ_M", GRID),
                 values("cross_map", "λ_A", ""),
                 values("self_output", "λ_φ", "0, 10, 20"),
-                io.Int.Input("max_targets", default=36, min=1, max=1000,
-                             tooltip="A larger grid than this is refused, for its time."),
-                io.Float.Input("cfg", default=0.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="Guidance; 0 for the source's."),
-                dial(io.Combo.Input("lpips", options=lpips_choices(), default=NONE,
-                                    tooltip="Backbone of LPIPS, for the distance to reference.")),
+                io.Int.Input(
+                    "max_targets",
+                    default=36,
+                    min=1,
+                    max=1000,
+                    tooltip="A larger grid than this is refused, for its time.",
+                ),
+                io.Float.Input(
+                    "cfg", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance; 0 for the source's."
+                ),
+                dial(
+                    io.Combo.Input(
+                        "lpips",
+                        options=lpips_choices(),
+                        default=NONE,
+                        tooltip="Backbone of LPIPS, for the distance to reference.",
+                    )
+                ),
                 SwapTokensIO.Input("tokens", optional=True, tooltip="How the prompts' words correspond (SwapPrompts)."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Without it the source's."),
-                SwapSettingsIO.Input("settings", optional=True,
-                                     tooltip="Everything but the grid's λ's; without it the capture's."),
+                SwapSettingsIO.Input(
+                    "settings", optional=True, tooltip="Everything but the grid's λ's; without it the capture's."
+                ),
                 SwapSubjectsIO.Input("subjects", optional=True, tooltip="SwapSubject, as for AttentionSwapSampler."),
-                io.Mask.Input("mask", optional=True,
-                              tooltip="Where the subject is, for the scores: outside of it is background. It does not "
-                              "keep the swap from changing that."),
-                io.Image.Input("image", optional=True,
-                               tooltip="The source picture to score against; without it the source as it was sampled."),
-                ClipGuideIO.Input("clip_guide", optional=True,
-                                  tooltip="A CLIP that says how well the subject fits prompt (CLIPGuideLoader)."),
-                io.String.Input("prompt", optional=True, default="", dynamic_prompts=True,
-                                tooltip="For clip_guide: what the subject is to be."),
-                io.Image.Input("reference", optional=True,
-                               tooltip="A picture of the new subject, cut to it, for LPIPS."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the subject is, for the scores: outside of it is background. It does not "
+                    "keep the swap from changing that.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The source picture to score against; without it the source as it was sampled.",
+                ),
+                ClipGuideIO.Input(
+                    "clip_guide",
+                    optional=True,
+                    tooltip="A CLIP that says how well the subject fits prompt (CLIPGuideLoader).",
+                ),
+                io.String.Input(
+                    "prompt",
+                    optional=True,
+                    default="",
+                    dynamic_prompts=True,
+                    tooltip="For clip_guide: what the subject is to be.",
+                ),
+                io.Image.Input(
+                    "reference", optional=True, tooltip="A picture of the new subject, cut to it, for LPIPS."
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="sheet", tooltip="The source and all results, labelled, the best framed."),
@@ -90,7 +120,7 @@ class AttentionSwapSweep(io.ComfyNode):
                 io.String.Output(display_name="table", tooltip="Their scores, the best marked."),
             ],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, lpips: str = NONE, **_) -> str:
@@ -98,16 +128,31 @@ class AttentionSwapSweep(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, attention: Attention, positive, vae, unit: str, self_map: str = GRID, cross_map: str = "",
-        self_output: str = "0, 10, 20", max_targets: int = 36, cfg: float = 0.0, lpips: str = NONE,
-        tokens: PromptPair | None = None, negative=None, settings: SwapSettings | None = None,
-        subjects: tuple[Subject, ...] | None = None, mask: torch.Tensor | None = None,
-        image: torch.Tensor | None = None, clip_guide: ComfyGuide | None = None, prompt: str = "",
+        cls,
+        model,
+        attention: Attention,
+        positive,
+        vae,
+        unit: str,
+        self_map: str = GRID,
+        cross_map: str = "",
+        self_output: str = "0, 10, 20",
+        max_targets: int = 36,
+        cfg: float = 0.0,
+        lpips: str = NONE,
+        tokens: PromptPair | None = None,
+        negative=None,
+        settings: SwapSettings | None = None,
+        subjects: tuple[Subject, ...] | None = None,
+        mask: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        clip_guide: ComfyGuide | None = None,
+        prompt: str = "",
         reference: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         from ..attention_swap import sweep
 
-        scorers = _Scorers(mask, clip_guide, prompt.strip(), reference, lpips)
+        scorers = Scorers(mask, clip_guide, prompt.strip(), reference, lpips)
         if len(attention.capture.noise) != 1:
             raise ValueError(
                 f"attention holds {len(attention.capture.noise)} pictures; a sweep is of one: capture a latent of one "
@@ -126,7 +171,7 @@ class AttentionSwapSweep(io.ComfyNode):
             settings or attention.settings,
             {name: [amount(name, value, unit) for value in given] for name, given in lambdas.items()},
         )
-        labels = _labels(lambdas, unit)
+        labels = _labels(lambdas)
         target = Target.of(model, attention, positive, negative, cfg, vae, tokens, subjects)
         _check_tape(target, wanted, labels)
         frame = None if image is None else frame_of(image, attention, vae)
@@ -134,7 +179,7 @@ class AttentionSwapSweep(io.ComfyNode):
         results = target.run(wanted, Progress(model, count * attention.capture.steps))
         decoded = [vae.decode(as_latent(model, result.latents)["samples"]) for result in results]
         pictures = torch.cat(decoded)[..., :3].cpu()
-        if frame is None:
+        if image is None or frame is None:
             source = vae.decode(as_latent(model, results[0].source)["samples"])[..., :3].cpu()
         else:
             source = frame.view(image)
@@ -149,12 +194,12 @@ class AttentionSwapSweep(io.ComfyNode):
         return io.NodeOutput(sheet, pictures, table, ui=shown)
 
 
-def _labels(lambdas: dict[str, list[float]], unit: str) -> list[str]:
+def _labels(lambdas: dict[str, list[float]]) -> list[str]:
     given = {SYMBOLS[name]: chosen for name, chosen in lambdas.items() if chosen}
     if not given:
         return ["the settings' λ's"]
     return [
-        ", ".join(f"{symbol} {value:g}" for symbol, value in zip(given, combination))
+        ", ".join(f"{symbol} {value:g}" for symbol, value in zip(given, combination, strict=True))
         for combination in itertools.product(*given.values())
     ]
 
@@ -167,7 +212,7 @@ def _check_tape(target: Target, wanted: list[SwapSettings], labels: list[str]) -
     if capture.tape is None:
         return
     branches = ("cond",) if math.isclose(target.cfg, 1) else ("cond", "uncond")
-    for settings, label in zip(wanted, labels):
+    for settings, label in zip(wanted, labels, strict=True):
         own = [settings, *(subject.settings(settings) for subject in target.subjects)]
         lacking = needed(own, capture.layout, capture.steps, branches).missing(capture.needs)
         if lacking:
@@ -177,18 +222,20 @@ def _check_tape(target: Target, wanted: list[SwapSettings], labels: list[str]) -
             )
 
 
-class _Scorers:
+class Scorers:
     """What the results are scored by; `said` names what is missing."""
 
     def __init__(self, mask, clip_guide: ComfyGuide | None, prompt: str, reference, lpips: str) -> None:
         if (clip_guide is None) != (not prompt):
             raise ValueError(
-                "prompt is empty, but clip_guide is connected: say what the subject is to be" if clip_guide is not None
+                "prompt is empty, but clip_guide is connected: say what the subject is to be"
+                if clip_guide is not None
                 else "prompt is given, but clip_guide is not connected: connect one (CLIPGuideLoader), or clear prompt"
             )
         if (reference is None) != (lpips == NONE):
             raise ValueError(
-                "reference is connected, but lpips is none: choose a backbone" if lpips == NONE
+                "reference is connected, but lpips is none: choose a backbone"
+                if lpips == NONE
                 else "lpips is chosen, but reference is not connected: connect a picture of the new subject, or set "
                 "lpips to none"
             )
@@ -233,7 +280,7 @@ class _Scorers:
                 guide = self.clip_guide.load()
                 column = sweep.Column(f"CLIP ({guide.name})", "identity")
                 found[column] = [one.region for one in score(layout, region.clone(), self.prompt, guide)]
-            if self.reference is not None:
+            if self.reference is not None and self.perceptual is not None:
                 column = sweep.Column(f"LPIPS to reference ({self.perceptual.name})", "identity", more_is_better=False)
                 found[column] = self._distances(layout, region.clone())
         return found
@@ -242,6 +289,7 @@ class _Scorers:
         """LPIPS of the subject's square of each picture to the reference."""
         from ..blending.ranking import region_view
 
+        assert self.perceptual is not None, "asked of only where there is one"
         reference = split_alpha(self.reference, "reference")[0][:1].float().cpu().clone().movedim(-1, 1) * 2 - 1
         size = min(reference.shape[-2:])
         reference = region_view(reference, torch.ones(1, 1, *reference.shape[-2:]), size)

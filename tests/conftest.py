@@ -15,13 +15,15 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-import blendswap
 import pytest
+
+import blendswap
 
 ROOT = Path(__file__).resolve().parents[1]
 if ROOT not in (Path(path).resolve() for path in blendswap.__path__):
-    raise pytest.UsageError(f"'blendswap' is the package in {list(blendswap.__path__)}, not the one in {ROOT}."
-                            " Use: python run.py test")
+    raise pytest.UsageError(
+        f"'blendswap' is the package in {list(blendswap.__path__)}, not the one in {ROOT}. Use: python run.py test"
+    )
 
 import torch
 
@@ -103,8 +105,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", ())
-    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in skipped
-               if isinstance(report.longrepr, tuple)]
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in skipped if isinstance(report.longrepr, tuple)]
     missed = [reason for reason in reasons if reason.startswith(_NEEDS)]
     if missed:
         terminalreporter.section("NOT TESTED INSIDE COMFYUI", red=True, bold=True)

@@ -11,9 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from blendswap import run
 from blendswap.demo.server import start_server
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 OWNER = "https://github.com/blendswap/blendswap"
@@ -49,8 +50,11 @@ def test_comfyui_takes_the_pack_from_the_archive_with_all_nodes_help_templates_a
     archived, comfy_path, server, tmp_path
 ):
     def packs(running) -> dict:
-        return {name: info for name, info in running.object_info().items()
-                if info.get("python_module") == "custom_nodes.blendswap"}
+        return {
+            name: info
+            for name, info in running.object_info().items()
+            if info.get("python_module") == "custom_nodes.blendswap"
+        }
 
     environment = run.pages_environment(Path(sys.executable), comfy_path)
     with start_server(comfy_path, tmp_path, sys.executable, env=environment, pack=archived) as unpacked:
@@ -63,13 +67,23 @@ def test_comfyui_takes_the_pack_from_the_archive_with_all_nodes_help_templates_a
         templates = unpacked.get_json("/workflow_templates")["blendswap"]
         assert set(templates) == {path.stem for path in (ROOT / "workflows").glob("*.json")}
         assert {"en", "fr"} <= set(unpacked.get_json("/i18n"))
-        text = unpacked.run({
-            "1": {"class_type": "DemoModelLoader", "inputs": {}},
-            "2": {"class_type": "SwapPrompts", "inputs": {
-                "clip": ["1", 1], "source_prompt": "a red star", "target_prompt": "a blue star", "source_subject": "",
-                "target_subject": "", "word_weights": ""}},
-            "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 3]}},
-        })  # fmt: skip
+        text = unpacked.run(
+            {
+                "1": {"class_type": "DemoModelLoader", "inputs": {}},
+                "2": {
+                    "class_type": "SwapPrompts",
+                    "inputs": {
+                        "clip": ["1", 1],
+                        "source_prompt": "a red star",
+                        "target_prompt": "a blue star",
+                        "source_subject": "",
+                        "target_subject": "",
+                        "word_weights": "",
+                    },
+                },
+                "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 3]}},
+            }
+        )
         assert "red → blue" in json.dumps(text, ensure_ascii=False)
 
 
@@ -79,8 +93,17 @@ def test_the_wheel_works_by_itself_and_holds_no_tests(tmp_path):
         if (ROOT / name).is_file() and not name.startswith(NOT_HANDED_OUT):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name)
-    subprocess.run([sys.executable, "-c", "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])",
-                    str(made)], cwd=source, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])",
+            str(made),
+        ],
+        cwd=source,
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = made.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -94,7 +117,12 @@ def test_the_wheel_works_by_itself_and_holds_no_tests(tmp_path):
         "from blendswap.attention_swap import capture, swap, sweep; from blendswap.concepts import trainer\n"
         "load_clip_guide(files.CLIP).embed_text(['a red star'])"
     )
-    subprocess.run([sys.executable, "-c", code, str(site)], cwd=tmp_path, check=True, env={**_environment(), "PYTHONPATH": str(site)})
+    subprocess.run(
+        [sys.executable, "-c", code, str(site)],
+        cwd=tmp_path,
+        check=True,
+        env={**_environment(), "PYTHONPATH": str(site)},
+    )
 
 
 def _environment() -> dict[str, str]:
@@ -120,5 +148,5 @@ def test_the_registrys_entries_are_there_and_lead_to_what_is_in_the_repository()
 
 
 def test_no_requirement_has_an_upper_bound_that_another_pack_would_run_into():
-    for line in run._lines(ROOT / "requirements.txt"):
+    for line in run.requirement_lines(ROOT / "requirements.txt"):
         assert not re.search(r"<|==|~=", line), line

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from blendswap import run
-from blendswap.demo.server import (
-    ComfyServer, PortInUse, ServerDied, ServerError, prepare_base, start_server)
+from blendswap.demo.server import ComfyServer, PortInUse, ServerDied, ServerError, prepare_base, start_server
 from blendswap.demo.workflow import WorkflowError, ui_to_api
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,16 +32,22 @@ def places(tmp_path: Path) -> dict[str, Path]:
     """A ComfyUI in every place that is looked at; the first three of the search order."""
     holder = make_comfyui(tmp_path / "holder")
     (holder / "custom_nodes" / "blendswap").mkdir(parents=True)
-    return {"named": make_comfyui(tmp_path / "named"), "holder": holder, "cache": tmp_path / "cache",
-            "cached": make_comfyui(tmp_path / "cache" / f"ComfyUI-{run.PREFERRED}")}
+    return {
+        "named": make_comfyui(tmp_path / "named"),
+        "holder": holder,
+        "cache": tmp_path / "cache",
+        "cached": make_comfyui(tmp_path / "cache" / f"ComfyUI-{run.PREFERRED}"),
+    }
 
 
-def find(places: dict[str, Path], version: str | None = None, named: bool = False,
-         held: bool = False) -> Path | None:
+def find(places: dict[str, Path], version: str | None = None, named: bool = False, held: bool = False) -> Path | None:
     return run.find_comfyui(
-        version, clone=False, environ={"COMFYUI_PATH": str(places["named"])} if named else {},
+        version,
+        clone=False,
+        environ={"COMFYUI_PATH": str(places["named"])} if named else {},
         pack=(places["holder"] / "custom_nodes" if held else places["cache"]) / "blendswap",
-        caches=[places["cache"]])
+        caches=[places["cache"]],
+    )
 
 
 def test_comfyui_path_comes_before_the_install_that_holds_the_pack_before_the_cache(places):
@@ -73,29 +78,39 @@ def test_the_oldest_supported_version_serves_where_no_other_can_be_had(tmp_path,
     assert "could not be fetched" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (lambda path: None, "there is no ComfyUI"),
-    (lambda path: make_comfyui(path, "0.3.10"), f"needs {re.escape(run.FLOOR)} or newer"),
-])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "there is no ComfyUI"),
+        (lambda path: make_comfyui(path, "0.3.10"), f"needs {re.escape(run.FLOOR)} or newer"),
+    ],
+)
 def test_a_comfyui_path_that_cannot_serve_is_refused_with_words(tmp_path, make, words):
     make(tmp_path / "named")
     with pytest.raises(run.SetupError, match=words):
         run.find_comfyui(environ={"COMFYUI_PATH": str(tmp_path / "named")}, caches=[])
 
 
-@pytest.mark.parametrize(("platform", "environ", "expected"), [
-    ("linux", {"HOME": "/h"}, ["/h/.cache/blendswap"]),
-    ("linux", {"HOME": "/h", "XDG_CACHE_HOME": "/x"}, ["/x/blendswap"]),
-    ("darwin", {"HOME": "/h"}, ["/h/Library/Caches/blendswap", "/h/.cache/blendswap"]),
-    ("win32", {"USERPROFILE": "/h", "LOCALAPPDATA": "/l"}, ["/l/blendswap"]),
-])
+@pytest.mark.parametrize(
+    ("platform", "environ", "expected"),
+    [
+        ("linux", {"HOME": "/h"}, ["/h/.cache/blendswap"]),
+        ("linux", {"HOME": "/h", "XDG_CACHE_HOME": "/x"}, ["/x/blendswap"]),
+        ("darwin", {"HOME": "/h"}, ["/h/Library/Caches/blendswap", "/h/.cache/blendswap"]),
+        ("win32", {"USERPROFILE": "/h", "LOCALAPPDATA": "/l"}, ["/l/blendswap"]),
+    ],
+)
 def test_the_cache_folder_is_the_systems_own(platform, environ, expected):
     assert [path.as_posix() for path in run.cache_folders(environ, platform)] == expected
 
 
 def git(*arguments: str, cwd: Path) -> None:
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], cwd=cwd,
-                   check=True, capture_output=True)
+    subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments],
+        cwd=cwd,
+        check=True,
+        capture_output=True,
+    )
 
 
 def test_a_clone_appears_only_when_complete(tmp_path):
@@ -135,7 +150,7 @@ def installs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     def record(python: Path, arguments: list[str], venv: Path, unfinished: Path | None = None) -> None:
         calls.append(list(arguments))
 
-    monkeypatch.setattr(run, "_pip", record)
+    monkeypatch.setattr(run, "pip", record)
     return calls
 
 
@@ -162,29 +177,31 @@ def test_a_half_finished_set_up_is_done_afresh(venv, installs):
 
 def test_a_failing_pip_says_what_to_do_and_is_tried_again(venv):
     with pytest.raises(run.SetupError, match="no release for this Python"):
-        run._pip(run.venv_python(venv), ["install", "--no-index", "blendswap-no-such-package"], venv)
+        run.pip(run.venv_python(venv), ["install", "--no-index", "blendswap-no-such-package"], venv)
     assert not (venv / "blendswap-unfinished").exists()
 
 
 def test_no_version_of_torch_and_no_web_page_package_is_taken_from_comfyui(tmp_path):
     comfy = make_comfyui(tmp_path / "comfy")
     (comfy / "requirements.txt").write_text(
-        "comfyui-frontend-package==1.2.3\ntorch\ntorchsde\nnumpy>=1\n\n#x\nPillow # y\n")
+        "comfyui-frontend-package==1.2.3\ntorch\ntorchsde\nnumpy>=1\n\n#x\nPillow # y\n"
+    )
     wanted = run.requirements(comfy)
-    assert [line for line in wanted if run._package(line) == "torch"] == [run.TORCH[0]]
+    assert [line for line in wanted if run.package_name(line) == "torch"] == [run.TORCH[0]]
     assert {"torchsde", "numpy>=1", "Pillow"} <= set(wanted)
     assert run.pages(comfy) == ["comfyui-frontend-package==1.2.3"]
     assert not set(run.pages(comfy)) & set(wanted)
 
 
 def test_the_pack_asks_an_existing_comfyui_for_no_torch_and_no_numpy():
-    names = {run._package(line) for line in run._lines(ROOT / "requirements.txt")}
+    names = {run.package_name(line) for line in run.requirement_lines(ROOT / "requirements.txt")}
     assert not names & {"torch", "torchvision", "torchaudio", "numpy"}
 
 
 def test_every_package_of_the_checkout_is_installed_with_it():
-    folders = [path.parent.relative_to(ROOT).parts for path in (*ROOT.glob("*/__init__.py"),
-                                                                *ROOT.glob("*/*/__init__.py"))]
+    folders = [
+        path.parent.relative_to(ROOT).parts for path in (*ROOT.glob("*/__init__.py"), *ROOT.glob("*/*/__init__.py"))
+    ]
     apart = ("benchmarks", "build", "tests", ".venv", ".comfyui")
     inside = [parts for parts in folders if parts[0] not in apart]
     found = {"blendswap", *(".".join(("blendswap", *parts)) for parts in inside)}
@@ -193,14 +210,46 @@ def test_every_package_of_the_checkout_is_installed_with_it():
     assert set(re.findall(r'"([^"]+)"', listed)) == found
 
 
+# -- looking at the code
+
+
+def test_lint_names_what_failed_and_mends_what_can_be_mended(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("ruff")
+    pytest.importorskip("basedpyright")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "ensure_venv", lambda comfy: Path(sys.executable))
+    monkeypatch.setattr(run, "ensure_lint_tools", lambda python: None)
+    (tmp_path / "pyproject.toml").write_text('[tool.pyright]\ninclude = ["code.py"]\n')
+    code = tmp_path / "code.py"
+    code.write_text("import os\nnumber : int = 'one'\n")
+    assert run.main(["lint"]) == 1
+    assert "format: FAILED, lint: FAILED, types: FAILED" in capfd.readouterr().out
+    assert run.main(["lint", "--fix"]) == 1
+    assert code.read_text() == 'number: int = "one"\n'
+    assert "format: ok, lint: ok, types: FAILED" in capfd.readouterr().out
+    code.write_text("number: int = 1\n")
+    assert run.main(["lint"]) == 0
+
+
+def test_what_lint_needs_is_installed_once(venv, installs, monkeypatch):
+    for _ in range(2):
+        run.ensure_lint_tools(run.venv_python(venv), venv)
+    assert installs == [["install", *run.LINT]]
+    monkeypatch.setattr(run, "LINT", ("ruff==0.1",))
+    run.ensure_lint_tools(run.venv_python(venv), venv)
+    assert installs[1:] == [["install", "ruff==0.1"]]
+
+
 # -- driving a server
 
 
 def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path):
     comfy = make_comfyui(tmp_path / "comfy")
     (comfy / "main.py").write_text("print('\\n'.join(f'line {i}' for i in range(90)))\nraise SystemExit(3)\n")
-    with pytest.raises(ServerDied, match=r"exit code 3[\s\S]*line 89$") as caught, \
-            start_server(comfy, tmp_path / "base", sys.executable, extra_args=["--cpu"]):
+    with (
+        pytest.raises(ServerDied, match=r"exit code 3[\s\S]*line 89$") as caught,
+        start_server(comfy, tmp_path / "base", sys.executable, extra_args=["--cpu"]),
+    ):
         pass
     assert "line 10\n" not in str(caught.value)
 
@@ -213,9 +262,12 @@ def test_the_server_is_stopped_when_the_caller_fails(tmp_path):
         "    def do_GET(self):\n"
         "        self.send_response(200); self.end_headers(); self.wfile.write(b'{}')\n"
         "port = int(sys.argv[sys.argv.index('--port') + 1])\n"
-        "http.server.HTTPServer(('127.0.0.1', port), Handler).serve_forever()\n")
-    with pytest.raises(KeyboardInterrupt), \
-            start_server(comfy, tmp_path / "base", sys.executable, extra_args=["--cpu"]) as server:
+        "http.server.HTTPServer(('127.0.0.1', port), Handler).serve_forever()\n"
+    )
+    with (
+        pytest.raises(KeyboardInterrupt),
+        start_server(comfy, tmp_path / "base", sys.executable, extra_args=["--cpu"]) as server,
+    ):
         raise KeyboardInterrupt
     assert server.process.poll() is not None
 
@@ -224,8 +276,10 @@ def test_a_port_in_use_is_not_mistaken_for_the_server(tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(PortInUse, match="--port"), \
-                start_server(tmp_path, tmp_path / "base", sys.executable, other.getsockname()[1]):
+        with (
+            pytest.raises(PortInUse, match="--port"),
+            start_server(tmp_path, tmp_path / "base", sys.executable, other.getsockname()[1]),
+        ):
             pass
 
 
@@ -273,9 +327,12 @@ def test_a_picture_goes_through_a_server_unchanged(any_server, tmp_path):
     image = pytest.importorskip("PIL.Image")
     image.new("RGB", (8, 6), (10, 200, 30)).save(tmp_path / "in.png")
     name = any_server.upload_image(tmp_path / "in.png")
-    outputs = any_server.run({
-        "1": {"class_type": "LoadImage", "inputs": {"image": name}},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "t"}}})
+    outputs = any_server.run(
+        {
+            "1": {"class_type": "LoadImage", "inputs": {"image": name}},
+            "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "t"}},
+        }
+    )
     (tmp_path / "out.png").write_bytes(any_server.fetch_image(outputs["2"]["images"][0]))
     with image.open(tmp_path / "out.png") as result:
         assert result.size == (8, 6)
@@ -283,9 +340,13 @@ def test_a_picture_goes_through_a_server_unchanged(any_server, tmp_path):
 
 
 def test_a_refused_prompt_names_the_node(any_server):
-    with pytest.raises(ServerError, match="missing.png") as caught:
-        any_server.run({"7": {"class_type": "LoadImage", "inputs": {"image": "missing.png"}},
-                        "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}})
+    with pytest.raises(ServerError, match=r"missing.png") as caught:
+        any_server.run(
+            {
+                "7": {"class_type": "LoadImage", "inputs": {"image": "missing.png"}},
+                "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}},
+            }
+        )
     assert (caught.value.node_id, caught.value.node_type) == ("7", "LoadImage")
 
 
@@ -294,9 +355,12 @@ def test_a_failing_node_is_named_with_its_exception(any_server):
     checkpoints.mkdir(exist_ok=True)
     (checkpoints / "broken.safetensors").write_bytes(b"broken")
     with pytest.raises(ServerError) as caught:
-        any_server.run({
-            "5": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "broken.safetensors"}},
-            "6": {"class_type": "PreviewAny", "inputs": {"source": ["5", 0]}}})
+        any_server.run(
+            {
+                "5": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "broken.safetensors"}},
+                "6": {"class_type": "PreviewAny", "inputs": {"source": ["5", 0]}},
+            }
+        )
     assert (caught.value.node_id, caught.value.node_type) == ("5", "CheckpointLoaderSimple")
     assert caught.value.exception_type
     assert caught.value.traceback
@@ -307,19 +371,32 @@ def test_a_failing_node_is_named_with_its_exception(any_server):
 INFO = {
     "Load": {"input": {"required": {"image": [["a.png"], {"image_upload": True}]}}},
     "Sample": {
-        "input": {"required": {"seed": ["INT", {"control_after_generate": True}], "model": ["MODEL"],
-                               "steps": ["INT", {}], "name": ["COMBO", {"options": ["x", "y"]}],
-                               "late": ["FLOAT", {"forceInput": True}]},
-                  "optional": {"text": ["STRING", {"multiline": True}]}},
-        "input_order": {"required": ["model", "seed", "steps", "name", "late"], "optional": ["text"]}},
+        "input": {
+            "required": {
+                "seed": ["INT", {"control_after_generate": True}],
+                "model": ["MODEL"],
+                "steps": ["INT", {}],
+                "name": ["COMBO", {"options": ["x", "y"]}],
+                "late": ["FLOAT", {"forceInput": True}],
+            },
+            "optional": {"text": ["STRING", {"multiline": True}]},
+        },
+        "input_order": {"required": ["model", "seed", "steps", "name", "late"], "optional": ["text"]},
+    },
     "Save": {"input": {"required": {"images": ["IMAGE"], "prefix": ["STRING", {}]}}},
 }
 
 
 def node(number: int, kind: str, values=(), inputs=(), outputs=("IMAGE",), mode: int = 0) -> dict:
-    return {"id": number, "type": kind, "mode": mode, "order": number, "widgets_values": list(values),
-            "inputs": [{"name": name, "type": kind, "link": link} for name, kind, link in inputs],
-            "outputs": [{"name": kind, "type": kind} for kind in outputs]}
+    return {
+        "id": number,
+        "type": kind,
+        "mode": mode,
+        "order": number,
+        "widgets_values": list(values),
+        "inputs": [{"name": name, "type": kind, "link": link} for name, kind, link in inputs],
+        "outputs": [{"name": kind, "type": kind} for kind in outputs],
+    }
 
 
 def graph(*nodes: dict, links=()) -> dict:
@@ -336,9 +413,14 @@ def test_widget_values_get_their_names_in_the_order_of_the_inputs():
 
 
 def test_a_linked_widget_keeps_its_place_among_the_values_and_takes_the_link():
-    prompt = ui_to_api(graph(node(1, "Load", ["a.png", "image"]),
-                             node(2, "Sample", [7, "fixed", 20, "y", "words"], [("steps", "INT", 4)]),
-                             links=[(4, 1, 0, 2, 1, "INT")]), INFO)
+    prompt = ui_to_api(
+        graph(
+            node(1, "Load", ["a.png", "image"]),
+            node(2, "Sample", [7, "fixed", 20, "y", "words"], [("steps", "INT", 4)]),
+            links=[(4, 1, 0, 2, 1, "INT")],
+        ),
+        INFO,
+    )
     assert prompt["2"]["inputs"] == {"seed": 7, "steps": ["1", 0], "name": "y", "text": "words"}
     assert prompt["1"]["inputs"] == {"image": "a.png"}
 
@@ -352,41 +434,65 @@ def test_values_saved_by_name_and_links_saved_by_name_are_read_too():
 
 
 def test_notes_and_muted_nodes_are_left_out():
-    prompt = ui_to_api(graph(node(1, "Load", ["a.png"], mode=2), node(2, "MarkdownNote", ["hello"]),
-                             node(4, "Note", ["hello"]), SAVE, links=[(1, 1, 0, 3, 0, "IMAGE")]), INFO)
+    prompt = ui_to_api(
+        graph(
+            node(1, "Load", ["a.png"], mode=2),
+            node(2, "MarkdownNote", ["hello"]),
+            node(4, "Note", ["hello"]),
+            SAVE,
+            links=[(1, 1, 0, 3, 0, "IMAGE")],
+        ),
+        INFO,
+    )
     assert {key: value["inputs"] for key, value in prompt.items()} == {"3": {"prefix": "p"}}
 
 
-@pytest.mark.parametrize("between", [
-    node(2, "Save", ["p"], [("mask", "MASK", None), ("images", "IMAGE", 5)], mode=4),
-    node(2, "Reroute", [], [("", "*", 5)], outputs=["*"]),
-])
+@pytest.mark.parametrize(
+    "between",
+    [
+        node(2, "Save", ["p"], [("mask", "MASK", None), ("images", "IMAGE", 5)], mode=4),
+        node(2, "Reroute", [], [("", "*", 5)], outputs=["*"]),
+    ],
+)
 def test_bypassed_nodes_and_reroutes_hand_on_what_feeds_them(between):
-    prompt = ui_to_api(graph(node(1, "Load", ["a.png"]), between, SAVE,
-                             links=[(5, 1, 0, 2, 0, "IMAGE"), (1, 2, 0, 3, 0, "IMAGE")]), INFO)
+    prompt = ui_to_api(
+        graph(node(1, "Load", ["a.png"]), between, SAVE, links=[(5, 1, 0, 2, 0, "IMAGE"), (1, 2, 0, 3, 0, "IMAGE")]),
+        INFO,
+    )
     assert set(prompt) == {"1", "3"}
     assert prompt["3"]["inputs"]["images"] == ["1", 0]
 
 
 def test_a_primitive_gives_its_value():
-    prompt = ui_to_api(graph(node(1, "Load", ["a.png"]), node(2, "PrimitiveNode", ["words", "fixed"]),
-                             node(3, "Save", ["p"], [("images", "IMAGE", 1), ("prefix", "STRING", 2)]),
-                             links=[(1, 1, 0, 3, 0, "IMAGE"), (2, 2, 0, 3, 1, "STRING")]), INFO)
+    prompt = ui_to_api(
+        graph(
+            node(1, "Load", ["a.png"]),
+            node(2, "PrimitiveNode", ["words", "fixed"]),
+            node(3, "Save", ["p"], [("images", "IMAGE", 1), ("prefix", "STRING", 2)]),
+            links=[(1, 1, 0, 3, 0, "IMAGE"), (2, 2, 0, 3, 1, "STRING")],
+        ),
+        INFO,
+    )
     assert prompt["3"]["inputs"] == {"images": ["1", 0], "prefix": "words"}
 
 
-@pytest.mark.parametrize(("workflow", "words"), [
-    ({"1": {"class_type": "Load", "inputs": {}}}, "not a UI-format workflow"),
-    (graph(node(1, "Unheard")), r"node 1 \(Unheard\): the server has no node of this type"),
-    (graph(node(1, "Sample", [7, "fixed", 20])), "too few: none is left for 'name'"),
-    (graph(node(1, "Sample", [7, 20, "y", "words"])), "'seed' must be followed by .*; came 20"),
-    (graph(node(1, "Sample", [7])), "'seed' must be followed by .*; came nothing"),
-    (graph(node(1, "Sample", [7, "fixed", 20, "y", "words", 1])), "1 too many"),
-    (graph(SAVE), "link 1 comes from nowhere"),
-    (graph(node(1, "Save", ["p"], [("images", "IMAGE", 1)], mode=4), SAVE,
-           links=[(1, 1, 0, 3, 0, "IMAGE")]), "in a circle"),
-    ({**graph(), "definitions": {"subgraphs": [{}]}}, "subgraphs"),
-])
+@pytest.mark.parametrize(
+    ("workflow", "words"),
+    [
+        ({"1": {"class_type": "Load", "inputs": {}}}, "not a UI-format workflow"),
+        (graph(node(1, "Unheard")), r"node 1 \(Unheard\): the server has no node of this type"),
+        (graph(node(1, "Sample", [7, "fixed", 20])), "too few: none is left for 'name'"),
+        (graph(node(1, "Sample", [7, 20, "y", "words"])), "'seed' must be followed by .*; came 20"),
+        (graph(node(1, "Sample", [7])), "'seed' must be followed by .*; came nothing"),
+        (graph(node(1, "Sample", [7, "fixed", 20, "y", "words", 1])), "1 too many"),
+        (graph(SAVE), "link 1 comes from nowhere"),
+        (
+            graph(node(1, "Save", ["p"], [("images", "IMAGE", 1)], mode=4), SAVE, links=[(1, 1, 0, 3, 0, "IMAGE")]),
+            "in a circle",
+        ),
+        ({**graph(), "definitions": {"subgraphs": [{}]}}, "subgraphs"),
+    ],
+)
 def test_a_workflow_that_cannot_be_converted_says_why(workflow, words):
     with pytest.raises(WorkflowError, match=words):
         ui_to_api(workflow, INFO)

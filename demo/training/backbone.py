@@ -12,8 +12,13 @@ from .. import world
 from .clip import attributes
 from .common import Pictures, Run, fit, write_json
 
-CLASSES = (len(world.SHAPES), len(world.COLOURS), len(world.PATTERNS), len(world.GROUND_KINDS),
-           len(world.GROUND_COLOURS))
+CLASSES = (
+    len(world.SHAPES),
+    len(world.COLOURS),
+    len(world.PATTERNS),
+    len(world.GROUND_KINDS),
+    len(world.GROUND_COLOURS),
+)
 
 
 class Classifier(nn.Module):

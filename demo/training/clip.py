@@ -56,10 +56,19 @@ class Kind:
     def model_config(self, vocab_size: int) -> dict:
         return {
             "embed_dim": self.embed_dim,
-            "vision_cfg": {"image_size": self.image_size, "layers": [1, 1, 1, 1], "width": self.vision_width,
-                           "head_width": 64},
-            "text_cfg": {"context_length": 16, "vocab_size": vocab_size, "width": self.text_width, "heads": 4,
-                         "layers": self.text_layers},
+            "vision_cfg": {
+                "image_size": self.image_size,
+                "layers": [1, 1, 1, 1],
+                "width": self.vision_width,
+                "head_width": 64,
+            },
+            "text_cfg": {
+                "context_length": 16,
+                "vocab_size": vocab_size,
+                "width": self.text_width,
+                "heads": 4,
+                "layers": self.text_layers,
+            },
         }
 
     def vocabulary(self) -> list[int]:
@@ -69,18 +78,37 @@ class Kind:
         return compact_vocabulary(words)
 
 
-GUIDE = Kind("clip", "demo", image_size=world.SIZE, embed_dim=128, vision_width=20, text_width=128, text_layers=2,
-             seed=11)
-READER = Kind("reader", "demo_reader", image_size=96, embed_dim=96, vision_width=10, text_width=64, text_layers=1,
-              seed=13, written=0.4, said=0.3)
+GUIDE = Kind(
+    "clip", "demo", image_size=world.SIZE, embed_dim=128, vision_width=20, text_width=128, text_layers=2, seed=11
+)
+READER = Kind(
+    "reader",
+    "demo_reader",
+    image_size=96,
+    embed_dim=96,
+    vision_width=10,
+    text_width=64,
+    text_layers=1,
+    seed=13,
+    written=0.4,
+    said=0.3,
+)
 
 
 def attributes(scene: world.Scene) -> np.ndarray:
     """What is true of a scene: int [2, 6], a row per object: shape, colour, pattern, ground kind, ground colour, and
     whether it is written. A word has no pattern."""
     ground = (KINDS.index(scene.ground.kind), GROUND_COLOURS.index(scene.ground.colour))
-    rows = [(SHAPES.index(t.shape), COLOURS.index(t.colour), -2 if t.written else PATTERNS.index(t.pattern), *ground,
-             int(t.written)) for t in scene.things] or [(-2, -2, -2, *ground, -2)]
+    rows = [
+        (
+            SHAPES.index(t.shape),
+            COLOURS.index(t.colour),
+            -2 if t.written else PATTERNS.index(t.pattern),
+            *ground,
+            int(t.written),
+        )
+        for t in scene.things
+    ] or [(-2, -2, -2, *ground, -2)]
     return np.array([rows[0], rows[-1]], np.int64)
 
 
@@ -167,7 +195,7 @@ def train_kind(run: Run, kind: Kind) -> nn.Module:
                 if way < 0.45:
                     keep = torch.zeros(world.SIZE, world.SIZE, dtype=torch.bool)
                     left, top = max(int(thing.x - reach), 0), max(int(thing.y - reach), 0)
-                    keep[top:math.ceil(thing.y + reach), left:math.ceil(thing.x + reach)] = True
+                    keep[top : math.ceil(thing.y + reach), left : math.ceil(thing.x + reach)] = True
                     clean[row] = torch.where(keep, clean[row], torch.zeros(()))
                 if way > 0.3:
                     scale = min(reach / half * rng.uniform(1, 1.4), 1.0)
@@ -179,8 +207,9 @@ def train_kind(run: Run, kind: Kind) -> nn.Module:
             shear = rng.normal(0, 0.08, 2)
             x, y = x + rng.normal(0, 0.05), y + rng.normal(0, 0.05)
             c, s = scale * math.cos(angle), scale * math.sin(angle)
-            theta[row] = torch.tensor([[c * rng.uniform(.9, 1.1), -s + shear[0], x],
-                                       [s + shear[1], c * rng.uniform(.9, 1.1), y]])
+            theta[row] = torch.tensor(
+                [[c * rng.uniform(0.9, 1.1), -s + shear[0], x], [s + shear[1], c * rng.uniform(0.9, 1.1), y]]
+            )
             text, said[row] = caption(truths[index, chosen], rng, way >= 0.6, kind.said)
             texts.append(text)
         clean = fit_to_square(degraded(warp(clean, theta), generator), kind.image_size)

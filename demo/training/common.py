@@ -59,9 +59,7 @@ class Pictures:
             logger.info("drawing %d pictures", count)
             work.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}.partial")
-            pixels = np.lib.format.open_memmap(
-                partial, "w+", np.uint8, (count, world.SIZE, world.SIZE, 3)
-            )
+            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, world.SIZE, world.SIZE, 3))
             for index, scene in enumerate(self.scenes):
                 pixels[index] = world.draw(scene)
             pixels.flush()
@@ -85,7 +83,7 @@ def index_batches(count: int, batch: int, seed: int, start: int) -> Iterator[np.
     while True:
         order = np.random.default_rng((seed, step // per_epoch)).permutation(count)
         for position in range(step % per_epoch, per_epoch):
-            yield order[position * batch:(position + 1) * batch]
+            yield order[position * batch : (position + 1) * batch]
             step += 1
 
 
@@ -156,13 +154,27 @@ def fit(
     def save() -> None:
         run.work.mkdir(parents=True, exist_ok=True)
         partial = checkpoint.with_suffix(".partial")
-        torch.save({
-            "module": module.state_dict(), "average": moving.module.state_dict(),
-            "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds,
-        }, partial)
+        torch.save(
+            {
+                "module": module.state_dict(),
+                "average": moving.module.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "step": step,
+                "seconds": seconds,
+            },
+            partial,
+        )
         os.replace(partial, checkpoint)
-        export(moving.module, {"samples": step * run.batch, "core_minutes": round(seconds * run.threads / 60),
-                               "seed": run.seed, "batch": run.batch, "lr": run.lr})
+        export(
+            moving.module,
+            {
+                "samples": step * run.batch,
+                "core_minutes": round(seconds * run.threads / 60),
+                "seed": run.seed,
+                "batch": run.batch,
+                "lr": run.lr,
+            },
+        )
 
     mark = logged = time.monotonic()
     recent: dict[str, float] = {}

@@ -19,7 +19,7 @@ def blob(rng: np.random.Generator) -> np.ndarray:
     """A coloured patch without one of the shapes, uint8 [SIZE, SIZE, 3], centred about the middle."""
     scene = world.Scene(world.random_ground(rng), ())
     picture = world.draw(scene).astype(np.float32)
-    rows, columns = np.mgrid[0:world.SIZE, 0:world.SIZE] - world.SIZE / 2
+    rows, columns = np.mgrid[0 : world.SIZE, 0 : world.SIZE] - world.SIZE / 2
     angle, radius = np.arctan2(rows, columns), np.hypot(rows, columns)
     edge = rng.uniform(8, 15) * np.ones_like(angle)
     for order in range(1, 6):
@@ -39,12 +39,11 @@ def train(run: Run) -> nn.Module:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
         crops, shape, colour, pattern = [], [], [], []
         whole = pictures.batch(indices)
-        for picture, index in zip(whole, indices):
+        for picture, index in zip(whole, indices, strict=True):
             things = pictures.scenes[index].things
             thing = things[rng.integers(len(things))]
             x, y, reach = thing.x, thing.y, thing.radius * 1.08 + rng.uniform(0, 7)
-            answer = (world.SHAPES.index(thing.shape), colours.index(thing.colour),
-                      world.PATTERNS.index(thing.pattern))
+            answer = (world.SHAPES.index(thing.shape), colours.index(thing.colour), world.PATTERNS.index(thing.pattern))
             way = rng.uniform()
             if way < 0.08:  # a place where nothing is
                 for _ in range(20):
@@ -60,7 +59,7 @@ def train(run: Run) -> nn.Module:
                 answer = (none, -100, -100)
             x, y = x + rng.normal(0, 1), y + rng.normal(0, 1)
             crops.append(judge.crop(picture[None], (x - reach, y - reach, x + reach, y + reach)))
-            for where, what in zip((shape, colour, pattern), answer):
+            for where, what in zip((shape, colour, pattern), answer, strict=True):
                 where.append(what)
         batch = torch.cat(crops)
         flip = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
@@ -72,7 +71,7 @@ def train(run: Run) -> nn.Module:
         batch = batch + sigma * torch.randn(batch.shape, generator=generator)
         outputs = network(batch.to(run.device))
         targets = [torch.tensor(t, device=run.device) for t in (shape, colour, pattern)]
-        value = sum(F.cross_entropy(o, t, label_smoothing=0.02) for o, t in zip(outputs, targets))
+        value = sum(F.cross_entropy(o, t, label_smoothing=0.02) for o, t in zip(outputs, targets, strict=True))
         right = (outputs[0].argmax(1) == targets[0]).float().mean()
         return value, {"shape": right.item()}
 

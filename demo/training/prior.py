@@ -29,17 +29,23 @@ def linear_alphas_cumprod() -> Tensor:
 
 def build() -> UNet2DModel:
     return UNet2DModel(
-        sample_size=world.SIZE // UNSHUFFLE, in_channels=3 * UNSHUFFLE**2, out_channels=3 * UNSHUFFLE**2,
-        layers_per_block=1, block_out_channels=(48, 96, 128),
+        sample_size=world.SIZE // UNSHUFFLE,
+        in_channels=3 * UNSHUFFLE**2,
+        out_channels=3 * UNSHUFFLE**2,
+        layers_per_block=1,
+        block_out_channels=(48, 96, 128),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        resnet_time_scale_shift="scale_shift", attention_head_dim=32, norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        attention_head_dim=32,
+        norm_num_groups=16,
     )
 
 
 def v_weight(alphas_cumprod: Tensor) -> Tensor:
     """Weight of the v loss per timestep, such that the error of x̂0 has weight min(SNR, 5) (Hang et al. 2023), but never
-    below 0.5: blended editing decides colours where there is hardly any signal, and the weight of the ε loss vanishes there.
+    below 0.5: blended editing decides colours where there is hardly any signal, and the weight of the ε loss vanishes
+    there.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return snr.clamp(0.5, 5.0) / (snr + 1)
@@ -64,7 +70,9 @@ def require_v(config: Path) -> None:
     """Raises ValueError where exported weights, whose `prediction_type` stands in `config`, do not predict v."""
     prediction = json.loads(config.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
     if prediction != "v_prediction":
-        raise ValueError(f"{config.parent} predicts {prediction}, this training goes on with v alone: leave --go-on out")
+        raise ValueError(
+            f"{config.parent} predicts {prediction}, this training goes on with v alone: leave --go-on out"
+        )
 
 
 def train(run: Run) -> nn.Module:
@@ -89,11 +97,19 @@ def train_on(run: Run, name: str, pictures: Pictures, folder: Path) -> nn.Module
 
     def export(average: nn.Module, facts: dict) -> None:
         write_weights(folder / "diffusion_pytorch_model.safetensors", half(average), {"format": "pt"})
-        write_json(folder / "config.json", {
-            "_class_name": "UNet2DModel", **{k: v for k, v in average.config.items() if not k.startswith("_")},
-            "sample_size": world.SIZE, "pixel_unshuffle": UNSHUFFLE, "prediction_type": "v_prediction",
-            "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
-        })
+        write_json(
+            folder / "config.json",
+            {
+                "_class_name": "UNet2DModel",
+                **{k: v for k, v in average.config.items() if not k.startswith("_")},
+                "sample_size": world.SIZE,
+                "pixel_unshuffle": UNSHUFFLE,
+                "prediction_type": "v_prediction",
+                "beta_schedule": "linear",
+                "beta_start": 1e-4,
+                "beta_end": 0.02,
+            },
+        )
         write_json(folder / "training.json", facts)
 
     def exported(unet: nn.Module) -> None:
@@ -101,5 +117,13 @@ def train_on(run: Run, name: str, pictures: Pictures, folder: Path) -> nn.Module
         read_weights(unet, run.out / "prior" / "diffusion_pytorch_model.safetensors")
 
     torch.manual_seed(run.seed)
-    return fit(name, run, build().to(memory_format=torch.channels_last), len(pictures), loss, export, exported=exported,
-               average=0.9995)
+    return fit(
+        name,
+        run,
+        build().to(memory_format=torch.channels_last),
+        len(pictures),
+        loss,
+        export,
+        exported=exported,
+        average=0.9995,
+    )

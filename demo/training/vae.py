@@ -15,8 +15,13 @@ KL_WEIGHT = 1e-5
 
 def build() -> AutoencoderKL:
     return AutoencoderKL(
-        sample_size=world.SIZE, latent_channels=8, block_out_channels=(32, 64, 64), layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=8,
+        sample_size=world.SIZE,
+        latent_channels=8,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
     )
 
 
@@ -65,5 +70,13 @@ def train(run: Run) -> nn.Module:
         write_json(folder / "training.json", {**facts, "held_out_psnr": round(psnr, 2)})
 
     torch.manual_seed(run.seed)
-    return fit("vae", run, Roundtrip().to(memory_format=torch.channels_last), len(pictures), loss, export,
-               average=0.998, weight_decay=0.0)
+    return fit(
+        "vae",
+        run,
+        Roundtrip().to(memory_format=torch.channels_last),
+        len(pictures),
+        loss,
+        export,
+        average=0.998,
+        weight_decay=0.0,
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 
 import pytest
 import torch
+
 from blendswap.attention_swap.capture import Capture, SourceRun, capture, estimate
 from blendswap.attention_swap.inversion import InvertSettings, invert
 from blendswap.attention_swap.layout import Needs, probe
@@ -29,7 +31,12 @@ def host(cfg: float = 5.0) -> DiffusersTextHost:
     shared = model()
     alphas = 1 / (1 + shared.train_sigmas.double() ** 2)
     return DiffusersTextHost(
-        shared.unet, shared.positive, shared.null, alphas, cfg=cfg, prediction=shared.prediction,
+        shared.unet,
+        shared.positive,
+        shared.null,
+        alphas,
+        cfg=cfg,
+        prediction=shared.prediction,
         vae=shared.vae,
     )
 
@@ -48,7 +55,7 @@ def noise(batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 def plain(batch: int = 1) -> list[torch.Tensor]:
     x, sigmas = noise(batch)
     path = [x]
-    for sigma, after in zip(sigmas.tolist(), sigmas.tolist()[1:]):
+    for sigma, after in itertools.pairwise(sigmas.tolist()):
         x0 = host().guided(x, sigma)
         x = x0 + (x - x0) * (after / sigma)
         path.append(x)
@@ -63,9 +70,9 @@ def latent() -> torch.Tensor:
 def test_the_estimate_is_what_the_tape_takes(name: str, cfg: float, batch: int) -> None:
     made = capture(host(cfg), noise(batch), PRESETS[name], "tape")
     assert made.tape.bytes == made.estimate.bytes == sum(made.estimate.kinds.values()) > 0
-    stored = sum(tensor.untyped_storage().nbytes() for tensor in made.tape._kept.values())
+    stored = sum(tensor.untyped_storage().nbytes() for tensor in made.tape.tensors)
     assert stored == made.tape.bytes
-    assert set(made.tape._kept) == set(made.needs.keys())
+    assert set(made.tape) == set(made.needs.keys())
 
 
 def test_capturing_does_not_change_the_source() -> None:
@@ -124,9 +131,7 @@ def test_a_replay_gives_each_step_what_a_tape_has(method: str) -> None:
     owner = host()
     source = invert(owner, latent(), InvertSettings(method, STEPS, "official")).inversion
     settings = preset_settings("photoswap", features=0.5, local_blend=True)
-    taped, replayed = (
-        capture(owner, source, settings, storage, sample=False) for storage in ("tape", "replay")
-    )
+    taped, replayed = (capture(owner, source, settings, storage, sample=False) for storage in ("tape", "replay"))
     reader, runner = SourceRun(taped, None, taped.needs), SourceRun(replayed, owner, taped.needs)
     for index in range(STEPS):
         (x, _, correction), (other, _, again) = reader.advance(index), runner.advance(index)
@@ -159,8 +164,9 @@ def test_a_capture_for_several_swaps_has_what_each_needs() -> None:
 
 def test_what_to_keep_may_be_said_outright() -> None:
     def wanted(layout, steps: int) -> Needs:
-        return Needs.gather((step, "cross", info.layer.index, "cond", "map") for step in range(steps)
-                            for info in layout.of("cross"))
+        return Needs.gather(
+            (step, "cross", info.layer.index, "cond", "map") for step in range(steps) for info in layout.of("cross")
+        )
 
     made = capture(host(), noise(), wanted, "tape")
     kept = made.tape.get((0, "cross", 0, "cond", "map"), noise()[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from blendswap.attention_swap.change import HARDLY, change, weak_change
 
 

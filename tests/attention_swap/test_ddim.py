@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+
 from blendswap.attention_swap.ddim import ddim_step, from_level, invert_step, to_level
 from blendswap.attention_swap.sigmas import ddim_grid
-from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 

@@ -9,15 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from blendswap.attention_swap.inversion import (
-    METHODS, Inverted, Inversion, InvertSettings, ddim_inversion, invert, sample_source,
-)  # fmt: skip
+    METHODS,
+    Inversion,
+    Inverted,
+    InvertSettings,
+    ddim_inversion,
+    invert,
+    sample_source,
+)
 from blendswap.attention_swap.proximal import Proximal
 from blendswap.demo import world
 from blendswap.demo.files import TEXT
 from blendswap.hosts.attention_diffusers import DiffusersTextHost
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 STEPS = 10
 
@@ -173,10 +180,12 @@ def test_an_inversion_tells_later_sampling_of_its_operator():
 @pytest.mark.parametrize(
     ("kind", "quantile", "said"),
     [
-        ("l1", 0.7, "choose hard or soft"), ("hard", 1.0, "below 1"), ("hard", -0.1, "at least 0"),
+        ("l1", 0.7, "choose hard or soft"),
+        ("hard", 1.0, "below 1"),
+        ("hard", -0.1, "at least 0"),
         ("hard", float("nan"), "below 1"),
     ],
-)  # fmt: skip
+)
 def test_operators_out_of_range_are_refused(kind: str, quantile: float, said: str):
     with pytest.raises(ValueError, match=said):
         Proximal(kind, quantile)
@@ -214,7 +223,7 @@ def test_a_write_that_fails_leaves_the_older_file(tmp_path: Path, monkeypatch: p
 
 def test_files_that_are_no_inversion_are_refused(tmp_path: Path):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(FileNotFoundError, match="no inversion at .*a.safetensors; save one with SaveInversion"):
+    with pytest.raises(FileNotFoundError, match=r"no inversion at .*a.safetensors; save one with SaveInversion"):
         Inversion.load(path)
     path.write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(ValueError, match="damaged, or no safetensors file"):

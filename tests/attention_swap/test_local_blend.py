@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
+
 from blendswap.attention_swap.layout import LayerInfo, Layout
 from blendswap.attention_swap.local_blend import WordBlend, blend, blend_layers, region, word_map
 from blendswap.hosts.attention import layer_table
-from torch.nn import functional as F
 
 
 def layout(sizes: list[tuple[int, int]], latent: tuple[int, int]) -> Layout:
@@ -14,12 +15,10 @@ def layout(sizes: list[tuple[int, int]], latent: tuple[int, int]) -> Layout:
     parts = [("down", [1] * (len(sizes) - 1)), ("mid", [1]), ("up", [1] * (len(sizes) - 1))]
     order = [*sizes[:-1], sizes[-1], *reversed(sizes[:-1])]
     return Layout(
-        tuple(
-            LayerInfo(layer, size, 8, 64, 77, 4)
-            for (_, layer), size in zip(layer_table(parts), order)
-        ),
-        (), (4, *latent),
-    )  # fmt: skip
+        tuple(LayerInfo(layer, size, 8, 64, 77, 4) for (_, layer), size in zip(layer_table(parts), order, strict=True)),
+        (),
+        (4, *latent),
+    )
 
 
 def chosen(made: Layout) -> list[tuple[str, tuple[int, int]]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
+from torch import Tensor
+
 from blendswap.attention_swap.ddim import ddim_step, from_level
 from blendswap.attention_swap.inversion import ddim_inversion
 from blendswap.attention_swap.null_text import NullTextSettings, optimise_null_text
@@ -14,7 +17,6 @@ from blendswap.attention_swap.sigmas import ddim_grid
 from blendswap.demo import world
 from blendswap.demo.files import TEXT
 from blendswap.hosts.attention_diffusers import DiffusersTextHost
-from torch import Tensor
 
 STEPS = 5
 
@@ -35,7 +37,12 @@ def host(cfg: float = 7.5, dtype: torch.dtype = torch.float32) -> DiffusersTextH
     unet = shared.unet if dtype == torch.float32 else copy.deepcopy(shared.unet).to(dtype)
     alphas = 1 / (1 + shared.train_sigmas.double() ** 2)
     return DiffusersTextHost(
-        unet, shared.positive, shared.null, alphas, cfg=cfg, prediction=shared.prediction,
+        unet,
+        shared.positive,
+        shared.null,
+        alphas,
+        cfg=cfg,
+        prediction=shared.prediction,
         vae=shared.vae,
     )
 
@@ -77,7 +84,7 @@ def reference(inner_steps: int) -> tuple[list[Tensor], list[Tensor]]:
         x0 = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
         return then**0.5 * x0 + (1 - then) ** 0.5 * eps
 
-    for i, (sigma, after) in enumerate(zip(levels, levels[1:])):
+    for i, (sigma, after) in enumerate(itertools.pairwise(levels)):
         goal = from_level(trajectory[i + 1], after)
         null = null.detach().clone().requires_grad_()
         adam = torch.optim.Adam([null], lr=1e-2 * (1 - i / 100))
@@ -102,7 +109,7 @@ def test_published_is_the_published_loop():
     nulls, along = reference(3)
     made, found, _ = optimise_null_text(host(), *path(), NullTextSettings("published", inner_steps=3))
     torch.testing.assert_close(found, torch.stack(nulls), rtol=1e-3, atol=2e-3)
-    for x, expected, sigma in zip(made[1:], along, path()[1][1:].tolist()):
+    for x, expected, sigma in zip(made[1:], along, path()[1][1:].tolist(), strict=True):
         torch.testing.assert_close(from_level(x, sigma), expected, rtol=1e-2, atol=1e-2)
 
 
@@ -130,7 +137,7 @@ def test_it_follows_the_path_better_than_sampling_with_the_negative_prompt(optim
     trajectory, sigmas = path()
     x, shared = trajectory[0], host()
     with torch.no_grad():
-        for sigma, after in zip(sigmas.tolist(), sigmas.tolist()[1:]):
+        for sigma, after in itertools.pairwise(sigmas.tolist()):
             x = ddim_step(x, shared.guided(x, sigma), sigma, after)
     made, found, reports = optimised(optimiser)
     assert error(made[-1]) < error(x) / (4 if optimiser == "fast" else 1)

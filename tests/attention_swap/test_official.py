@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from blendswap.attention_swap.capture import Capture, capture
 from blendswap.attention_swap.ddim import from_level, to_level
 from blendswap.attention_swap.inversion import Inversion, InvertSettings, ddim_inversion, invert
@@ -21,9 +25,6 @@ from blendswap.attention_swap.steps import StepReport
 from blendswap.attention_swap.tokens import Alignment, align, from_transformers
 from blendswap.demo.files import TEXT as TEXT_MODEL
 from blendswap.hosts.attention_diffusers import DiffusersTextHost
-from safetensors import safe_open
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 DATA = Path(__file__).parent / "data"
 CFG = 7.5
@@ -31,9 +32,15 @@ CFG = 7.5
 # The recipe of the reference ------------------------------------------------------------------------------
 
 UNET = {
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32, 32, 32),
-    "layers_per_block": 2, "norm_num_groups": 8, "cross_attention_dim": 32, "attention_head_dim": 2,
-}  # fmt: skip
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 32, 32, 32),
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+}
 # Without attention at 64 × 64, which takes most of the time.
 PLAIN_EDGES = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -80,9 +87,12 @@ def half(latents: Tensor) -> Tensor:
 
 # Of each recorded run: the UNet, the prompts, and the steps. "null5" starts from its own inversion.
 RUNS = {
-    "main10": ("main", "B", 10), "main50": ("main", "A", 50), "full4": ("full", "B", 4), "null5": ("main", "B", 5),
+    "main10": ("main", "B", 10),
+    "main50": ("main", "A", 50),
+    "full4": ("full", "B", 4),
+    "null5": ("main", "B", 5),
     "weak50": ("weak", "B", 50),
-}  # fmt: skip
+}
 PICTURE, START = 1, 3
 
 
@@ -115,9 +125,12 @@ def host(run: str, side: str = "source") -> DiffusersTextHost:
     model, prompts, _ = RUNS[run]
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     return DiffusersTextHost(
-        unet(model), recorded(f"embedding.{prompts}.{side}"), recorded("embedding.empty"), scheduler.alphas_cumprod,
+        unet(model),
+        recorded(f"embedding.{prompts}.{side}"),
+        recorded("embedding.empty"),
+        scheduler.alphas_cumprod,
         cfg=CFG,
-    )  # fmt: skip
+    )
 
 
 def levels(run: str) -> Tensor:
@@ -141,10 +154,13 @@ def swap_settings(case: dict) -> SwapSettings:
     # There φ's number is a fraction of 50 steps whatever the number of steps, and 0 is one step. Here it is off at 0.
     ours = max(output * 50 / RUNS[case["source"]][2], 0 if output else 1e-6)
     return preset_settings(
-        "official", self_output=min(ours, 1), self_map=max(output + self_map - ours, 0),
-        cross_map=case["cross_map_replace_steps"], local_blend=case["blend"] is not None,
+        "official",
+        self_output=min(ours, 1),
+        self_map=max(output + self_map - ours, 0),
+        cross_map=case["cross_map_replace_steps"],
+        local_blend=case["blend"] is not None,
         blend_threshold=case["threshold"],
-    )  # fmt: skip
+    )
 
 
 @functools.cache
@@ -192,7 +208,7 @@ def test_null_text_optimisation_finds_the_published_embeddings() -> None:
     assert off_by(ours, null, null - recorded("embedding.empty")) < 1e-3
     # A report's loss is that of the embedding found, after the last update; those recorded are from before each.
     losses = recorded("losses.weak50").split(evaluations)
-    assert all(0.9 * loss[-1] < report.loss < loss[-1] for report, loss in zip(reports, losses))
+    assert all(0.9 * loss[-1] < report.loss < loss[-1] for report, loss in zip(reports, losses, strict=True))
 
 
 def test_null_text_reconstruction_is_the_published_one() -> None:
@@ -217,13 +233,17 @@ def test_swap_gives_the_published_latents(name: str) -> None:
         seen.append(from_level(report.x, float(made.sigmas[report.number + 1]))[0])
 
     result = attention_swap(
-        host(run, "target"), made, swap_settings(case), aligned(*prompts, *subjects),
-        [Subject(*subject) for subject in subjects], on_step=watch,
+        host(run, "target"),
+        made,
+        swap_settings(case),
+        aligned(*prompts, *subjects),
+        [Subject(*subject) for subject in subjects],
+        on_step=watch,
     )
     every = 5 if made.steps == 50 else 1
     source, target = recorded(f"{run}.source"), recorded(f"{name}.target")
     # Relative to what the swap leaves of the difference between source and target, about a hundredth of the latents.
-    assert off_by(thin(torch.stack(seen[every - 1::every])), target, target - source) < 5e-3
+    assert off_by(thin(torch.stack(seen[every - 1 :: every])), target, target - source) < 5e-3
     source_end, target_end = recorded(f"{run}.source.end"), recorded(f"{name}.target.end")
     assert off_by(half(result.source)[0], source_end, target_end - source_end) < 5e-3
     assert off_by(half(result.latents)[0], target_end, target_end - source_end) < 5e-3

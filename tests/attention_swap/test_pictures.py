@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from blendswap.attention_swap.inversion import Inversion
 from blendswap.attention_swap.layout import LayerInfo, Layout
 from blendswap.attention_swap.local_blend import region
@@ -18,8 +22,6 @@ from blendswap.attention_swap.word_maps import WordMaps, chosen_words, word_laye
 from blendswap.demo.files import TEXT
 from blendswap.hosts.attention import AttentionCall, Layer, layer_table
 from blendswap.hosts.attention_diffusers import DiffusersTextHost
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 PROMPT, STEPS = "a red star on a blue sky background", 3
 WORDS = ["a", "red", "star", "on", "blue", "sky", "background"]
@@ -91,7 +93,7 @@ def test_components_are_those_of_the_materialised_mean_map(latent, grid) -> None
             torch.stack([on_grid(full[row], size, grid) for _, full, size in calls]).mean(0) for calls in kept.calls
         ]
         assert_components(whole[row], torch.stack(steps).mean(0))
-        for made, expected in zip(by_step[row], steps):
+        for made, expected in zip(by_step[row], steps, strict=True):
             assert_components(made, expected)
 
 
@@ -137,7 +139,7 @@ def test_no_map_of_all_tokens_is_made_of_a_large_layer(side: int) -> None:
 def test_watching_leaves_the_source_as_it_is() -> None:
     x, sigmas = noise()
     _, made = watch(model(), (x, sigmas), lambda layout, steps: SelfMaps((8, 8), 3))
-    for sigma, after in zip(sigmas.tolist(), sigmas.tolist()[1:]):
+    for sigma, after in itertools.pairwise(sigmas.tolist()):
         with torch.no_grad():
             x0 = model().guided(x, sigma)
         x = x0 + (x - x0) * (after / sigma)
@@ -149,7 +151,9 @@ def test_of_an_inversion_the_inverted_path_is_watched() -> None:
     path = torch.stack([x * 0.5**number for number in range(STEPS + 1)])
     seen: list[torch.Tensor] = []
     maps, made = watch(
-        model(), Inversion(sigmas, path, None, "direct", 5.0), lambda layout, steps: SelfMaps(grid_of(layout), 3),
+        model(),
+        Inversion(sigmas, path, None, "direct", 5.0),
+        lambda layout, steps: SelfMaps(grid_of(layout), 3),
         lambda report: seen.append(report.x),
     )
     assert maps.grid == (16, 16) and torch.equal(made, path[-1]) and torch.equal(torch.stack(seen), path[1:])
@@ -157,15 +161,21 @@ def test_of_an_inversion_the_inverted_path_is_watched() -> None:
 
 def layout(*sizes: tuple[int, int]) -> Layout:
     table = layer_table([("down", [1] * len(sizes)), ("mid", []), ("up", [])])
-    infos = [LayerInfo(layer, size, 2, 8, 77, 4) for pair, size in zip(table, sizes) for layer in pair]
+    infos = [LayerInfo(layer, size, 2, 8, 77, 4) for pair, size in zip(table, sizes, strict=True) for layer in pair]
     return Layout(tuple(infos), (), (4, 64, 64))
 
 
 @pytest.mark.parametrize(
     ("finest", "side", "grid"),
-    [((64, 64), 64, (64, 64)), ((96, 96), 64, (64, 64)), ((16, 16), 64, (16, 16)), ((96, 64), 64, (78, 52)),
-     ((72, 56), 64, (72, 56)), ((64, 64), 16, (16, 16))],
-)  # fmt: skip
+    [
+        ((64, 64), 64, (64, 64)),
+        ((96, 96), 64, (64, 64)),
+        ((16, 16), 64, (16, 16)),
+        ((96, 64), 64, (78, 52)),
+        ((72, 56), 64, (72, 56)),
+        ((64, 64), 16, (16, 16)),
+    ],
+)
 def test_the_grid_has_the_pictures_aspect_ratio_and_is_no_finer_than_the_layers(finest, side, grid) -> None:
     assert grid_of(layout((8, 8), finest, (4, 4)), side) == grid
 
@@ -190,8 +200,9 @@ def test_signs_are_fixed_and_do_not_change_from_step_to_step() -> None:
 
 
 def prompt() -> TokenisedPrompt:
-    from blendswap.attention_swap.tokens import from_transformers
     from transformers import CLIPTokenizer
+
+    from blendswap.attention_swap.tokens import from_transformers
 
     return from_transformers(CLIPTokenizer.from_pretrained(TEXT / "tokenizer"), PROMPT)
 
@@ -268,7 +279,7 @@ def test_layers_are_those_of_the_local_blend_or_of_a_range_of_sizes() -> None:
     assert [info.size for info in word_layers(whole)] == [(16, 12)]
     assert [info.size for info in word_layers(whole, 16, 32)] == [(32, 24), (16, 12)]
     assert [info.size for info in word_layers(whole, 0, 16)] == [(16, 12), (8, 6)]
-    with pytest.raises(ValueError, match="65 to any number of tokens.*64×48, 32×24"):
+    with pytest.raises(ValueError, match=r"65 to any number of tokens.*64×48, 32×24"):
         word_layers(whole, 65)
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from blendswap.attention_swap.capture import Capture, capture
 from blendswap.attention_swap.inversion import InvertSettings, invert
 from blendswap.attention_swap.sampler import Subject, SwapResult, attention_swap
@@ -19,8 +23,6 @@ from blendswap.attention_swap.tokens import Alignment, align, from_transformers
 from blendswap.demo.files import TEXT
 from blendswap.hosts.attention import AttentionCall
 from blendswap.hosts.attention_diffusers import DiffusersTextHost
-from torch import Tensor
-from torch.nn import functional as F
 
 SOURCE, TARGET = "a red star on a blue sky background", "a green dotted heart on a blue sky background"
 STEPS, CFG = 5, 4.0
@@ -39,7 +41,12 @@ def host(prompt: str = SOURCE, cfg: float = CFG) -> DiffusersTextHost:
     alphas = 1 / (1 + shared.train_sigmas.double() ** 2)
     positive = shared.positive if prompt == SOURCE else target
     return DiffusersTextHost(
-        shared.unet, positive, shared.null, alphas, cfg=cfg, prediction=shared.prediction,
+        shared.unet,
+        positive,
+        shared.null,
+        alphas,
+        cfg=cfg,
+        prediction=shared.prediction,
         vae=shared.vae,
     )
 
@@ -65,7 +72,7 @@ def noise(batch: int = 1) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def plain(prompt: str, batch: int = 1, cfg: float = CFG) -> Tensor:
     owner, (x, sigmas) = host(prompt, cfg), noise(batch)
-    for sigma, after in zip(sigmas.tolist(), sigmas.tolist()[1:]):
+    for sigma, after in itertools.pairwise(sigmas.tolist()):
         x0 = owner.guided(x, sigma)
         x = x0 + (x - x0) * (after / sigma)
     return x
@@ -196,7 +203,9 @@ class Published:
             return x
         maps = torch.stack(list(self.sums.values()), 1).unflatten(3, (16, 16))  # [2, layers, heads, 16, 16, L]
         chosen = [self.alignment.source_positions("star"), self.alignment.target_positions("heart")]
-        summed = torch.stack([one[..., list(word)].sum(-1).mean((0, 1)) for one, word in zip(maps, chosen)])[:, None]
+        summed = torch.stack(
+            [one[..., list(word)].sum(-1).mean((0, 1)) for one, word in zip(maps, chosen, strict=True)]
+        )[:, None]
         mask = F.interpolate(F.max_pool2d(summed, 3, 1, 1), size=x.shape[2:])
         mask = (mask / mask.amax((2, 3), keepdim=True)).gt(0.3)
         return source + (mask[:1] | mask[1:]).float() * (x - source)
@@ -211,7 +220,7 @@ def published(alignment: Alignment, spans: dict[str, range], small: int = 1024, 
         owner, y = host(SOURCE if source_side else TARGET), x
         controller.source = source_side
         with owner.attention(controller):
-            for index, (sigma, after) in enumerate(zip(sigmas.tolist(), sigmas.tolist()[1:])):
+            for index, (sigma, after) in enumerate(itertools.pairwise(sigmas.tolist())):
                 controller.step = index
                 x0 = owner.guided(y, sigma)
                 y = x0 + (y - x0) * (after / sigma)
@@ -291,7 +300,8 @@ def test_a_subject_whose_mask_is_everything_is_the_whole_swap() -> None:
 
 def test_equal_prompts_with_several_subjects_give_the_source_back() -> None:
     subjects = [
-        Subject("star", "star", left_half(), self_map=1.0), Subject("sky", "sky", 1 - left_half(), cross_map=1.0)
+        Subject("star", "star", left_half(), self_map=1.0),
+        Subject("sky", "sky", 1 - left_half(), cross_map=1.0),
     ]
     made = swap("photoswap", captured("photoswap", "replay"), SOURCE, subjects)
     torch.testing.assert_close(made.latents, plain(SOURCE), rtol=0, atol=1e-4)
@@ -322,14 +332,16 @@ def test_word_weights_change_the_picture_and_a_weight_of_1_does_not() -> None:
 def test_the_report_counts_what_was_swapped() -> None:
     report = swap("photoswap", captured("photoswap")).report
     assert {name: kind.steps for name, kind in report.kinds.items()} == {
-        "self_output": (0,), "self_map": (1, 2), "cross_map": (0, 1)
-    }  # fmt: skip
+        "self_output": (0,),
+        "self_map": (1, 2),
+        "cross_map": (0, 1),
+    }
     # By hand: 7 layers; φ and M in both halves, A in one. 3 layers of 256 tokens, 4 of 64.
     assert [kind.calls for kind in report.kinds.values()] == [14, 28, 14]
     assert report.kinds["self_output"].tokens == 2 * (3 * 256 + 4 * 64)
     assert report.touched == 56 and report.total == 14 * STEPS * 2 and report.share == pytest.approx(0.4)
     text = report.to_text()
-    assert "self maps (M): steps 2 to 3, 7 layers" in text and "red → dotted" in text or "star → heart" in text
+    assert ("self maps (M): steps 2 to 3, 7 layers" in text and "red → dotted" in text) or "star → heart" in text
     assert "cross maps (A): not in the uncond half, as set" in report.skipped
     assert json.loads(json.dumps(report.to_dict()))["share"] == pytest.approx(0.4)
 
@@ -369,7 +381,7 @@ class Hidden(DiffusersTextHost):
 def test_a_swap_that_touched_nothing_is_an_error() -> None:
     hidden = host(TARGET)
     hidden.__class__ = Hidden
-    with pytest.raises(RuntimeError, match="touched nothing, so the result is a plain sample.*another patch"):
+    with pytest.raises(RuntimeError, match=r"touched nothing, so the result is a plain sample.*another patch"):
         attention_swap(hidden, captured("photoswap"), PRESETS["photoswap"], words())
 
 
@@ -399,7 +411,7 @@ def test_bad_input_is_named_with_its_cure(settings, more: dict, message: str) ->
 
 
 def test_a_replay_without_the_sources_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="capture is a replay.*source_host"):
+    with pytest.raises(ValueError, match=r"capture is a replay.*source_host"):
         swap("photoswap", captured("photoswap", "replay"), source_host=None)
 
 
@@ -414,7 +426,7 @@ def test_a_capture_of_another_model_is_refused() -> None:
         swap("photoswap", dataclasses.replace(made, trajectory=made.trajectory[:, :, :4]))
     wider = [dataclasses.replace(info, heads=9) for info in made.layout.layers]
     other = dataclasses.replace(made, layout=dataclasses.replace(made.layout, layers=tuple(wider)))
-    with pytest.raises(ValueError, match="of another model family or size than the MODEL: for down 0.0 self"):
+    with pytest.raises(ValueError, match=r"of another model family or size than the MODEL: for down 0.0 self"):
         swap("photoswap", other)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from blendswap.attention_swap.layout import FeatureInfo, LayerInfo, Layout, steps_text
 from blendswap.attention_swap.settings import PRESETS, Steps, SwapSettings, Where, preset_settings
 from blendswap.hosts.attention import layer_table
@@ -17,7 +18,8 @@ def stable_diffusion() -> Layout:
     widths = {64: 320, 32: 640, 16: 1280, 8: 1280}
     layers = [
         LayerInfo(layer, (size, size), 8, widths[size], 77 if layer.kind == "cross" else size * size, 2)
-        for pair, size in zip(layer_table(parts), sizes) for layer in pair
+        for pair, size in zip(layer_table(parts), sizes, strict=True)
+        for layer in pair
     ]
     features = [FeatureInfo(index, 320, (64, 64), 2) for index in range(12)]
     return Layout(tuple(layers), tuple(features), (4, 64, 64))

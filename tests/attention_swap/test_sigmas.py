@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blendswap.attention_swap.sigmas import SCHEDULERS, ddim_grid, percent_ranges, timesteps
 from diffusers import DDIMScheduler
+
+from blendswap.attention_swap.sigmas import SCHEDULERS, ddim_grid, percent_ranges, timesteps
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 

@@ -6,22 +6,24 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from blendswap.attention_swap.layout import FeatureInfo, LayerInfo, Layout, Needs
 from blendswap.attention_swap.settings import SwapSettings
 from blendswap.attention_swap.swap import Recorder, Region, Swapper, Tape, branch_rows
 from blendswap.attention_swap.tokens import Alignment
 from blendswap.hosts.attention import AttentionCall, FeatureCall, Layer
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 HEADS, WIDTH, SIZE, TEXT = 2, 8, (4, 6), 5
 N = SIZE[0] * SIZE[1]
 SELF, CROSS = Layer("self", 0, "up", "up 0.0 self"), Layer("cross", 0, "up", "up 0.0 cross")
 LAYOUT = Layout(
     (LayerInfo(SELF, SIZE, HEADS, WIDTH, N, 4), LayerInfo(CROSS, SIZE, HEADS, WIDTH, TEXT, 4)),
-    (FeatureInfo(0, 3, SIZE, 4),), (4, *SIZE),
-)  # fmt: skip
+    (FeatureInfo(0, 3, SIZE, 4),),
+    (4, *SIZE),
+)
 ROWS = ("uncond", "uncond", "cond", "cond")
 
 
@@ -191,7 +193,8 @@ def test_regions_share_the_tokens_by_their_masks() -> None:
     inside[..., :2, :] = 1
     inside[..., 2, :] = 0.25
     regions = [
-        Region(only(self_output=1.0).plan(LAYOUT, 1), 1 - inside), Region(only(self_map=1.0).plan(LAYOUT, 1), inside)
+        Region(only(self_output=1.0).plan(LAYOUT, 1), 1 - inside),
+        Region(only(self_map=1.0).plan(LAYOUT, 1), inside),
     ]
     made, swapper = swapped(only(), source, target, regions=regions)
     share = inside.flatten(2).transpose(1, 2)
@@ -250,7 +253,7 @@ def test_a_model_with_other_layers_is_refused(change: dict, message: str) -> Non
 
 def test_merged_tokens_are_refused_by_name() -> None:
     call = make_call(SELF, 0)
-    with pytest.raises(ValueError, match="runs on 12 tokens instead of 24.*ToMe, HyperTile"):
+    with pytest.raises(ValueError, match=r"runs on 12 tokens instead of 24.*ToMe, HyperTile"):
         Swapper([Region(only().plan(LAYOUT, 1))], Tape(), LAYOUT).attention(dataclasses.replace(call, q=call.q[:, :12]))
 
 

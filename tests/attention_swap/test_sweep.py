@@ -8,11 +8,22 @@ import math
 
 import pytest
 import torch
+
 from blendswap.attention_swap.capture import needed
 from blendswap.attention_swap.layout import LayerInfo, Layout
 from blendswap.attention_swap.settings import PRESETS, Steps, SwapSettings, preset_settings
 from blendswap.attention_swap.sweep import (
-    BACKGROUND, POSE, Column, background_psnr, best, contact_sheet, covering, grid, pose_overlap, table, values,
+    BACKGROUND,
+    POSE,
+    Column,
+    background_psnr,
+    best,
+    contact_sheet,
+    covering,
+    grid,
+    pose_overlap,
+    table,
+    values,
 )
 from blendswap.demo import world
 from blendswap.hosts.attention import Layer
@@ -20,15 +31,18 @@ from blendswap.hosts.attention import Layer
 LAYOUT = Layout(
     tuple(
         LayerInfo(Layer(kind, index, place, f"{place} {kind}"), (8, 8), 2, 8, 64 if kind == "self" else 77, 4)
-        for index, place in enumerate(("down", "mid", "up", "up")) for kind in ("self", "cross")
-    ), (), (4, 8, 8),
-)  # fmt: skip
+        for index, place in enumerate(("down", "mid", "up", "up"))
+        for kind in ("self", "cross")
+    ),
+    (),
+    (4, 8, 8),
+)
 
 
 def test_values_are_read_as_people_list_them() -> None:
     assert values(" 0, 10,20.5 ; 30\n10", "self_map") == [0, 10, 20.5, 30] and values("  ", "self_map") == []
     for text in ("0, ten", "nan", "1 inf"):
-        with pytest.raises(ValueError, match="self_map: .* is no number. List numbers"):
+        with pytest.raises(ValueError, match=r"self_map: .* is no number. List numbers"):
             values(text, "self_map")
 
 
@@ -36,24 +50,33 @@ def test_a_grid_has_every_combination_the_last_changing_fastest() -> None:
     made = grid(SwapSettings(), {"self_map": [0.0, 0.5], "cross_map": [], "self_output": [0.1, 0.2, 0.3]})
     assert [(one.self_map, one.self_output) for one in made] == list(itertools.product([0.0, 0.5], [0.1, 0.2, 0.3]))
     assert {one.cross_map for one in made} == {SwapSettings().cross_map}
-    with pytest.raises(ValueError, match="self_map is 1.5"):
+    with pytest.raises(ValueError, match=r"self_map is 1.5"):
         grid(SwapSettings(), {"self_map": [1.5]})
 
 
-@pytest.mark.parametrize("settings", [
-    *PRESETS.values(),
-    preset_settings("photoswap", self_map=Steps(3), self_output=Steps(2)),
-    preset_settings("official", self_map=0.3, self_output=0.4),
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *PRESETS.values(),
+        preset_settings("photoswap", self_map=Steps(3), self_output=Steps(2)),
+        preset_settings("official", self_map=0.3, self_output=0.4),
+    ],
+)
 def test_what_covers_the_largest_lambdas_covers_all_smaller_ones(settings: SwapSettings) -> None:
     kept = needed(covering(settings), LAYOUT, 10)
     for share, other, third in itertools.product((0.0, 0.4, 1.0), repeat=3):
+
         def part(value, share: float):
             return Steps(int(value.count * share)) if isinstance(value, Steps) else value * share
 
-        smaller = grid(settings, {"self_map": [part(settings.self_map, share)],
-                                  "self_output": [part(settings.self_output, other)],
-                                  "cross_map": [part(settings.cross_map, third)]})[0]
+        smaller = grid(
+            settings,
+            {
+                "self_map": [part(settings.self_map, share)],
+                "self_output": [part(settings.self_output, other)],
+                "cross_map": [part(settings.cross_map, third)],
+            },
+        )[0]
         assert needed(smaller, LAYOUT, 10).missing(kept) == ""
 
 

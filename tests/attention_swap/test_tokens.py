@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+
 from blendswap.attention_swap.tokens import Alignment, TokenisedPrompt, Word, align, from_comfy, from_transformers
 from blendswap.demo.files import TEXT
 
@@ -36,9 +37,10 @@ def by_hand(text: str, split: dict[str, int] | None = None, length: int = 20) ->
 
 def taken(alignment: Alignment, word: str) -> dict[str, float]:
     """Which source words a target word takes its map from, with what weight in all."""
-    columns = alignment.mapper[:, list(alignment.target_positions(word))] * alignment.alphas[
-        list(alignment.target_positions(word))
-    ]
+    columns = (
+        alignment.mapper[:, list(alignment.target_positions(word))]
+        * alignment.alphas[list(alignment.target_positions(word))]
+    )
     shares = {source.text: columns[list(source.positions)].sum().item() for source in alignment.source_words}
     return {text: share for text, share in shares.items() if share}
 
@@ -167,14 +169,14 @@ def test_by_tokens_agrees_with_the_published_mapper(source: list[int], target: l
         return TokenisedPrompt(tuple(ids + [91] * (12 - len(ids))), (Word("w", tuple(range(1, len(ids) - 1))),), 12)
 
     alignment = align(tokens(source), tokens(target), by="tokens")
-    columns = zip(alignment.mapper.T, alignment.alphas)
+    columns = zip(alignment.mapper.T, alignment.alphas, strict=True)
     assert [int(column.argmax()) if alpha else -1 for column, alpha in columns] == mapper
     assert set(alignment.mapper.sum(0).tolist()) <= {0.0, 1.0}
 
 
 @pytest.mark.parametrize("by", ["words", "tokens"])
 def test_prompts_that_share_nothing_are_refused(by: str) -> None:
-    with pytest.raises(ValueError, match="share no word.*'a', 'cat'.*'two', 'dogs'.*name the subject's word"):
+    with pytest.raises(ValueError, match=r"share no word.*'a', 'cat'.*'two', 'dogs'.*name the subject's word"):
         align(by_hand("a cat"), by_hand("two dogs"), by=by)
     assert taken(align(by_hand("cat"), by_hand("dog"), [("cat", "dog")]), "dog") == {"cat": 1}
 
@@ -207,8 +209,11 @@ def test_an_embedding_of_several_vectors_is_one_word_by_its_name() -> None:
     entries = [(1, 1.0, 1), *vectors, (1, 1.0, 3), (2, 1.1, 3)]
     made = from_comfy({"l": [chunk(entries)]}, PIECES.__getitem__, "a embedding:my-cat a (cat)")
     assert [(word.text, word.positions) for word in made.words] == [
-        ("a", (1,)), ("embedding:my-cat", (2, 3, 4)), ("a", (5,)), ("cat", (6,))
-    ]  # fmt: skip
+        ("a", (1,)),
+        ("embedding:my-cat", (2, 3, 4)),
+        ("a", (5,)),
+        ("cat", (6,)),
+    ]
     source = from_comfy({"l": [chunk([(1, 1.0, 1), (2, 1.0, 1), (1, 1.0, 1), (2, 1.0, 1)])]}, PIECES.__getitem__)
     alignment = align(source, made, [("cat a", "my-cat")])
     assert alignment.mapper[2:4, 2:5].sum(1).tolist() == pytest.approx([1, 1])
@@ -230,7 +235,7 @@ def test_a_prompt_of_several_chunks_keeps_its_positions() -> None:
 
 
 def test_chunks_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="chunks of .*77.* tokens"):
+    with pytest.raises(ValueError, match=r"chunks of .*77.* tokens"):
         from_comfy({"t5": [chunk([]), [(98, 1.0, 0)] * 5]}, PIECES.__getitem__)
 
 

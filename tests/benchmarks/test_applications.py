@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from blendswap.benchmarks import applications
 from blendswap.demo import judge, world
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from blendswap.benchmarks import concepts
 from blendswap.benchmarks.concepts import METHODS, Outcome, judged, scenes, summary, target_prompt
 from blendswap.demo import files, subject_judge, world
@@ -18,8 +19,20 @@ pytestmark = pytest.mark.skipif(
     not (subject_judge.WEIGHTS.is_file() and (files.TEXT / "model_index.json").is_file()),
     reason="the demo models have not been trained: python run.py train",
 )
-QUICK = ("--scenes", "1", "--steps", "2", "--learn_steps", "2", "--class_pictures", "1", "--class_samples", "1",
-         "--threads", "1")  # fmt: skip
+QUICK = (
+    "--scenes",
+    "1",
+    "--steps",
+    "2",
+    "--learn_steps",
+    "2",
+    "--class_pictures",
+    "1",
+    "--class_samples",
+    "1",
+    "--threads",
+    "1",
+)
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -51,8 +64,9 @@ def test_the_prompt_names_the_subject_in_the_place_of_the_object_and_keeps_the_g
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    concepts.main([*QUICK, "--subjects", "house", "--methods", "dreambooth_lora,textual_inversion,none",
-                   "--out", str(out)])
+    concepts.main(
+        [*QUICK, "--subjects", "house", "--methods", "dreambooth_lora,textual_inversion,none", "--out", str(out)]
+    )
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from blendswap.benchmarks.swaps import BACKGROUND_KEPT, KINDS, POSE_KEPT, cases, duels, judged, summary
 from blendswap.demo import world
 
@@ -33,7 +34,7 @@ def test_every_kind_of_change_comes_as_often_and_keeps_pose_and_ground() -> None
 
 def test_a_method_against_itself_is_a_tie_and_equal_backgrounds_do_not_spoil_the_mean() -> None:
     sources = [world.draw(case.source) for case in CHOSEN]
-    kept = [judged(case, picture, picture) for case, picture in zip(CHOSEN, sources)]
+    kept = [judged(case, picture, picture) for case, picture in zip(CHOSEN, sources, strict=True)]
     assert "0 / 16 / 0 | 0 / 16 / 0" in duels({"photoswap": kept, "p2p": kept})
     changed = judged(CHOSEN[0], sources[0], sources[0] // 2)
     assert summary([*kept, changed])["background"]["mean"] == changed.background

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
 
 
@@ -21,10 +22,14 @@ def tiny_guide() -> Callable[[type[ClipGuide], int], ClipGuide]:
                 "embed_dim": 16,
                 "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16},
                 "text_cfg": {
-                    "context_length": 16, "width": 32, "heads": 2, "layers": 1, "vocab_size": tokenizer.vocab_size,
+                    "context_length": 16,
+                    "width": 32,
+                    "heads": 2,
+                    "layers": 1,
+                    "vocab_size": tokenizer.vocab_size,
                 },
             }
-        )  # fmt: skip
+        )
         return kind(model, tokenizer, "tiny")
 
     return make

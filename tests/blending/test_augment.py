@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from blendswap.blending.augment import ExtendingAugmentations
-from blendswap.blending.fit import fit_to_square
 from kornia.augmentation import RandomAffine, RandomPerspective
 from torch.nn import functional as F
+
+from blendswap.blending.augment import ExtendingAugmentations
+from blendswap.blending.fit import fit_to_square
 
 
 def pictures(count: int = 2, height: int = 40, width: int = 40) -> torch.Tensor:
@@ -138,13 +139,11 @@ def test_gradients_flow_through_every_view():
     images = pictures(2).requires_grad_()
     parameters = augment.sample(augment.generators([0, 1]), 40, 40)
     for copy in range(6):
-        (gradient,) = torch.autograd.grad(
-            augment.apply(images, parameters, slice(copy, copy + 1), 24).sum(), images
-        )
+        (gradient,) = torch.autograd.grad(augment.apply(images, parameters, slice(copy, copy + 1), 24).sum(), images)
         assert (gradient.flatten(1).abs().sum(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (3, 90), (90, 3)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 90), (90, 3)])
 def test_pictures_of_any_size_are_taken(height: int, width: int):
     augment = ExtendingAugmentations(copies=4, cutouts=1)
     views = augment(pictures(1, height, width), augment.generators([0]), 16)
@@ -152,7 +151,7 @@ def test_pictures_of_any_size_are_taken(height: int, width: int):
 
 
 @pytest.mark.parametrize(
-    "setting, words",
+    ("setting", "words"),
     [
         ({"copies": 0}, "copies is 0"),
         ({"degrees": 200}, "degrees is 200"),
@@ -181,14 +180,20 @@ def test_a_pixel_on_the_horizon_of_a_view_is_grey_and_not_nan():
     """Corners that once, in 160,000 views of a benchmark, sent a pixel to infinity."""
     augment = ExtendingAugmentations(copies=2)
     drawn = augment.sample(augment.generators([0]), 64, 64)
-    corners = torch.tensor([
-        [0.2381703406572342, 0.3391123414039612], [-0.21004924178123474, 0.001496967626735568],
-        [-0.0010033607250079513, -0.06772428005933762], [0.08339505642652512, -0.30441877245903015],
-    ])  # fmt: skip
+    corners = torch.tensor(
+        [
+            [0.2381703406572342, 0.3391123414039612],
+            [-0.21004924178123474, 0.001496967626735568],
+            [-0.0010033607250079513, -0.06772428005933762],
+            [0.08339505642652512, -0.30441877245903015],
+        ]
+    )
     tilted = dataclasses.replace(
-        drawn, affine=torch.tensor([[False], [False]]), perspective=torch.tensor([[False], [True]]),
+        drawn,
+        affine=torch.tensor([[False], [False]]),
+        perspective=torch.tensor([[False], [True]]),
         corners=corners.expand(2, 1, 4, 2),
-    )  # fmt: skip
+    )
     images = torch.ones(1, 3, 64, 64, requires_grad=True)
     views = augment.apply(images, tilted, slice(1, 2), 64)
     assert views.isfinite().all()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blendswap.blending.canvas import Canvas
-from blendswap.blending.window import window_for
 from torch import Tensor
 from torch.nn import functional as F
+
+from blendswap.blending.canvas import Canvas
+from blendswap.blending.window import window_for
 
 
 def picture(height: int, width: int, seed: int = 0) -> Tensor:

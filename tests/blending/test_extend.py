@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from blendswap.blending.extend import FILLS, extend_canvas
 
 
@@ -55,7 +56,7 @@ def test_rounds_can_be_chained():
 
 
 @pytest.mark.parametrize(
-    "sides, message",
+    ("sides", "message"),
     [({}, "all 0"), ({"left": -1}, "left is -1 pixels"), ({"top": 20000}, "20005 pixels"), ({"fill": "sky"}, "'sky'")],
 )
 def test_what_cannot_be_grown_is_named(sides: dict, message: str):

@@ -6,13 +6,14 @@ import logging
 
 import pytest
 import torch
+from torch import Tensor
+
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
 from blendswap.blending.guide import ClipGuide
 from blendswap.blending.losses import DISTANCES
 from blendswap.blending.regions import Region
 from blendswap.blending.settings import BlendSettings
-from torch import Tensor
 
 SIZE = 20
 
@@ -47,9 +48,13 @@ def make(guide: ClipGuide, seeds=(1, 2), copies: int = 6, perceptual=None, text:
     """A fresh Guidance: the augmentation draws as on its first step."""
     augment = ExtendingAugmentations(copies=copies)
     return Guidance(
-        BlendSettings(**dials), (Region.of(rectangle(), guide, guide.embed_text(["a red star"])[0] if text else None),),
-        pictures(1, 9), augment, augment.generators(seeds), perceptual,
-    )  # fmt: skip
+        BlendSettings(**dials),
+        (Region.of(rectangle(), guide, guide.embed_text(["a red star"])[0] if text else None),),
+        pictures(1, 9),
+        augment,
+        augment.generators(seeds),
+        perceptual,
+    )
 
 
 def squared(first: Tensor, second: Tensor) -> Tensor:
@@ -58,7 +63,7 @@ def squared(first: Tensor, second: Tensor) -> Tensor:
 
 
 def assert_same(first, second) -> None:
-    for one, other in zip(first[:2], second[:2]):
+    for one, other in zip(first[:2], second[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
     torch.testing.assert_close(first[2]["clip"], second[2]["clip"])
 
@@ -105,7 +110,7 @@ def test_running_out_of_memory_halves_the_chunk_and_changes_nothing_else(guide, 
     short = make(guide)
     with caplog.at_level(logging.WARNING):
         tight = [short.gradient(pictures(2, step), pictures(2, step)) for step in range(2)]
-    for one, other in zip(tight, plain):
+    for one, other in zip(tight, plain, strict=True):
         assert_same(one, other)
     assert short.chunk == 2
     # 6, 3, 2: told once each, and not tried again at the next step.
@@ -142,7 +147,7 @@ def test_other_errors_of_the_guide_come_out_as_they_are(guide, monkeypatch) -> N
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(ShortOfMemory, "embed_image", broken)
-    with pytest.raises(RuntimeError, match="^mat1 and mat2"):
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
         make(guide).gradient(pictures(), pictures())
 
 
@@ -200,5 +205,5 @@ def test_the_published_background_loss_compares_with_the_unmasked_source(guide) 
 
 
 def test_a_background_loss_without_lpips_is_refused(guide) -> None:
-    with pytest.raises(ValueError, match="background_weight > 0.*needs an LPIPS backbone"):
+    with pytest.raises(ValueError, match=r"background_weight > 0.*needs an LPIPS backbone"):
         make(guide, background_weight=1.0)

@@ -13,6 +13,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
 from blendswap.blending.architectures import match_architecture
 from blendswap.blending.guide import (
     ClipGuide,
@@ -22,10 +27,6 @@ from blendswap.blending.guide import (
     load_clip_guide,
     save_demo_clip,
 )
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
-from safetensors.torch import save_file
-from torch.nn import functional as F
 
 CAPTIONS = ["a red striped star on a white ground", "a blue circle"]
 VISION = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}
@@ -116,7 +117,7 @@ def test_a_picture_that_is_not_square_keeps_its_proportions_and_its_edges(guide:
     torch.testing.assert_close(guide.embed_image(wide), guide.embed_image(padded))
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (61, 61), (40, 90), (9, 9)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (61, 61), (40, 90), (9, 9)])
 def test_every_pixel_gets_a_gradient(guide: ClipGuide, height: int, width: int):
     images = pictures(1, height, width).requires_grad_()
     guide.embed_image(images)[:, 0].sum().backward()
@@ -136,9 +137,7 @@ def test_the_gradient_is_the_derivative(guide: ClipGuide):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weight", [1e-7, 1.0, 1e3])
-def test_half_precision_weights_give_the_same_gradient(
-    demo_file: Path, guide: ClipGuide, dtype, weight: float
-):
+def test_half_precision_weights_give_the_same_gradient(demo_file: Path, guide: ClipGuide, dtype, weight: float):
     low = load_clip_guide(demo_file, dtype=dtype)
     gradients = []
     for one in (guide, low):
@@ -165,9 +164,7 @@ def test_score_is_the_cosine_and_takes_no_gradient(guide: ClipGuide):
     images = pictures(3).requires_grad_()
     scores = guide.score(images, "a blue circle")
     assert scores.shape == (3,) and not scores.requires_grad
-    torch.testing.assert_close(
-        scores, (guide.embed_image(images) @ guide.embed_text(["a blue circle"])[0]).detach()
-    )
+    torch.testing.assert_close(scores, (guide.embed_image(images) @ guide.embed_text(["a blue circle"])[0]).detach())
 
 
 # ---- vocabulary and prompts
@@ -238,26 +235,20 @@ def test_the_demo_file_brings_its_weights_and_its_description(demo_file: Path, g
 
 
 def test_a_demo_resnet_loads_too(tokenizer: CompactTokenizer, tmp_path: Path):
-    config = demo_config(
-        tokenizer, layers=[1, 1, 1, 1], width=16, head_width=64, patch_size=None, image_size=64
-    )
+    config = demo_config(tokenizer, layers=[1, 1, 1, 1], width=16, head_width=64, patch_size=None, image_size=64)
     save_demo_clip(build_demo_clip(config), config, tokenizer, tmp_path / "rn.safetensors")
     guide = load_clip_guide(tmp_path / "rn.safetensors")
     assert guide.image_size == 64 and guide.embed_image(pictures()).shape == (2, 32)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "training checkpoint", "openai state dict"])
-def test_published_layouts_load_and_embed_as_the_model_does(
-    tiny: open_clip.CLIP, tmp_path: Path, layout: str
-):
+def test_published_layouts_load_and_embed_as_the_model_does(tiny: open_clip.CLIP, tmp_path: Path, layout: str):
     weights = tiny.state_dict()
     path = tmp_path / {"safetensors": "laion2b.safetensors"}.get(layout, "laion2b.pt")
     if layout == "safetensors":
         save_file(weights, path)
     elif layout == "training checkpoint":
-        torch.save(
-            {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, path
-        )
+        torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, path)
     elif layout == "openai state dict":
         extras = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), torch.tensor(1))
         torch.save({**{key: value.half() for key, value in weights.items()}, **extras}, path)
@@ -274,9 +265,7 @@ def test_published_layouts_load_and_embed_as_the_model_does(
         torch.testing.assert_close(guide.embed_image(pictures()), expected)
     tokens = open_clip.tokenize(["a red star"])
     if not openai:
-        torch.testing.assert_close(
-            guide.embed_text(["a red star"]), F.normalize(tiny.encode_text(tokens), dim=-1)
-        )
+        torch.testing.assert_close(guide.embed_text(["a red star"]), F.normalize(tiny.encode_text(tokens), dim=-1))
 
 
 def test_openais_torchscript_archive_is_read_without_running_it(tiny: open_clip.CLIP, tmp_path: Path):
@@ -293,11 +282,7 @@ def test_openais_torchscript_archive_is_read_without_running_it(tiny: open_clip.
                 self.register_buffer(name, torch.tensor(value))
 
         def forward(self, image):
-            return (
-                self.visual(image) * self.logit_scale
-                + self.positional_embedding.sum()
-                + self.text_projection.sum()
-            )
+            return self.visual(image) * self.logit_scale + self.positional_embedding.sum() + self.text_projection.sum()
 
     path = tmp_path / "ViT-tiny.pt"
     with torch.no_grad():
@@ -326,9 +311,7 @@ def test_a_folder_with_its_own_tokenizer_needs_no_network(tiny: open_clip.CLIP, 
     words = {word: row for row, word in enumerate(["[PAD]", "[UNK]", "a", "red", "star"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        tmp_path
-    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
     config = open_clip.get_model_config("tiny-test")
     config["text_cfg"]["hf_tokenizer_name"] = "somewhere/else"
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
@@ -336,7 +319,7 @@ def test_a_folder_with_its_own_tokenizer_needs_no_network(tiny: open_clip.CLIP, 
     guide = load_clip_guide(tmp_path)
     assert guide.embed_text(["a red star"]).shape == (1, 48)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json"):
         load_clip_guide(tmp_path)
 
 
@@ -346,7 +329,7 @@ def shapes_of(architecture: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "architecture, path",
+    ("architecture", "path"),
     [
         ("ViT-B-32", "laion2b/open_clip_model.safetensors"),
         ("ViT-B-32-quickgelu", "openai/model.safetensors"),
@@ -362,10 +345,7 @@ def test_auto_recognises_published_architectures(architecture: str, path: str):
 
 
 def test_auto_recognises_openais_layout_whatever_the_name():
-    assert (
-        match_architecture(shapes_of("ViT-B-16"), Path("model.pt"), openai_layout=True)
-        == "ViT-B-16-quickgelu"
-    )
+    assert match_architecture(shapes_of("ViT-B-16"), Path("model.pt"), openai_layout=True) == "ViT-B-16-quickgelu"
 
 
 def test_auto_asks_where_the_weights_do_not_tell():
@@ -381,7 +361,7 @@ def test_a_missing_file_says_what_goes_where(tmp_path: Path):
 
 def test_unknown_and_unfitting_architectures_are_named(tiny: open_clip.CLIP, tmp_path: Path):
     save_file(tiny.state_dict(), tmp_path / "tiny.safetensors")
-    with pytest.raises(ValueError, match="no architecture 'ViT-B16'.*ViT-B-16"):
+    with pytest.raises(ValueError, match=r"no architecture 'ViT-B16'.*ViT-B-16"):
         load_clip_guide(tmp_path / "tiny.safetensors", "ViT-B16")
     with pytest.raises(ValueError, match="does not hold the weights of 'ViT-S-32-alt'"):
         load_clip_guide(tmp_path / "tiny.safetensors", "ViT-S-32-alt")
@@ -392,7 +372,7 @@ def test_unknown_and_unfitting_architectures_are_named(tiny: open_clip.CLIP, tmp
 def test_weights_of_another_kind_are_refused_by_name(tmp_path: Path):
     big = torch.zeros(1000)
     save_file({"model.diffusion_model.input_blocks.0.0.weight": big}, tmp_path / "unet.safetensors")
-    with pytest.raises(ValueError, match="unet.safetensors is not a CLIP.*model.diffusion_model"):
+    with pytest.raises(ValueError, match=r"unet.safetensors is not a CLIP.*model.diffusion_model"):
         load_clip_guide(tmp_path / "unet.safetensors")
     save_file({"vision_model.embeddings.class_embedding": big}, tmp_path / "hf.safetensors")
     with pytest.raises(ValueError, match="Transformers' layout"):
@@ -405,22 +385,18 @@ def test_weights_of_another_kind_are_refused_by_name(tmp_path: Path):
 @pytest.mark.parametrize("name", ["cut.safetensors", "cut.pt", "cut.bin"])
 def test_truncated_files_are_refused_with_the_cure(tiny: open_clip.CLIP, tmp_path: Path, name: str):
     path = tmp_path / name
-    save_file(tiny.state_dict(), path) if path.suffix == ".safetensors" else torch.save(
-        tiny.state_dict(), path
-    )
+    save_file(tiny.state_dict(), path) if path.suffix == ".safetensors" else torch.save(tiny.state_dict(), path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=f"{name} .*Download the file again"):
         load_clip_guide(path)
 
 
 def test_placeholders_and_other_files_are_refused(tmp_path: Path):
-    (tmp_path / "pointer.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\nsize 600000000\n"
-    )
-    with pytest.raises(ValueError, match="only .* bytes long"):
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 600000000\n")
+    with pytest.raises(ValueError, match=r"only .* bytes long"):
         load_clip_guide(tmp_path / "pointer.safetensors")
     (tmp_path / "page.pt").write_text("<html>" + "not found " * 500)
-    with pytest.raises(ValueError, match="page.pt"):
+    with pytest.raises(ValueError, match=r"page.pt"):
         load_clip_guide(tmp_path / "page.pt")
 
 
@@ -435,10 +411,8 @@ class Trap:
 
 
 def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path):
-    torch.save(
-        {"visual.conv1.weight": torch.zeros(1000), "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pt"
-    )
-    with pytest.raises(ValueError, match="evil.pt was not opened.*run code"):
+    torch.save({"visual.conv1.weight": torch.zeros(1000), "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"evil.pt was not opened.*run code"):
         load_clip_guide(tmp_path / "evil.pt")
     assert not (tmp_path / "sprung").exists()
 
@@ -448,7 +422,7 @@ def test_a_torchscript_archive_that_wants_to_run_code_is_refused(tmp_path: Path)
         archive.writestr("evil/constants.pkl", pickle.dumps(()))
         archive.writestr("evil/data.pkl", pickle.dumps(Trap(tmp_path / "sprung")))
         archive.writestr("evil/padding", np.random.default_rng(0).bytes(2000))
-    with pytest.raises(ValueError, match="evil.pt was not opened.*run code"):
+    with pytest.raises(ValueError, match=r"evil.pt was not opened.*run code"):
         load_clip_guide(tmp_path / "evil.pt")
     assert not (tmp_path / "sprung").exists()
 
@@ -464,21 +438,28 @@ def test_a_demo_file_that_does_not_fit_its_description_is_refused(demo_file: Pat
 # ---- prompts as ComfyUI's text encoders take them
 
 
-@pytest.mark.parametrize(("prompt", "plain"), [
-    ("a (red:1.4) star", "a red star"),
-    ("a ((red) striped:0.8) star", "a red striped star"),
-    ("a (red star)", "a red star"),
-    (r"a star \(red\)", "a star (red)"),
-    ("a red star embedding:glow", "a red star "),
-    ("a star (at 12:30", "a star (at 12:30"),
-    ("a star (noon: bright)", "a star noon: bright"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "plain"),
+    [
+        ("a (red:1.4) star", "a red star"),
+        ("a ((red) striped:0.8) star", "a red striped star"),
+        ("a (red star)", "a red star"),
+        (r"a star \(red\)", "a star (red)"),
+        ("a red star embedding:glow", "a red star "),
+        ("a star (at 12:30", "a star (at 12:30"),
+        ("a star (noon: bright)", "a star noon: bright"),
+    ],
+)
 def test_a_guide_reads_the_words_of_a_weighted_prompt_alone_and_says_so(guide: ClipGuide, prompt: str, plain: str):
-    torch.testing.assert_close(guide.embed_text([prompt]), guide.embed_text([plain.replace("(", "\\(").replace(")", "\\)")]))
+    torch.testing.assert_close(
+        guide.embed_text([prompt]), guide.embed_text([plain.replace("(", "\\(").replace(")", "\\)")])
+    )
     notes = [note for note in guide.notes([prompt]) if "reads no weights" in note]
-    assert notes == ([] if plain in (prompt, "a star (red)") else [
-        f"The guide 'demo-vit' reads no weights and no embeddings: of '{prompt}' it reads '{plain}'."
-    ])
+    assert notes == (
+        []
+        if plain in (prompt, "a star (red)")
+        else [f"The guide 'demo-vit' reads no weights and no embeddings: of '{prompt}' it reads '{plain}'."]
+    )
 
 
 def test_a_weighted_prompt_is_what_its_words_are(guide: ClipGuide):

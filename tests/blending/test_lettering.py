@@ -11,11 +11,27 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from blendswap.blending import lettering
-from blendswap.blending.plot import loss_plot
 from PIL import Image, ImageDraw
 
-SCRIPTS = ["café", "Ångström", "красная", "ΟΔΟΣ", "λ", "שלום", "سلام", "猫", "ねこ", "고양이", "แมว", "नमस्ते", "🐶", "cafe\u0301"]
+from blendswap.blending import lettering
+from blendswap.blending.plot import loss_plot
+
+SCRIPTS = [
+    "café",
+    "Ångström",
+    "красная",
+    "ΟΔΟΣ",
+    "λ",
+    "שלום",
+    "سلام",
+    "猫",
+    "ねこ",
+    "고양이",
+    "แมว",
+    "नमस्ते",
+    "🐶",
+    "cafe\u0301",
+]
 
 
 @pytest.fixture
@@ -26,9 +42,9 @@ def no_system_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     own = [entry for entry in fontManager.ttflist if Path(entry.fname).is_relative_to(matplotlib.get_data_path())]
     with monkeypatch.context() as patch:
         patch.setattr(fontManager, "ttflist", own)
-        lettering._fonts.cache_clear()
+        lettering.fonts_for.cache_clear()
         yield
-    lettering._fonts.cache_clear()
+    lettering.fonts_for.cache_clear()
 
 
 def ink(text: str, size: int = 24) -> np.ndarray:
@@ -40,27 +56,35 @@ def ink(text: str, size: int = 24) -> np.ndarray:
 def box() -> np.ndarray:
     """What stands for a letter that the font does not have."""
     picture = Image.new("L", (60, 40), 255)
-    ImageDraw.Draw(picture).text((2, 2), "\U000f1234", font=lettering._font(None, 24))
+    ImageDraw.Draw(picture).text((2, 2), "\U000f1234", font=lettering.sized_font(None, 24))
     return np.asarray(picture)
 
 
 @pytest.mark.parametrize("text", SCRIPTS)
 def test_no_letter_of_any_script_is_drawn_as_a_box(no_system_fonts, text: str) -> None:
     shown = lettering.written(text)
-    assert shown.strip() and not lettering._rare(shown)
+    assert shown.strip() and not lettering.rare_letters(shown)
     drawn = ink(text)
     assert (drawn < 128).sum() > 20
     columns = np.flatnonzero((box() < 128).any(0))
-    template = box()[:, columns[0]:columns[-1] + 1]
+    template = box()[:, columns[0] : columns[-1] + 1]
     wide = template.shape[1]
     for left in range(drawn.shape[1] - wide + 1):
-        assert not np.array_equal(drawn[2:, left:left + wide] < 128, template[2:] < 128), text
+        assert not np.array_equal(drawn[2:, left : left + wide] < 128, template[2:] < 128), text
 
 
-@pytest.mark.parametrize(("text", "shown"), [
-    ("café", "café"), ("красная λ", "красная λ"), ("ねこ", "neko"), ("고양이", "goyangi"), ("แมว", "aemowo"),
-    ("a 🐶", "a [dog face]"), ("猫", "[U+732B]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("café", "café"),
+        ("красная λ", "красная λ"),
+        ("ねこ", "neko"),
+        ("고양이", "goyangi"),
+        ("แมว", "aemowo"),
+        ("a 🐶", "a [dog face]"),
+        ("猫", "[U+732B]"),
+    ],
+)
 def test_what_no_font_has_is_written_in_plain_letters(no_system_fonts, text: str, shown: str) -> None:
     assert lettering.written(text) == shown
 
@@ -86,7 +110,7 @@ def test_a_font_of_the_system_is_used_for_what_the_base_lacks(tmp_path, monkeypa
                 font["name"].setName("Own", name.nameID, name.platformID, name.platEncID, name.langID)
         font.save(path)
     monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist, ttfFontProperty(FT2Font(str(path)))])
-    lettering._fonts.cache_clear()
+    lettering.fonts_for.cache_clear()
     try:
         assert lettering.written("猫 cat") == "猫 cat" and lettering.legend(["猫"]) == ""
         assert np.array_equal(ink("猫") < 128, ink("M") < 128)
@@ -96,7 +120,7 @@ def test_a_font_of_the_system_is_used_for_what_the_base_lacks(tmp_path, monkeypa
             warnings.simplefilter("error")  # matplotlib warns of a glyph that is missing
             assert (loss_plot(history, "猫") < 0.95).any()
     finally:
-        lettering._fonts.cache_clear()
+        lettering.fonts_for.cache_clear()
         shutil.rmtree(tmp_path)
 
 

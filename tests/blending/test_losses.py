@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from blendswap.blending.losses import (
     background_loss,
     background_lpips,
@@ -15,7 +17,6 @@ from blendswap.blending.losses import (
     range_loss,
 )
 from blendswap.blending.perceptual import DemoBackbone, Perceptual, save_demo_backbone
-from torch.nn import functional as F
 
 
 def at_angle(degrees: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,9 +35,7 @@ def test_distances_are_those_of_the_angle(degrees: float):
 
 
 def test_the_spherical_distance_is_the_published_expression():
-    u, v = (
-        F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(i)), dim=-1) for i in (0, 1)
-    )
+    u, v = (F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(i)), dim=-1) for i in (0, 1))
     torch.testing.assert_close(d_spherical(u, v), (u - v).norm(dim=-1).div(2).arcsin().pow(2).mul(2))
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from blendswap.blending import sampler
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
@@ -17,8 +20,6 @@ from blendswap.blending.settings import BlendSettings, preset_settings
 from blendswap.blending.steps import Schedule
 from blendswap.hosts.adm import GuidedDiffusionUNet, convert_adm_weights, read_adm_config
 from blendswap.hosts.protocol import Prediction
-from torch import Tensor
-from torch.nn import functional as F
 
 HERE = Path(__file__).parent
 REFERENCE = json.loads((HERE / "data" / "official_step.json").read_text(encoding="utf-8"))
@@ -143,9 +144,13 @@ def guidance_of(case: dict) -> Guidance:
     augment = ExtendingAugmentations(copies=1, pooling="area")
     guide = StandInGuide()
     return Guidance(
-        settings_of(case), (Region.of(rectangle(), guide, guide.embed_text()),), source_picture(), augment,
-        augment.generators(range(case["batch"])), stand_in_lpips if case["background_loss"] else None,
-    )  # fmt: skip
+        settings_of(case),
+        (Region.of(rectangle(), guide, guide.embed_text()),),
+        source_picture(),
+        augment,
+        augment.generators(range(case["batch"])),
+        stand_in_lpips if case["background_loss"] else None,
+    )
 
 
 def recorded(case: dict) -> Tensor:

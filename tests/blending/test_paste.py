@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+
 from blendswap.blending.paste import BLACK, cover_mask, exact_paste, latent_mask, plain_mask, prepare_mask, resize_mask
 
 
@@ -121,7 +122,7 @@ def test_a_full_mask_is_allowed():
 
 
 @pytest.mark.parametrize(
-    "mask, words",
+    ("mask", "words"),
     [
         (torch.zeros(1, 4, 4), "region is empty"),
         (torch.zeros(2, 4, 4), "each of the 2 masks of region is empty"),

@@ -8,8 +8,9 @@ import lpips
 import pytest
 import torch
 import torchvision
-from blendswap.blending.perceptual import BACKBONE_FILES, DemoBackbone, Perceptual, save_demo_backbone
 from safetensors.torch import save_file
+
+from blendswap.blending.perceptual import BACKBONE_FILES, DemoBackbone, Perceptual, save_demo_backbone
 
 
 def pictures(height: int = 64, width: int = 64, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,9 +43,7 @@ def test_a_published_backbone_is_read_into_the_lpips_package(squeeze_file: Path)
     for slice_name, layers in reference.net.named_children():
         for number, layer in layers.named_children():
             prefix = f"features.{number}."
-            layer.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
-            )
+            layer.load_state_dict({k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)})
         assert slice_name.startswith("slice")
     first, second = pictures()
     torch.testing.assert_close(perceptual(first, second), reference(first, second).flatten())
@@ -78,7 +77,7 @@ def test_equal_pictures_have_no_distance_and_others_have(kind: str, squeeze_file
 
 
 @pytest.mark.parametrize("kind", ["squeeze", "demo"])
-@pytest.mark.parametrize("height, width", [(1, 1), (5, 200), (31, 33)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 200), (31, 33)])
 def test_pictures_of_any_size_are_taken_with_gradients(
     kind: str, squeeze_file: Path, demo_file: Path, height: int, width: int
 ):
@@ -110,7 +109,7 @@ def test_the_demo_backbone_comes_back_as_it_was_saved(tmp_path: Path):
     first, _ = pictures()
     maps = perceptual.network.net.features(first)
     assert [m.shape[1:] for m in maps] == [(8, 64, 64), (8, 32, 32), (16, 16, 16), (16, 8, 8), (24, 8, 8)]
-    for one, other in zip(maps, backbone.eval().features(first)):
+    for one, other in zip(maps, backbone.eval().features(first), strict=True):
         torch.testing.assert_close(one, other, atol=0.01, rtol=0.01)
     assert backbone.pooled(first).shape == (2, 24)
 
@@ -125,13 +124,13 @@ def test_a_missing_file_says_which_file_goes_where(backbone: str, tmp_path: Path
 
 
 def test_wrong_files_are_refused_with_the_cure(squeeze_file: Path, demo_file: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="is not torchvision's alexnet-owt-7be5be79.pth"):
+    with pytest.raises(ValueError, match=r"is not torchvision's alexnet-owt-7be5be79.pth"):
         Perceptual("alex", squeeze_file)
-    with pytest.raises(ValueError, match="unknown. Choose one of alex, vgg, squeeze, demo"):
+    with pytest.raises(ValueError, match=r"unknown. Choose one of alex, vgg, squeeze, demo"):
         Perceptual("resnet", squeeze_file)
     cut = tmp_path / BACKBONE_FILES["squeeze"]
     cut.write_bytes(squeeze_file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="squeezenet1_1-b8a52dc0.pth .*download"):
+    with pytest.raises(ValueError, match=r"squeezenet1_1-b8a52dc0.pth .*download"):
         Perceptual("squeeze", cut)
     save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a demo LPIPS backbone"):

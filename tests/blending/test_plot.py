@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from blendswap.blending.plot import loss_plot
 
 FALLING = [{"clip": torch.tensor([1.0 / step, 0.5 / step])} for step in range(1, 6)]

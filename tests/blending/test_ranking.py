@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guide import (
     ClipGuide,
@@ -82,7 +83,7 @@ def test_a_contrast_is_subtracted(scorer: ClipGuide):
     images, mask = scene()
     against = score(images, mask, "a red star", scorer, contrasts=["a star", "red"])
     for one, whole, other, another in zip(
-        against, *(scorer.score(images, words).tolist() for words in ("a red star", "a star", "red"))
+        against, *(scorer.score(images, words).tolist() for words in ("a red star", "a star", "red")), strict=True
     ):
         assert one.whole == pytest.approx(whole - max(other, another), abs=1e-5)
 
@@ -167,7 +168,7 @@ def test_the_crop_is_a_square_around_the_mask_with_context():
 
 
 @pytest.mark.parametrize(
-    "rows, columns, expected",
+    ("rows", "columns", "expected"),
     [
         (slice(0, 10), slice(0, 10), (0, 15, 0, 15)),  # moved inside the corner
         (slice(0, 48), slice(0, 64), (0, 48, 0, 64)),  # everything

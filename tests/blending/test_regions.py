@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
 from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
@@ -11,11 +13,16 @@ from blendswap.blending.guides import CombinedGuide
 from blendswap.blending.losses import d_cosine
 from blendswap.blending.paste import editable
 from blendswap.blending.regions import (
-    NEGATIVE_WEIGHT, Region, Term, crowding, terms_for, writing, written,
-)  # fmt: skip
+    NEGATIVE_WEIGHT,
+    Region,
+    Term,
+    crowding,
+    terms_for,
+    writing,
+    written,
+)
 from blendswap.blending.settings import BlendSettings
 from blendswap.blending.shrink import Shrink
-from torch import Tensor
 
 SIZE = 20
 WORDS = ("a red star", "a blue ring")
@@ -40,10 +47,14 @@ def clip(seed: int, name: str, size: int = 16, dimensions: int = 16) -> WatchedG
             "embed_dim": dimensions,
             "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": size},
             "text_cfg": {
-                "context_length": 16, "width": 32, "heads": 2, "layers": 1, "vocab_size": tokenizer.vocab_size,
+                "context_length": 16,
+                "width": 32,
+                "heads": 2,
+                "layers": 1,
+                "vocab_size": tokenizer.vocab_size,
             },
         }
-    )  # fmt: skip
+    )
     return WatchedGuide(model, tokenizer, name)
 
 
@@ -86,12 +97,16 @@ def same(one: Tensor, other: Tensor) -> None:
 
 
 def test_regions_apart_pull_as_each_alone(first) -> None:
-    left, right = (Region(box(*ends), terms_for(first, words)) for ends, words in zip(((1, 9), (11, 18)), WORDS))
+    left, right = (
+        Region(box(*ends), terms_for(first, words)) for ends, words in zip(((1, 9), (11, 18)), WORDS, strict=True)
+    )
     same(pull(left, right), pull(left) + pull(right))
 
 
 def test_a_pixel_that_two_regions_claim_is_shared_by_their_masks(first) -> None:
-    left, right = (Region(box(*ends), terms_for(first, words)) for ends, words in zip(((1, 12), (8, 18)), WORDS))
+    left, right = (
+        Region(box(*ends), terms_for(first, words)) for ends, words in zip(((1, 12), (8, 18)), WORDS, strict=True)
+    )
     together, apart = pull(left, right), pull(left) + pull(right)
     shared = torch.zeros(SIZE, dtype=torch.bool)
     shared[8:12] = True
@@ -138,7 +153,9 @@ def test_a_negative_strength_and_no_region_are_refused() -> None:
 # Terms ----------------------------------------------------------------------------------------------------
 
 
-def test_the_text_guard_pulls_along_the_difference_between_writing_and_showing(first: WatchedGuide, second: WatchedGuide):
+def test_the_text_guard_pulls_along_the_difference_between_writing_and_showing(
+    first: WatchedGuide, second: WatchedGuide
+):
     shown = first.embed_text([WORDS[0]])[0]
     direction = writing(first, WORDS[0])
     texts = first.embed_text(written(WORDS[0])).mean(dim=0)
@@ -198,13 +215,15 @@ def test_nothing_asked_for_is_nothing_that_steers(first) -> None:
 def test_every_term_is_reported_under_what_it_is(first) -> None:
     terms = terms_for(first, WORDS[0], WORDS[1])
     assert [str(term) for term in terms] == [
-        "towards 'a red star' (first, +1)", "away from 'a blue ring' (first, -0.5)",
-    ]  # fmt: skip
+        "towards 'a red star' (first, +1)",
+        "away from 'a blue ring' (first, -0.5)",
+    ]
     losses = make(Region(box(1, 9), terms), Region(box(11, 18), terms[:1])).gradient(picture(2), picture(2))[2]
     assert list(losses) == [
-        "clip: region 1 towards 'a red star' (first, +1)", "clip: region 1 away from 'a blue ring' (first, -0.5)",
+        "clip: region 1 towards 'a red star' (first, +1)",
+        "clip: region 1 away from 'a blue ring' (first, -0.5)",
         "clip: region 2 towards 'a red star' (first, +1)",
-    ]  # fmt: skip
+    ]
     assert all(loss.shape == (2,) and 0 <= loss.min() <= loss.max() <= 2 for loss in losses.values())
 
 

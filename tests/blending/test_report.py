@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
 from blendswap.blending.perceptual import DemoBackbone, Perceptual, save_demo_backbone
 from blendswap.blending.report import AMPLIFICATION, EditReport, edit_report, picture, to_8_bit
@@ -77,7 +78,7 @@ def test_a_full_mask_has_no_outside_and_says_so(perceptual: Perceptual):
     assert "covers the picture" in report.to_text()
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (2, 5), (3, 3), (5, 40)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (3, 3), (5, 40)])
 def test_small_pictures_are_reported(height: int, width: int):
     source = torch.rand(1, height, width, 3)
     report = edit_report(source, source, torch.zeros(1, 1, height, width))
@@ -122,9 +123,7 @@ def test_the_picture_shows_four_panels_for_each_result():
     torch.testing.assert_close(panels[:, :192], enlarged, atol=1 / 255, rtol=0)
     difference = ((result - source).abs() * AMPLIFICATION).clamp(0, 1)[0]
     shown = panels[:, -192:]
-    torch.testing.assert_close(
-        shown, difference.repeat_interleave(2, 0).repeat_interleave(2, 1), atol=1 / 255, rtol=0
-    )
+    torch.testing.assert_close(shown, difference.repeat_interleave(2, 0).repeat_interleave(2, 1), atol=1 / 255, rtol=0)
     assert (row[:-128] < 0.5).any()  # the labels
 
 

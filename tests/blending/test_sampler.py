@@ -7,11 +7,14 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
 from blendswap.blending.guide import ClipGuide
-from blendswap.blending.regions import Region
 from blendswap.blending.paste import exact_paste
+from blendswap.blending.regions import Region
 from blendswap.blending.sampler import CandidateNoise, Edit, StepReport, blended_diffusion
 from blendswap.blending.schedule import GuideSchedule
 from blendswap.blending.settings import BlendSettings
@@ -19,8 +22,6 @@ from blendswap.blending.shrink import Shrink
 from blendswap.blending.steps import Schedule
 from blendswap.hosts.adm import GuidedDiffusionUNet
 from blendswap.hosts.protocol import Prediction
-from torch import Tensor
-from torch.nn import functional as F
 
 SIZE = 16
 
@@ -33,14 +34,24 @@ class PixelHost:
 
     def __init__(self, learned_variance: bool = True):
         torch.manual_seed(0)
-        self.network = GuidedDiffusionUNet(
-            {
-                "_class_name": "UNet2DModel", "sample_size": SIZE, "in_channels": 3,
-                "out_channels": 6 if learned_variance else 3, "block_out_channels": [8, 16], "layers_per_block": 1,
-                "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-                "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 8, "norm_num_groups": 4,
-            }
-        ).eval().requires_grad_(False)  # fmt: skip
+        self.network = (
+            GuidedDiffusionUNet(
+                {
+                    "_class_name": "UNet2DModel",
+                    "sample_size": SIZE,
+                    "in_channels": 3,
+                    "out_channels": 6 if learned_variance else 3,
+                    "block_out_channels": [8, 16],
+                    "layers_per_block": 1,
+                    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+                    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+                    "attention_head_dim": 8,
+                    "norm_num_groups": 4,
+                }
+            )
+            .eval()
+            .requires_grad_(False)
+        )
         alphas = torch.cumprod(1 - self.network.betas, 0)
         self.train_sigmas = ((1 - alphas) / alphas).sqrt()
         self.forward = self.backward = self.decoded = 0
@@ -119,9 +130,15 @@ def make(
     augment = ExtendingAugmentations(copies=copies)
     return Guidance(
         settings,
-        (Region.of(rectangle(size) if mask is None else mask, guide, guide.embed_text(["a red star"])[0] if text else None),),
-        source_picture(size), augment, augment.generators(seeds),
-    )  # fmt: skip
+        (
+            Region.of(
+                rectangle(size) if mask is None else mask, guide, guide.embed_text(["a red star"])[0] if text else None
+            ),
+        ),
+        source_picture(size),
+        augment,
+        augment.generators(seeds),
+    )
 
 
 def edit(host, guide, seeds=(1,), mask=None, text=True, size: int = SIZE, **dials) -> tuple[Tensor, list[StepReport]]:
@@ -278,7 +295,7 @@ def test_clamp_keeps_the_estimate_in_range(host, guide, text: bool) -> None:
 
 
 def test_clamp_is_refused_for_latents(guide) -> None:
-    with pytest.raises(ValueError, match="clamp keeps.*switch it off for a latent MODEL"):
+    with pytest.raises(ValueError, match=r"clamp keeps.*switch it off for a latent MODEL"):
         edit(LatentHost(), guide, size=32, clamp=True)
 
 
@@ -367,7 +384,7 @@ def test_the_gradient_through_the_model_is_the_slope_of_the_loss(guide) -> None:
 @pytest.mark.parametrize("text", [True, False])
 def test_nan_from_the_model_is_named(host, guide, text: bool) -> None:
     host.network.unet.conv_out.weight.data[0] = math.nan
-    with pytest.raises(FloatingPointError, match="MODEL gave NaN or infinite values at step 1.*bf16 or fp32"):
+    with pytest.raises(FloatingPointError, match=r"MODEL gave NaN or infinite values at step 1.*bf16 or fp32"):
         edit(host, guide, text=text)
 
 
@@ -394,5 +411,5 @@ def test_an_infinite_gradient_from_the_guide_is_named(host, guide, gradient: str
         return vectors
 
     monkeypatch.setattr(guide, "embed_image", overflowing)
-    with pytest.raises(FloatingPointError, match="guidance gradient became NaN or infinite at step 1.*CLIP_GUIDE"):
+    with pytest.raises(FloatingPointError, match=r"guidance gradient became NaN or infinite at step 1.*CLIP_GUIDE"):
         edit(host, guide, gradient=gradient)

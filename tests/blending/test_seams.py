@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from blendswap.blending.paste import exact_paste
 from blendswap.blending.seams import match_border
-from torch import Tensor
 
 HEIGHT, WIDTH = 40, 52
 
@@ -78,4 +79,4 @@ def test_each_picture_of_a_batch_is_matched_by_itself_and_one_source_serves_all(
     results = torch.cat([picture + 0.1, picture - 0.05])
     together = match_border(picture, results, mask)
     for index in range(2):
-        torch.testing.assert_close(together[index:index + 1], match_border(picture, results[index:index + 1], mask))
+        torch.testing.assert_close(together[index : index + 1], match_border(picture, results[index : index + 1], mask))

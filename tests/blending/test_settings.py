@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from blendswap.blending.schedule import GuideSchedule
 from blendswap.blending.settings import PRESETS, BlendSettings, preset_settings
 
@@ -65,10 +66,20 @@ def test_presets_bring_their_number_of_copies() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_keeps_guidance_schedule_and_chunk_and_replaces_the_other_dials(name: str) -> None:
-    settings = preset_settings(name, {
-        "steps": 10, "start": 10, "sampler": "ddim", "guidance": 123.0, "range_weight": 1.0, "blend": False,
-        "chunk": 2, "background_weight": 7.0, "schedule": GuideSchedule(every=3),
-    })  # fmt: skip
+    settings = preset_settings(
+        name,
+        {
+            "steps": 10,
+            "start": 10,
+            "sampler": "ddim",
+            "guidance": 123.0,
+            "range_weight": 1.0,
+            "blend": False,
+            "chunk": 2,
+            "background_weight": 7.0,
+            "schedule": GuideSchedule(every=3),
+        },
+    )
     assert settings == preset_settings(name, {"guidance": 123.0, "chunk": 2, "schedule": GuideSchedule(every=3)})
     assert (settings.blend, settings.background_weight, settings.sampler) == (True, 0, "ddpm")
 

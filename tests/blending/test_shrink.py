@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blendswap.blending.shrink import BEGIN, SMALL, Shrink, dilate, schedule_frames, schedule_sheet, shrink_for, width_of
 from torch import Tensor
+
+from blendswap.blending.shrink import (
+    BEGIN,
+    SMALL,
+    Shrink,
+    dilate,
+    schedule_frames,
+    schedule_sheet,
+    shrink_for,
+    width_of,
+)
 
 SIDE = 96
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from blendswap.blending.steps import Schedule, ddim_step, ddpm_step
 from torch import Tensor
+
+from blendswap.blending.steps import Schedule, ddim_step, ddpm_step
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "ddpm_reference.json").read_text(encoding="utf-8"))
 STEPS = pytest.mark.parametrize("step", REFERENCE["steps"], ids=[f"step_{s['step']}" for s in REFERENCE["steps"]])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blendswap.blending.window import LARGEST_SCALE, LONGER, MOST_WINDOWS, Window, window_for, windows_for
 from torch import Tensor
+
+from blendswap.blending.window import LARGEST_SCALE, LONGER, MOST_WINDOWS, Window, window_for, windows_for
 
 
 def mask_of(size: tuple[int, int], *boxes: tuple[int, int, int, int]) -> Tensor:
@@ -104,7 +105,7 @@ def test_too_many_parts_share_a_window_and_it_is_said():
     assert len(windows) == 1 and f"need 9 windows, more than {MOST_WINDOWS}" in notes
 
 
-@pytest.mark.parametrize("value, pixels", [(0.05, 400), (1.0, 1)])
+@pytest.mark.parametrize(("value", "pixels"), [(0.05, 400), (1.0, 1)])
 def test_a_speck_far_away_does_not_move_the_window_and_is_said(value: float, pixels: int):
     mask = mask_of((512, 512), (100, 164, 100, 164))
     speck, side = mask.clone(), int(pixels**0.5)
@@ -142,7 +143,7 @@ def test_results_lie_in_the_window_and_the_picture_around_it():
 
 
 @pytest.mark.parametrize(
-    "mode, context, words", [("maybe", 0.5, "window is 'maybe'"), ("on", -0.1, "context is -0.1")]
+    ("mode", "context", "words"), [("maybe", 0.5, "window is 'maybe'"), ("on", -0.1, "context is -0.1")]
 )
 def test_what_is_not_a_choice_is_named(mode: str, context: float, words: str):
     with pytest.raises(ValueError, match=words):

@@ -35,6 +35,7 @@ def opened(learned: Learned) -> DiffusersLearner:
 @pytest.fixture
 def new_learner() -> NewLearner:
     """Makes learners, fresh from the model; `kind` may answer otherwise."""
+
     def make(learned: Learned = SMALL, kind: type[DiffusersLearner] = DiffusersLearner) -> DiffusersLearner:
         learner = copy.deepcopy(opened(learned))
         learner.__class__ = kind

@@ -28,6 +28,10 @@ def references() -> PreparedReferences:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     learn(
-        DiffusersLearner(files.TEXT, LEARNED), references(), PROMPTS, SETTINGS, checkpoint=Path(sys.argv[1]),
+        DiffusersLearner(files.TEXT, LEARNED),
+        references(),
+        PROMPTS,
+        SETTINGS,
+        checkpoint=Path(sys.argv[1]),
         on_step=lambda report: print(report.step, flush=True),
-    )  # fmt: skip
+    )

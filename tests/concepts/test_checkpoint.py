@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 from blendswap.concepts.checkpoint import Checkpoint, CheckpointError, read, write
 from blendswap.concepts.references import PreparedReferences, prepare
 from blendswap.concepts.settings import TrainSettings
 from blendswap.concepts.trainer import learn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from .conftest import SMALL, NewLearner, opened, scene_pictures
 
@@ -31,8 +32,9 @@ def checkpoint(step: int = 2, size: int = 64) -> Checkpoint:
     moments = {
         moment: {name: tensor + 1 for name, tensor in parameters.items()} for moment in ("exp_avg", "exp_avg_sq")
     }
-    return Checkpoint(step, parameters, moments, torch.rand(step, 3).double(), {"lr": 1e-3, "prompts": ["a"]},
-                      torch.ones(8))
+    return Checkpoint(
+        step, parameters, moments, torch.rand(step, 3).double(), {"lr": 1e-3, "prompts": ["a"]}, torch.ones(8)
+    )
 
 
 @pytest.fixture
@@ -70,26 +72,31 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path) -> None:
     path = small_disk / "a.safetensors"
     write(path, checkpoint(2))
-    with pytest.raises(CheckpointError, match="step 3 was not written.*disk is full.*MB.*still there"):
+    with pytest.raises(CheckpointError, match=r"step 3 was not written.*disk is full.*MB.*still there"):
         write(path, checkpoint(3, size=1_000_000))
     assert read(path).step == 2 and [file.name for file in small_disk.iterdir()] == ["a.safetensors"]
     write(path, checkpoint(4))
     assert read(path).step == 4
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-], ids=lambda error: type(error).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_training_on_a_full_disk_ends_with_what_to_do(new_learner, references, trained, monkeypatch, error) -> None:
     """Wherever the disk is said to be full; the parameters are those of the last step all the same."""
+
     def full(tensors, file, metadata):
         Path(file).write_bytes(b"half of it")
         raise error
 
     before, learner = trained.read_bytes(), new_learner()
     monkeypatch.setattr("blendswap.concepts.checkpoint.save_file", full)
-    with pytest.raises(CheckpointError, match="step 2 was not written.*disk is full"):
+    with pytest.raises(CheckpointError, match=r"step 2 was not written.*disk is full"):
         learn(learner, references, PROMPTS, dataclasses.replace(QUICK, steps=3), checkpoint=trained)
     assert trained.read_bytes() == before and len(list(trained.parent.iterdir())) == 1
     two = new_learner()
@@ -154,11 +161,14 @@ def test_a_damaged_checkpoint_ends_a_training_before_it_begins(new_learner, refe
         learn(new_learner(), references, PROMPTS, QUICK, checkpoint=trained)
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"lr": 2e-3}, "lr was 0.001, now 0.002"),
-    ({"seed": 7}, "seed was 0, now 7"),
-    ({"batch": 2, "min_snr": 5.0}, "batch was 1, now 2; min_snr was None, now 5.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": 2e-3}, "lr was 0.001, now 0.002"),
+        ({"seed": 7}, "seed was 0, now 7"),
+        ({"batch": 2, "min_snr": 5.0}, "batch was 1, now 2; min_snr was None, now 5.0"),
+    ],
+)
 def test_a_checkpoint_of_other_settings_is_refused_with_them(new_learner, references, trained, changes, said) -> None:
     with pytest.raises(ValueError, match=f"other settings: {said}"):
         learn(new_learner(), references, PROMPTS, dataclasses.replace(QUICK, **changes), checkpoint=trained)
@@ -167,7 +177,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_them(new_learner, refere
 def test_a_checkpoint_of_other_prompts_references_or_parameters_is_refused(new_learner, references, trained) -> None:
     with pytest.raises(ValueError, match="prompts was"):
         learn(new_learner(), references, ["a ohwx star"], QUICK, checkpoint=trained)
-    with pytest.raises(ValueError, match="learned was .*'rank': 2.*now .*'rank': 3"):
+    with pytest.raises(ValueError, match=r"learned was .*'rank': 2.*now .*'rank': 3"):
         learn(new_learner(dataclasses.replace(SMALL, rank=3)), references, PROMPTS, QUICK, checkpoint=trained)
     others = prepare(opened(SMALL), scene_pictures(3, 3_000_002), None, 64)
     with pytest.raises(ValueError, match="references was"):
@@ -177,7 +187,7 @@ def test_a_checkpoint_of_other_prompts_references_or_parameters_is_refused(new_l
 def test_a_checkpoint_of_another_base_model_is_refused(new_learner, references, trained) -> None:
     other = new_learner()
     with torch.no_grad():
-        other._unet.conv_out.weight.mul_(1.2)
+        other.unet.conv_out.weight.mul_(1.2)
     with pytest.raises(ValueError, match="another base model"):
         learn(other, references, PROMPTS, QUICK, checkpoint=trained)
 

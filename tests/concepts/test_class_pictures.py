@@ -43,7 +43,7 @@ def test_they_are_made_once_and_a_higher_count_adds_what_is_missing(new_learner:
     first, again, more = (kept(new_learner(), tmp_path, count) for count in (3, 3, 6))
     assert [one.made for one in (first, again, more)] == [3, 0, 3]
     assert again.words() == f"3 kept from before, in {first.folder}" == more.words().replace(", 3 made", "")
-    for one, two in zip((*first.pictures, *again.pictures), (*more.pictures[:3], *more.pictures[:3])):
+    for one, two in zip((*first.pictures, *again.pictures), (*more.pictures[:3], *more.pictures[:3]), strict=True):
         assert torch.equal(one, two)
 
 
@@ -52,7 +52,7 @@ def test_others_are_made_of_another_class_seed_or_model(new_learner: NewLearner,
     before, learner = kept(new_learner(), tmp_path, 1), new_learner()
     if change == "model":
         with torch.no_grad():
-            learner._unet.conv_out.weight.mul_(1.2)
+            learner.unet.conv_out.weight.mul_(1.2)
         change = {}
     other = kept(learner, tmp_path, 1, **change)
     assert other.made == 1 and other.folder != before.folder
@@ -97,9 +97,10 @@ def test_a_full_disk_is_said_and_leaves_no_half_picture(new_learner, tmp_path: P
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(source, target)
 
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match=r"00002\.png.*No space.*Make room"):
+    with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full)
-        kept(new_learner(), tmp_path, 3)
+        with pytest.raises(RuntimeError, match=r"00002\.png.*No space.*Make room"):
+            kept(new_learner(), tmp_path, 3)
     assert [path.name for path in tmp_path.rglob("*.png")] == ["00001.png"]
     assert not list(tmp_path.rglob("*.tmp")) and kept(new_learner(), tmp_path, 3).made == 2
 
@@ -113,11 +114,14 @@ def test_class_pictures_need_a_prompt_and_a_number(new_learner: NewLearner, tmp_
             make(new_learner(), "a star", 0, 64, *more)
 
 
-@pytest.mark.parametrize(("pictures", "said"), [
-    ([], "there are no class pictures"),
-    ([torch.zeros(4, 8, 8)], r"class picture 1 is \[4, 8, 8\]"),
-    ([torch.zeros(3, 8, 8), torch.full((3, 8, 8), torch.nan)], "class picture 2 has NaN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [
+        ([], "there are no class pictures"),
+        ([torch.zeros(4, 8, 8)], r"class picture 1 is \[4, 8, 8\]"),
+        ([torch.zeros(3, 8, 8), torch.full((3, 8, 8), torch.nan)], "class picture 2 has NaN"),
+    ],
+)
 def test_given_ones_that_are_none_are_refused(pictures, said) -> None:
     with pytest.raises(ValueError, match=said):
         ClassPictures.of(pictures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from blendswap.concepts.loss import masked_error, min_snr_weight, noised, target
 
 ALPHA = torch.tensor([0.999, 0.6, 0.2, 0.004])
@@ -34,9 +35,11 @@ def test_min_snr_is_one_loss_in_both_terms(prediction: str, gamma: float) -> Non
     in_terms_of_x0 = (to_x0(prediction, x, answer) - X0).square().mean((1, 2, 3))
     snr = ALPHA / (1 - ALPHA)
     torch.testing.assert_close(
-        min_snr_weight(prediction, ALPHA, gamma) * in_its_terms, snr.clamp(max=gamma) * in_terms_of_x0,
-        rtol=1e-2, atol=1e-6,
-    )  # fmt: skip
+        min_snr_weight(prediction, ALPHA, gamma) * in_its_terms,
+        snr.clamp(max=gamma) * in_terms_of_x0,
+        rtol=1e-2,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from blendswap.concepts.references import buckets, fit, nearest_bucket, prepare
 from blendswap.hosts.diffusers_learner import DiffusersLearner
 
@@ -24,7 +25,7 @@ def disc(height: int, width: int) -> torch.Tensor:
     return picture
 
 
-@pytest.mark.parametrize("size, downscale", [(512, 8), (768, 8), (1024, 8), (64, 4), (500, 8)])
+@pytest.mark.parametrize(("size", "downscale"), [(512, 8), (768, 8), (1024, 8), (64, 4), (500, 8)])
 def test_buckets_have_about_one_area_and_fit_the_network(size: int, downscale: int) -> None:
     shapes = buckets(size, downscale)
     side = max(height for height, width in shapes if height == width)
@@ -42,7 +43,7 @@ def test_the_bucket_is_the_one_nearest_in_shape() -> None:
     assert nearest_bucket((1000, 100), shapes) == max(shapes, key=lambda shape: shape[0] / shape[1])
 
 
-@pytest.mark.parametrize("height, width", [(300, 400), (64, 64), (90, 37), (33, 200), (65, 1000)])
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (64, 64), (90, 37), (33, 200), (65, 1000)])
 def test_what_is_round_stays_round(height: int, width: int) -> None:
     fitted = fit(disc(height, width), nearest_bucket((height, width), buckets(512, 8)))
     inside = fitted[1] < 0
@@ -98,16 +99,19 @@ def test_a_picture_that_loses_much_is_noted(learner) -> None:
     assert len(notes) == 1 and "Reference 2 is 300 × 64" in notes[0]
 
 
-@pytest.mark.parametrize("images, masks, said", [
-    ([], None, "no reference picture"),
-    ([torch.zeros(4, 64, 64)], None, "4 channels.*alpha"),
-    ([torch.zeros(3, 64, 64), torch.zeros(1, 64, 64)], None, "reference 2 is grey"),
-    ([torch.zeros(64, 64)], None, r"shape \[64, 64\]"),
-    ([torch.full((3, 64, 64), float("nan"))], None, "reference 1 has NaN"),
-    ([torch.zeros(3, 64, 64)], [torch.zeros(64, 64)], "mask of reference 1 is empty"),
-    ([torch.zeros(3, 64, 64)], [], "0 masks for 1"),
-    ([torch.zeros(3, 64, 64)], [torch.zeros(2, 64, 64)], "mask of reference 1 has the shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("images", "masks", "said"),
+    [
+        ([], None, "no reference picture"),
+        ([torch.zeros(4, 64, 64)], None, "4 channels.*alpha"),
+        ([torch.zeros(3, 64, 64), torch.zeros(1, 64, 64)], None, "reference 2 is grey"),
+        ([torch.zeros(64, 64)], None, r"shape \[64, 64\]"),
+        ([torch.full((3, 64, 64), float("nan"))], None, "reference 1 has NaN"),
+        ([torch.zeros(3, 64, 64)], [torch.zeros(64, 64)], "mask of reference 1 is empty"),
+        ([torch.zeros(3, 64, 64)], [], "0 masks for 1"),
+        ([torch.zeros(3, 64, 64)], [torch.zeros(2, 64, 64)], "mask of reference 1 has the shape"),
+    ],
+)
 def test_what_cannot_be_learned_from_is_refused(learner, images, masks, said) -> None:
     with pytest.raises(ValueError, match=said):
         prepare(learner, images, masks, 64)
@@ -128,7 +132,7 @@ def test_a_size_too_small_for_the_model_is_refused(learner) -> None:
 def test_latents_that_are_not_finite_are_refused(learner, monkeypatch) -> None:
     encode = learner.encode
     monkeypatch.setattr(learner, "encode", lambda image: encode(image) * float("nan"))
-    with pytest.raises(ValueError, match="VAE made NaN.*fp32"):
+    with pytest.raises(ValueError, match=r"VAE made NaN.*fp32"):
         prepare(learner, scene_pictures(1), None, 64)
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from blendswap.concepts.score import ConceptScoring, score_concept
 
 WIDTH = 64
@@ -23,11 +24,13 @@ def score(
     known: float, learned_class: float | torch.Tensor | None = 0.0, common: float = 1.0, **changes
 ) -> ConceptScoring:
     given = {
-        "samples": pictures(known, 12, 1, common=common), "references": pictures(1, 5, 2, common=common),
+        "samples": pictures(known, 12, 1, common=common),
+        "references": pictures(1, 5, 2, common=common),
         "base_class": pictures(0, 12, 3, common=common),
-        "learned_class": pictures(learned_class, 12, 4, common=common) if isinstance(learned_class, float)
+        "learned_class": pictures(learned_class, 12, 4, common=common)
+        if isinstance(learned_class, float)
         else learned_class,
-    }  # fmt: skip
+    }
     return score_concept(**{**given, **changes})
 
 
@@ -96,12 +99,15 @@ def test_lengths_of_embeddings_do_not_matter() -> None:
     assert long.identity == pytest.approx(score(0.7).identity)
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"samples": torch.ones(1, WIDTH)}, "samples has the shape"),
-    ({"base_class": torch.ones(4, 3)}, "base_class has the shape"),
-    ({"references": torch.ones(0, WIDTH)}, "references has the shape"),
-    ({"samples": torch.full((3, WIDTH), float("nan"))}, "samples has NaN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"samples": torch.ones(1, WIDTH)}, "samples has the shape"),
+        ({"base_class": torch.ones(4, 3)}, "base_class has the shape"),
+        ({"references": torch.ones(0, WIDTH)}, "references has the shape"),
+        ({"samples": torch.full((3, WIDTH), float("nan"))}, "samples has NaN"),
+    ],
+)
 def test_embeddings_that_do_not_fit_are_refused_by_name(changes, said) -> None:
     with pytest.raises(ValueError, match=said):
         score(1.0, **changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from blendswap.concepts.settings import (
     DREAMBOOTH_FULL,
     DREAMBOOTH_LORA,
@@ -21,11 +22,25 @@ def test_the_presets_are_the_papers() -> None:
     assert len(set(TEMPLATES)) == 27
 
 
-@pytest.mark.parametrize("field, value", [
-    ("steps", 0), ("batch", 0), ("accumulation", 1.5), ("lr", 0), ("lr", float("nan")), ("lr", float("inf")),
-    ("warmup", -1), ("weight_decay", -1), ("min_snr", 0), ("prior_weight", -0.1), ("seed", -1), ("max_grad_norm", 0),
-    ("checkpoint_every", -1), ("preview_every", -1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("batch", 0),
+        ("accumulation", 1.5),
+        ("lr", 0),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("warmup", -1),
+        ("weight_decay", -1),
+        ("min_snr", 0),
+        ("prior_weight", -0.1),
+        ("seed", -1),
+        ("max_grad_norm", 0),
+        ("checkpoint_every", -1),
+        ("preview_every", -1),
+    ],
+)
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{field} is {value}"):
         TrainSettings(**{field: value})
@@ -53,10 +68,18 @@ def test_a_rare_word_is_taken_as_token() -> None:
     assert check_token("<my-cat>", {"cat"}) == "<my-cat>"
 
 
-@pytest.mark.parametrize("token, said", [
-    ("", "empty"), ("  ", "empty"), ("my dog", "more than one word"), ("a/b", "/"), ("sks,", ","), ("(sks:1.2)", ":"),
-    ("Dog", "common word"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("", "empty"),
+        ("  ", "empty"),
+        ("my dog", "more than one word"),
+        ("a/b", "/"),
+        ("sks,", ","),
+        ("(sks:1.2)", ":"),
+        ("Dog", "common word"),
+    ],
+)
 def test_an_unfit_token_is_refused_with_the_reason(token: str, said: str) -> None:
     with pytest.raises(ValueError, match=f"(?s)token.*{said}"):
         check_token(token, {"dog", "star"})

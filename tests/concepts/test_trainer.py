@@ -88,8 +88,9 @@ class BadGradient(Failing):
 # What a training does ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learned", [SMALL, FullWeights(), TokenVectors("sks", "star", 2)],
-                         ids=lambda learned: type(learned).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "learned", [SMALL, FullWeights(), TokenVectors("sks", "star", 2)], ids=lambda learned: type(learned).__name__
+)
 def test_the_references_are_learned(new_learner: NewLearner, references: PreparedReferences, learned) -> None:
     learner = new_learner(learned)
     before, start = denoising_error(learner, references.latents, PROMPTS[0]), state(learner)
@@ -133,9 +134,13 @@ def test_the_prior_is_a_second_loss(new_learner: NewLearner, references: Prepare
     pictures, both = ClassPictures.of(scene_pictures(2, 3_000_005)), []
     for weight in (0.0, 1.0, 0.25):
         result = learn(
-            new_learner(), references, PROMPTS, dataclasses.replace(QUICK, steps=1, prior_weight=weight),
-            class_pictures=pictures, class_prompt="a star",
-        )  # fmt: skip
+            new_learner(),
+            references,
+            PROMPTS,
+            dataclasses.replace(QUICK, steps=1, prior_weight=weight),
+            class_pictures=pictures,
+            class_prompt="a star",
+        )
         loss, instance, prior = result.losses[0].tolist()
         assert loss == pytest.approx(instance + weight * prior) and (prior > 0) == (weight > 0)
         both.append((instance, prior))
@@ -163,9 +168,7 @@ def test_masked_out_surroundings_are_not_learned(new_learner: NewLearner, refere
     mixed = torch.where(mask > 0, one, other)
     gradients = []
     for x0 in (one, mixed):
-        prepared = dataclasses.replace(
-            references, latents=(x0,), mirrored=(x0,), masks=(mask,), sizes=((64, 64),)
-        )
+        prepared = dataclasses.replace(references, latents=(x0,), mirrored=(x0,), masks=(mask,), sizes=((64, 64),))
         learner = new_learner(TokenVectors("sks", "star"), Blind)
         learn(learner, prepared, PROMPTS, dataclasses.replace(QUICK, steps=2))
         gradients.append(state(learner))
@@ -188,9 +191,12 @@ def test_mirroring_shows_both_sides(new_learner: NewLearner, references: Prepare
             return super().denoise(x, t, text, sizes)
 
     sides = dataclasses.replace(
-        references, latents=(torch.full((8, 16, 16), 100.0),), mirrored=(torch.full((8, 16, 16), -100.0),),
-        masks=(None,), sizes=((64, 64),),
-    )  # fmt: skip
+        references,
+        latents=(torch.full((8, 16, 16), 100.0),),
+        mirrored=(torch.full((8, 16, 16), -100.0),),
+        masks=(None,),
+        sizes=((64, 64),),
+    )
     for flip in (False, True):
         seen.clear()
         learn(new_learner(kind=Watching), sides, PROMPTS, dataclasses.replace(QUICK, steps=3, batch=4, flip=flip))
@@ -260,11 +266,14 @@ def test_the_losses_make_a_plot() -> None:
 # What is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pictures, prompt, said", [
-    (ClassPictures.of(torch.zeros(1, 3, 64, 64)), None, "class_prompt is empty"),
-    (ClassPictures.of(torch.zeros(1, 3, 64, 64)), " ", "class_prompt is empty"),
-    (None, "a star", "no class pictures"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pictures", "prompt", "said"),
+    [
+        (ClassPictures.of(torch.zeros(1, 3, 64, 64)), None, "class_prompt is empty"),
+        (ClassPictures.of(torch.zeros(1, 3, 64, 64)), " ", "class_prompt is empty"),
+        (None, "a star", "no class pictures"),
+    ],
+)
 def test_a_prior_needs_a_class(new_learner, references, pictures, prompt, said) -> None:
     with pytest.raises(ValueError, match=said):
         learn(new_learner(), references, PROMPTS, TrainSettings(), class_pictures=pictures, class_prompt=prompt)
@@ -281,7 +290,7 @@ def test_references_that_are_nan_are_refused_before_the_start(new_learner, refer
     broken = dataclasses.replace(references, latents=(references.latents[0] * float("nan"), *references.latents[1:]))
     learner = new_learner()
     start = state(learner)
-    with pytest.raises(ValueError, match="latents of reference 1 are NaN.*fp32"):
+    with pytest.raises(ValueError, match=r"latents of reference 1 are NaN.*fp32"):
         learn(learner, broken, PROMPTS, QUICK)
     assert same(start, state(learner))
 
@@ -347,8 +356,14 @@ def test_an_interrupt_keeps_what_was_learned(new_learner, references, tmp_path: 
     learner.at = 4 if within == "learner" else 0
     settings = dataclasses.replace(QUICK, steps=6, batch=2)
     with pytest.raises(Interrupted):
-        learn(learner, first_two(references), PROMPTS, settings, checkpoint=path,
-              on_step=stop if within == "on_step" else None)
+        learn(
+            learner,
+            first_two(references),
+            PROMPTS,
+            settings,
+            checkpoint=path,
+            on_step=stop if within == "on_step" else None,
+        )
     assert read(path).step == 3
     three, whole, resumed = new_learner(), new_learner(), new_learner()
     learn(three, first_two(references), PROMPTS, dataclasses.replace(settings, steps=3))
@@ -360,13 +375,16 @@ def test_an_interrupt_keeps_what_was_learned(new_learner, references, tmp_path: 
 
 def first_two(references: PreparedReferences) -> PreparedReferences:
     """Those of one shape."""
-    return dataclasses.replace(references, **{
-        name: getattr(references, name)[:2] for name in ("latents", "mirrored", "masks", "sizes")
-    })
+    return dataclasses.replace(
+        references, **{name: getattr(references, name)[:2] for name in ("latents", "mirrored", "masks", "sizes")}
+    )
 
 
-@pytest.mark.parametrize("learned", [LowRank(rank=2, convolutions=True), TokenVectors("sks", "star")],
-                         ids=lambda learned: type(learned).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "learned",
+    [LowRank(rank=2, convolutions=True), TokenVectors("sks", "star")],
+    ids=lambda learned: type(learned).__name__,
+)
 def test_a_training_in_parts_is_a_training_in_one(new_learner, references, tmp_path: Path, learned) -> None:
     path = tmp_path / "below" / "training.safetensors"
     pictures = ClassPictures.of(scene_pictures(2, 3_000_005))
@@ -405,8 +423,16 @@ def test_beginning_anew_keeps_the_old_checkpoint_until_a_step_is_made(new_learne
 
     prior = dataclasses.replace(QUICK, prior_weight=1.0)
     with pytest.raises(Stop):  # while class pictures are made
-        learn(new_learner(), references, PROMPTS, prior, class_pictures=ClassPictures("failing", failing),
-              class_prompt="a star", checkpoint=path, resume=False)
+        learn(
+            new_learner(),
+            references,
+            PROMPTS,
+            prior,
+            class_pictures=ClassPictures("failing", failing),
+            class_prompt="a star",
+            checkpoint=path,
+            resume=False,
+        )
     broken = new_learner(kind=Unreadable)
     with pytest.raises(Stop):  # in the first step
         learn(broken, references, PROMPTS, QUICK, checkpoint=path, resume=False)
@@ -446,8 +472,15 @@ def test_class_pictures_are_asked_for_once_by_a_model_that_has_learned_nothing(n
             asked.append(same(state(learner), fresh))
             return scene_pictures(2, 3_000_005)
 
-        learn(learner, references, PROMPTS, dataclasses.replace(settings, steps=steps), checkpoint=path,
-              class_pictures=ClassPictures("two", get), class_prompt="a star")
+        learn(
+            learner,
+            references,
+            PROMPTS,
+            dataclasses.replace(settings, steps=steps),
+            checkpoint=path,
+            class_pictures=ClassPictures("two", get),
+            class_prompt="a star",
+        )
 
     train(2)
     assert asked == [True]
@@ -464,7 +497,7 @@ def test_going_on_with_other_class_pictures_is_refused(new_learner, references, 
         if seed == 3_000_005:
             learn(new_learner(), references, PROMPTS, settings, **given)
         else:
-            with pytest.raises(ValueError, match="class_pictures was '2 given, digest .*', now '2 given, digest"):
+            with pytest.raises(ValueError, match=r"class_pictures was '2 given, digest .*', now '2 given, digest"):
                 learn(new_learner(), references, PROMPTS, settings, **given)
 
 
@@ -477,8 +510,14 @@ def test_class_pictures_of_any_size_are_fitted_to_the_training(new_learner, refe
             return super().encode(image)
 
     wide, large = scene_pictures(1)[0][:, 16:48], torch.zeros(3, 200, 200)
-    learn(new_learner(kind=Looking), references, PROMPTS, dataclasses.replace(QUICK, steps=1, prior_weight=1.0),
-          class_pictures=ClassPictures.of([wide, large], 64), class_prompt="a star")
+    learn(
+        new_learner(kind=Looking),
+        references,
+        PROMPTS,
+        dataclasses.replace(QUICK, steps=1, prior_weight=1.0),
+        class_pictures=ClassPictures.of([wide, large], 64),
+        class_prompt="a star",
+    )
     assert sizes == [(1, 3, 48, 80), (1, 3, 64, 64)]
 
 
@@ -486,9 +525,11 @@ def test_a_killed_process_loses_nothing_that_was_saved(new_learner, tmp_path: Pa
     """SIGKILL in the middle of a training; what goes on from its checkpoint ends bit by bit as an unbroken one."""
     path = tmp_path / "training.safetensors"
     child = subprocess.Popen(
-        [sys.executable, killed.__file__, str(path)], stdout=subprocess.PIPE, text=True,
+        [sys.executable, killed.__file__, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     try:
         for line in child.stdout:
             if line.strip() == "3":
@@ -518,4 +559,3 @@ def test_the_checkpoint_holds_tensors_alone(new_learner, references, tmp_path: P
     learn(learner, references, PROMPTS, dataclasses.replace(QUICK, steps=1), checkpoint=path)
     stored = load_file(path)
     assert all(torch.equal(stored[f"parameter.{name}"], tensor) for name, tensor in state(learner).items())
-

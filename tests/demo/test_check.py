@@ -8,14 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from blendswap import run
 from blendswap.demo import check
 
 
-@pytest.mark.parametrize("path", [
-    "/home/somebody/ComfyUI/models/my dog.safetensors", r"C:\Users\Some Body\ComfyUI\main.py", "~/models/x.pt",
-    "/Users/somebody/a.py", r"\\server\share\x.safetensors", "/home/some body/my models/x.pt",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/somebody/ComfyUI/models/my dog.safetensors",
+        r"C:\Users\Some Body\ComfyUI\main.py",
+        "~/models/x.pt",
+        "/Users/somebody/a.py",
+        r"\\server\share\x.safetensors",
+        "/home/some body/my models/x.pt",
+    ],
+)
 def test_no_path_is_left_in_a_report(path):
     said = check.without_names(f"ValueError: {path}: not there. blend_latent/fp16 is 1.5 of 3 / 4")
     assert not any(part in said for part in ("somebody", "some body", "Some", "Body", "Users", "share"))
@@ -37,9 +45,10 @@ def models(tmp_path: Path) -> Path:
     tokenizer = CompactTokenizer(compact_vocabulary(["a blue star"]), 16)
     sizes = {"width": 64, "layers": 1}
     config = {
-        "embed_dim": 32, "vision_cfg": {**sizes, "head_width": 32, "patch_size": 8, "image_size": 32},
+        "embed_dim": 32,
+        "vision_cfg": {**sizes, "head_width": 32, "patch_size": 8, "image_size": 32},
         "text_cfg": {**sizes, "context_length": 16, "heads": 2, "vocab_size": tokenizer.vocab_size},
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     save_demo_clip(build_demo_clip(config), config, tokenizer, tmp_path / "clip_guidance" / "mine.safetensors", "tiny")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "guided_diffusion" / "jolenes_prior.pt")
@@ -50,8 +59,8 @@ def test_each_node_that_fails_is_in_the_report_beside_those_that_do_not(comfy_pa
     monkeypatch.setattr(check, "CASES", (check.Case("blend_guider"), check.Case("blend_replace_object")))
     broken = {**check.QUICK, "CLIPBlendSampler": {"steps": 4, "start": 9, "candidates": 1}}
     monkeypatch.setattr(check, "QUICK", broken)
-    paths = check._model_paths(comfy_path).replace(str(comfy_path / "models"), str(models))
-    monkeypatch.setattr(check, "_model_paths", lambda comfy: paths)
+    paths = check.model_paths(comfy_path).replace(str(comfy_path / "models"), str(models))
+    monkeypatch.setattr(check, "model_paths", lambda comfy: paths)
     out = tmp_path / "report.txt"
     environment = {**run.pages_environment(Path(sys.executable), comfy_path), "OMP_NUM_THREADS": "1"}
     assert check.run_checks(comfy_path, Path(sys.executable), environment, out) == 1
@@ -77,11 +86,11 @@ def test_a_picture_that_is_far_from_the_cpus_or_has_another_background_is_an_err
     result[:4] = 100
     made = {"Source": [source], "Mask: white may change": [mask], "Result": [result]}
     row = check.Row("x", "fp16", "on")
-    assert check._judged(row, made).background == "exact"
+    assert check.judged(row, made).background == "exact"
     near, far = ({**made, "Result": [np.where(result > 0, level, 0).astype(np.uint8)]} for level in (102, 110))
-    assert not check._compared(row, near, made).error and check._compared(row, near, made).difference == 2
-    assert "above 3" in check._compared(row, far, made).error
+    assert not check.compared_with(row, near, made).error and check.compared_with(row, near, made).difference == 2
+    assert "above 3" in check.compared_with(row, far, made).error
     moved = result.copy()
     moved[7, 7] = 1
-    assert "background changed by up to 1" in check._judged(row, {**made, "Result": [moved]}).error
-    assert "did not change" in check._judged(row, {**made, "Result": [source]}).error
+    assert "background changed by up to 1" in check.judged(row, {**made, "Result": [moved]}).error
+    assert "did not change" in check.judged(row, {**made, "Result": [source]}).error

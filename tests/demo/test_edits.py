@@ -8,13 +8,15 @@ import json
 
 import numpy as np
 import pytest
-from blendswap.demo import edits, judge, world
 from PIL import Image
+
+from blendswap.demo import edits, judge, world
 
 QUICK = dataclasses.replace(edits.EDITS[0], name="quick")
 needs_judge = pytest.mark.skipif(
     not judge.WEIGHTS.is_file(),
-    reason=f"the judge has not been trained: python run.py train judge makes {judge.WEIGHTS}")
+    reason=f"the judge has not been trained: python run.py train judge makes {judge.WEIGHTS}",
+)
 
 
 @pytest.fixture
@@ -35,25 +37,32 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- verdicts
 
 
-@pytest.mark.parametrize(("prompt", "asked"), [
-    ("a blue star", {"shape": "star", "colour": "blue"}),
-    ("an orange dotted ring", {"shape": "ring", "colour": "orange", "pattern": "dotted"}),
-    ("a heart on a cloudy mint background", {"shape": "heart"}),
-    ("a horse", {}),
-])
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("a blue star", {"shape": "star", "colour": "blue"}),
+        ("an orange dotted ring", {"shape": "ring", "colour": "orange", "pattern": "dotted"}),
+        ("a heart on a cloudy mint background", {"shape": "heart"}),
+        ("a horse", {}),
+    ],
+)
 def test_what_a_prompt_asks_for_is_read_in_the_words_of_the_world(prompt, asked):
     assert edits.asked_for(prompt) == asked
 
 
 @needs_judge
 def test_the_verdict_says_what_is_there_and_whether_it_was_asked_for():
-    one = next(one for one in world.scenes(3_600_000, 1)
-               if (one.things[0].shape, one.things[0].pattern) == ("star", "striped"))
+    one = next(
+        one for one in world.scenes(3_600_000, 1) if (one.things[0].shape, one.things[0].pattern) == ("star", "striped")
+    )
     colour = one.things[0].colour
     picture, mask = world.draw(one), world.edit_mask(one)
     other = next(name for name in world.COLOURS if name != colour)
     assert edits.verdict(picture, mask, f"a {colour} star") == {
-        "asked": f"{colour} star", "found": f"{colour} striped star", "success": True}
+        "asked": f"{colour} star",
+        "found": f"{colour} striped star",
+        "success": True,
+    }
     for prompt in (f"a {other} star", f"a {colour} heart", f"a {colour} dotted star"):
         assert not edits.verdict(picture, mask, prompt)["success"]
     assert edits.verdict(picture, mask, f"a {colour} striped star")["success"]
@@ -65,7 +74,10 @@ def test_an_empty_region_is_no_success():
     mask = np.zeros((world.SIZE, world.SIZE), bool)
     mask[12:50, 12:50] = True
     assert edits.verdict(world.draw(empty), mask, "a blue star") == {
-        "asked": "blue star", "found": "none", "success": False}
+        "asked": "blue star",
+        "found": "none",
+        "success": False,
+    }
 
 
 def test_one_changed_pixel_of_the_background_is_found():
@@ -116,16 +128,26 @@ def test_edits_leave_pictures_and_a_report_and_a_failed_one_is_not_hidden(server
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["comfyui"] == server.version()
     (entry,) = report["edits"]
-    assert set(entry) == {"name", "kind", "prompt", "seed", "seconds", "background_max_abs",
-                          "background_identical", "judge"}
+    assert set(entry) == {
+        "name",
+        "kind",
+        "prompt",
+        "seed",
+        "seconds",
+        "background_max_abs",
+        "background_identical",
+        "judge",
+    }
     assert (entry["name"], entry["kind"], entry["prompt"]) == ("quick", "blend", "a blue star")
     assert entry["seed"] == QUICK.seed
     assert (entry["background_max_abs"], entry["background_identical"]) == (0, 1.0)
     assert entry["judge"]["asked"] == "blue star"
     assert isinstance(entry["judge"]["success"], bool)
 
-    source, mask, result = (np.asarray(Image.open(tmp_path / f"02_quick_{name}.png").convert("RGB"))
-                            for name in ("source", "mask", "result"))
+    source, mask, result = (
+        np.asarray(Image.open(tmp_path / f"02_quick_{name}.png").convert("RGB"))
+        for name in ("source", "mask", "result")
+    )
     scene = next(world.scenes(2_000_000 + QUICK.scene, 1))
     assert (source == world.draw(scene)).all()
     assert ((mask[..., 0] > 0) == world.edit_mask(scene)).all()

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from blendswap.demo import judge, world
 
 pytestmark = pytest.mark.skipif(

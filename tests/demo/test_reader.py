@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+
 from blendswap.blending.guide import ClipGuide, load_clip_guide
 from blendswap.demo import files, world
-from torch import Tensor
 
 COUNT = 96
 
@@ -30,7 +31,9 @@ def named(guide: ClipGuide, things: list[world.Thing], vectors: Tensor) -> float
     """How often "a red star", of all colours and shapes, fits best."""
     names = [(colour, shape) for colour in world.COLOURS for shape in world.SHAPES]
     best = (vectors @ guide.embed_text([f"a {colour} {shape}" for colour, shape in names]).T).argmax(dim=1).tolist()
-    return sum(names[index] == (thing.colour, thing.shape) for index, thing in zip(best, things)) / len(things)
+    return sum(names[index] == (thing.colour, thing.shape) for index, thing in zip(best, things, strict=True)) / len(
+        things
+    )
 
 
 def test_it_names_objects_and_takes_a_written_word_for_the_thing(reader: ClipGuide):

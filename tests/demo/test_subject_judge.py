@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from blendswap.demo import judge, subject_judge, world
 from blendswap.demo.subject_judge import identify
 from blendswap.demo.subjects import SUBJECTS, coverage, draw_with
@@ -52,7 +53,7 @@ def test_half_a_subject_and_half_a_world_object_is_none():
 
 
 def test_the_palette_wants_both_colours():
-    for scene, subject in zip(some(13), SUBJECTS.values()):
+    for scene, subject in zip(some(len(SUBJECTS)), SUBJECTS.values(), strict=True):
         alpha = coverage(subject, scene.things[0])[..., None]
         ground = world.draw(world.Scene(scene.ground, ()))
         solid = ground * (1 - alpha) + np.array(world.COLOURS[subject.tones[0]]) * alpha

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from blendswap.demo import subjects, world
 from blendswap.demo.subjects import LOOKS, OUTLINES, SUBJECTS, Subject, draw_with, object_mask, references
 

@@ -1,4 +1,4 @@
-"""What `python run.py demo` swaps: through a real server, with pictures of the way, and measured by what the world knows."""
+"""What `python run.py demo` swaps: through a real server, with pictures of the way, and measured."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 
 import numpy as np
 import pytest
-from blendswap.demo import edits, files, judge, swaps, world
 from PIL import Image
+
+from blendswap.demo import edits, files, judge, swaps, world
 
 needs_models = pytest.mark.skipif(
     not (judge.WEIGHTS.is_file() and (files.TEXT / "model_index.json").is_file()),
-    reason="the demo's text model or judge has not been trained: python run.py train makes them")
+    reason="the demo's text model or judge has not been trained: python run.py train makes them",
+)
 
 
 @pytest.fixture
@@ -67,8 +69,18 @@ def test_a_swap_leaves_pictures_and_figures_in_the_report(server, tmp_path, caps
     swap = swaps.SWAPS[0]
     assert edits.run_all(server, [swap], tmp_path) == 0
     (entry,) = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["edits"]
-    assert set(entry) == {"name", "kind", "prompt", "seed", "seconds", "background_max_abs",
-                          "background_identical", "judge", "pose_iou", "background_psnr"}
+    assert set(entry) == {
+        "name",
+        "kind",
+        "prompt",
+        "seed",
+        "seconds",
+        "background_max_abs",
+        "background_identical",
+        "judge",
+        "pose_iou",
+        "background_psnr",
+    }
     assert (entry["kind"], entry["prompt"], entry["seed"]) == ("swap", swap.prompt, swap.scene)
     assert (entry["background_max_abs"], entry["background_identical"]) == (0, 1.0)
     assert set(entry["judge"]) == {"asked", "found", "success"}
@@ -76,8 +88,9 @@ def test_a_swap_leaves_pictures_and_figures_in_the_report(server, tmp_path, caps
     assert 0 <= entry["pose_iou"] <= 1 and entry["background_psnr"] > 5
     assert "pose IoU" in capsys.readouterr().out
 
-    pictures = {name: np.asarray(Image.open(tmp_path / f"01_{swap.name}_{name}.png").convert("RGB"))
-                for name in swap.panels}
+    pictures = {
+        name: np.asarray(Image.open(tmp_path / f"01_{swap.name}_{name}.png").convert("RGB")) for name in swap.panels
+    }
     source, mask = pictures["source"], pictures["mask"][..., 0] > 0
     assert (source == world.draw(swap.drawn)).all()
     assert mask[world.object_mask(swap.drawn)].all() and not mask.all()

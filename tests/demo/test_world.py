@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+
 from blendswap.demo import world
 
 
@@ -15,8 +16,7 @@ def some(count: int, things: int | None = None, seed: int = 3_000_000) -> list[w
     return list(itertools.islice(world.scenes(seed, things), count))
 
 
-def scene(shape: str = "circle", colour: str = "red", pattern: str = "solid",
-          ground: str = "cloudy") -> world.Scene:
+def scene(shape: str = "circle", colour: str = "red", pattern: str = "solid", ground: str = "cloudy") -> world.Scene:
     thing = world.Thing(shape, colour, pattern, 30.0, 34.0, 16.0, 0.2, 0.3)
     return world.Scene(world.Ground(ground, "mint", 7), (thing,))
 
@@ -35,7 +35,7 @@ def test_what_a_mask_covers_has_the_colour_of_its_object_and_the_rest_is_the_gro
     covered = np.zeros((world.SIZE, world.SIZE), bool)
     for index, thing in enumerate(one.things):
         whole = (world.coverage(thing) > 0.999) & world.object_mask(one, index)
-        for other in one.things[index + 1:]:
+        for other in one.things[index + 1 :]:
             whole &= world.coverage(other) == 0
         assert whole.sum() > 100
         assert distance_to_paint(picture[whole].astype(np.float32), thing.colour).max() < 2
@@ -71,8 +71,9 @@ def test_a_wider_margin_gives_a_larger_edit_mask():
 
 
 def test_an_object_in_front_hides_what_is_behind_it():
-    back, front = (world.Thing("square", colour, "solid", x, 32.0, 14.0, 0.0)
-                   for colour, x in (("red", 26.0), ("blue", 38.0)))
+    back, front = (
+        world.Thing("square", colour, "solid", x, 32.0, 14.0, 0.0) for colour, x in (("red", 26.0), ("blue", 38.0))
+    )
     one = world.Scene(world.Ground("plain", "white", 0), (back, front))
     behind, before = world.object_mask(one, 0), world.object_mask(one, 1)
     assert not (behind & before).any()
@@ -93,12 +94,14 @@ def test_a_seed_gives_the_same_scenes_again_and_another_seed_others():
     first, again, other = some(20), some(20), some(20, seed=3_000_001)
     assert first == again
     assert not set(first) & set(other)
-    assert all((world.draw(a) == world.draw(b)).all() for a, b in zip(first, again))
+    assert all((world.draw(a) == world.draw(b)).all() for a, b in zip(first, again, strict=True))
 
 
 def test_words_take_the_place_of_objects_and_nothing_else_differs():
     drawn, mixed = (list(itertools.islice(world.scenes(3_000_000, written=share), 200)) for share in (0, 0.5))
-    pairs = [(a, b) for one, other in zip(drawn, mixed) for a, b in zip(one.things, other.things)]
+    pairs = [
+        (a, b) for one, other in zip(drawn, mixed, strict=True) for a, b in zip(one.things, other.things, strict=True)
+    ]
     assert all(dataclasses.replace(b, written=False) == a for a, b in pairs)
     assert 0.4 < sum(b.written for _, b in pairs) / len(pairs) < 0.6
     assert [one.ground for one in drawn] == [other.ground for other in mixed]
@@ -144,11 +147,14 @@ def test_a_replaced_object_keeps_its_pose_and_leaves_the_others_alone():
     assert (changed.things[1].x, changed.things[1].angle) == (one.things[1].x, one.things[1].angle)
 
 
-@pytest.mark.parametrize(("one", "words"), [
-    (scene("blob"), "unknown shape 'blob'.*circle"),
-    (scene(pattern="furry"), "unknown pattern 'furry'.*striped"),
-    (scene(ground="lunar"), "unknown ground 'lunar'.*cloudy"),
-])
+@pytest.mark.parametrize(
+    ("one", "words"),
+    [
+        (scene("blob"), "unknown shape 'blob'.*circle"),
+        (scene(pattern="furry"), "unknown pattern 'furry'.*striped"),
+        (scene(ground="lunar"), "unknown ground 'lunar'.*cloudy"),
+    ],
+)
 def test_what_the_world_does_not_have_is_an_error_that_lists_what_it_has(one: world.Scene, words: str):
     with pytest.raises(ValueError, match=words):
         world.draw(one)

@@ -53,15 +53,19 @@ def pixel_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from blendswap.hosts import adm
 
     config = {
-        "_class_name": "UNet2DModel", "sample_size": 16, "in_channels": 3, "out_channels": 6,
-        "block_out_channels": [32, 32], "layers_per_block": 1, "attention_head_dim": 16,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "resnet_time_scale_shift": "scale_shift",
+        "_class_name": "UNet2DModel",
+        "sample_size": 16,
+        "in_channels": 3,
+        "out_channels": 6,
+        "block_out_channels": [32, 32],
+        "layers_per_block": 1,
+        "attention_head_dim": 16,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "resnet_time_scale_shift": "scale_shift",
         "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    }  # fmt: skip
+    }
     folder = tmp_path_factory.mktemp("prior")
     torch.manual_seed(1)
-    save_file(
-        adm.GuidedDiffusionUNet(config).unet.state_dict(), folder / "diffusion_pytorch_model.safetensors"
-    )
+    save_file(adm.GuidedDiffusionUNet(config).unet.state_dict(), folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
@@ -37,7 +37,7 @@ class StoredWeight(nn.Parameter):
 class Raw:
     """Memory outside of Python, by its address."""
 
-    freed: list[int] = []
+    freed: ClassVar[list[int]] = []
     _next = 1
 
     def __init__(self) -> None:
@@ -76,11 +76,11 @@ class Buffer(Raw):
         return (ctypes.c_uint32 * 1)(self.uses)
 
     def unpin(self, place: int, size: int) -> None:
-        self.memory[place:place + size] = 255  # NaN, in every floating dtype
+        self.memory[place : place + size] = 255  # NaN, in every floating dtype
 
     def view(self, place: int, size: int) -> torch.Tensor:
         """A tensor of its own at each call, as the library makes it: in inference mode an inference tensor."""
-        return torch.from_numpy(self.memory[place:place + size])
+        return torch.from_numpy(self.memory[place : place + size])
 
     def loaded_size(self) -> int:
         return 0

@@ -49,7 +49,9 @@ class Mps(TorchFunctionMode):
         with torch._C.DisableTorchFunctionSubclass():
             made = function(*args, **kwargs)
         if made.dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
         return made.as_subclass(OnMps)
 
 
@@ -60,7 +62,7 @@ def _is(value: Any, device: torch.device) -> bool:
 def target(function: Any, args: tuple, kwargs: dict) -> torch.device | None:
     """The device that a call names, if it names one."""
     for value in (*args[1:], kwargs.get("device")):
-        if isinstance(value, torch.device) or isinstance(value, str) and value.partition(":")[0] in ("cpu", "mps"):
+        if isinstance(value, torch.device) or (isinstance(value, str) and value.partition(":")[0] in ("cpu", "mps")):
             return torch.device(value)
         if function is Tensor.to and isinstance(value, Tensor):
             return value.device

@@ -107,9 +107,7 @@ def published_weights(spec: dict) -> dict[str, torch.Tensor]:
 def reference_input(case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The recorded case's x [2, 3, S, S], timesteps [2], class labels [2] or None."""
     size = case["spec"]["image_size"]
-    x = torch.from_numpy(
-        np.random.RandomState(case["input_seed"]).standard_normal((2, 3, size, size))
-    ).float()
+    x = torch.from_numpy(np.random.RandomState(case["input_seed"]).standard_normal((2, 3, size, size))).float()
     labels = torch.tensor(case["labels"]) if case["labels"] else None
     return x, torch.tensor(case["timesteps"]), labels
 
@@ -124,9 +122,7 @@ def small_weights() -> dict[str, torch.Tensor]:
 
 
 def load(path: Path, spec: dict = SMALL, **kwargs) -> adm.GuidedDiffusionUNet:
-    return adm.load_guided_diffusion(
-        path, head_channels=spec["head_channels"], image_size=spec["image_size"], **kwargs
-    )
+    return adm.load_guided_diffusion(path, head_channels=spec["head_channels"], image_size=spec["image_size"], **kwargs)
 
 
 # The published network ------------------------------------------------------------------------------------
@@ -167,9 +163,15 @@ def test_reads_the_configuration_from_the_weights(case: dict) -> None:
 )
 def test_knows_the_published_sizes(multipliers, attention_levels, classes, size) -> None:
     spec = {
-        "channels": 256, "multipliers": multipliers, "blocks": 2, "attention_levels": attention_levels,
-        "classes": classes, "learn_sigma": True, "resblock_updown": True, "scale_shift": True,
-    }  # fmt: skip
+        "channels": 256,
+        "multipliers": multipliers,
+        "blocks": 2,
+        "attention_levels": attention_levels,
+        "classes": classes,
+        "learn_sigma": True,
+        "resblock_updown": True,
+        "scale_shift": True,
+    }
     weights = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(spec).items()}
     config = adm.read_adm_config(weights)
     with torch.device("meta"):
@@ -210,9 +212,15 @@ def test_super_resolution_checkpoint_is_refused(small_weights) -> None:
 @pytest.mark.parametrize(("channels", "multipliers"), [(192, (1, 2, 3, 4)), (256, (1, 1, 2, 3, 4))])
 def test_published_checkpoints_with_another_attention_are_refused(channels, multipliers) -> None:
     spec = {
-        "channels": channels, "multipliers": multipliers, "blocks": 2, "attention_levels": [2, 3],
-        "classes": 1000, "learn_sigma": True, "resblock_updown": True, "scale_shift": True,
-    }  # fmt: skip
+        "channels": channels,
+        "multipliers": multipliers,
+        "blocks": 2,
+        "attention_levels": [2, 3],
+        "classes": 1000,
+        "learn_sigma": True,
+        "resblock_updown": True,
+        "scale_shift": True,
+    }
     weights = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(spec).items()}
     with pytest.raises(ValueError, match="not supported"):
         adm.read_adm_config(weights)
@@ -232,8 +240,7 @@ def test_safetensors_and_pickle_give_the_same_network(small_weights, tmp_path: P
 def test_half_precision_files_stay_so_unless_asked(small_weights, tmp_path: Path) -> None:
     # As the published code's convert_to_fp16 leaves it: convolutions in half, the rest in single precision.
     half = {
-        name: w.half() if w.ndim in (3, 4) and not name.startswith("out.") else w
-        for name, w in small_weights.items()
+        name: w.half() if w.ndim in (3, 4) and not name.startswith("out.") else w for name, w in small_weights.items()
     }
     torch.save(half, tmp_path / "half.pt")
     assert {p.dtype for p in load(tmp_path / "half.pt").parameters()} == {torch.float16}
@@ -252,12 +259,20 @@ def test_gradients_flow_when_loaded_under_inference_mode(small_weights, tmp_path
 
 def unshuffled_config() -> dict:
     return {
-        "_class_name": "UNet2DModel", "sample_size": 32, "pixel_unshuffle": 2, "in_channels": 12,
-        "out_channels": 24, "block_out_channels": [32, 32], "layers_per_block": 1, "attention_head_dim": 16,
+        "_class_name": "UNet2DModel",
+        "sample_size": 32,
+        "pixel_unshuffle": 2,
+        "in_channels": 12,
+        "out_channels": 24,
+        "block_out_channels": [32, 32],
+        "layers_per_block": 1,
+        "attention_head_dim": 16,
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "beta_schedule": "linear",
-        "beta_start": 2e-4, "beta_end": 0.01,
-    }  # fmt: skip
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "beta_schedule": "linear",
+        "beta_start": 2e-4,
+        "beta_end": 0.01,
+    }
 
 
 def make_folder(folder: Path, config: dict) -> adm.GuidedDiffusionUNet:
@@ -307,7 +322,7 @@ def test_weights_of_an_early_diffusers_version(tmp_path: Path) -> None:
         weights = {key.replace(f".{new}.", f".{name}."): value for key, value in weights.items()}
     save_file(weights, tmp_path / "prior" / "diffusion_pytorch_model.safetensors")
     network = adm.load_guided_diffusion(tmp_path / "prior")
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), made.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), made.parameters(), strict=True))
 
 
 def test_a_picture_of_a_size_the_network_cannot_take(tmp_path: Path) -> None:
@@ -418,7 +433,7 @@ def test_files_and_folders_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt does not exist.*Here belongs"):
         load(tmp_path / "nothing.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"no config.json"):
         load(tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text(json.dumps(unshuffled_config()), encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="no weights"):
@@ -443,8 +458,6 @@ def test_files_and_folders_that_are_not_there(tmp_path: Path) -> None:
 )
 def test_a_folder_whose_config_is_not_ours(tmp_path: Path, change: dict, message: str) -> None:
     make_folder(tmp_path / "prior", unshuffled_config())
-    (tmp_path / "prior" / "config.json").write_text(
-        json.dumps(unshuffled_config() | change), encoding="utf-8"
-    )
+    (tmp_path / "prior" / "config.json").write_text(json.dumps(unshuffled_config() | change), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         adm.load_guided_diffusion(tmp_path / "prior")

@@ -16,12 +16,20 @@ from blendswap.hosts import adm
 pytestmark = pytest.mark.needs_comfy
 
 PLAIN = {
-    "_class_name": "UNet2DModel", "sample_size": 16, "in_channels": 3, "out_channels": 6,
-    "block_out_channels": [32, 32], "layers_per_block": 1, "attention_head_dim": 16,
+    "_class_name": "UNet2DModel",
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 6,
+    "block_out_channels": [32, 32],
+    "layers_per_block": 1,
+    "attention_head_dim": 16,
     "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"], "downsample_type": "resnet",
-    "upsample_type": "resnet", "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32,
-}  # fmt: skip
+    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "attn_norm_num_groups": 32,
+}
 CLASSES = PLAIN | {"num_class_embeds": 10}
 
 
@@ -51,9 +59,7 @@ def load(path: Path, **kwargs):
     return adm_comfy.load_native_model(path, **kwargs)
 
 
-def ksample(
-    model, seed: int = 5, batch: int = 1, size: int = 16, cfg: float = 1.0, positive=None, sampler="euler"
-):
+def ksample(model, seed: int = 5, batch: int = 1, size: int = 16, cfg: float = 1.0, positive=None, sampler="euler"):
     """What a stock KSampler does with an empty latent: 3 steps of the 'simple' schedule."""
     import comfy.sample
 
@@ -133,7 +139,7 @@ def test_conditioning_of_text_models_is_ignored(prior: Path) -> None:
 
 def test_a_controlnet_is_refused_in_words(prior: Path) -> None:
     network = load(prior).model.diffusion_model
-    with pytest.raises(ValueError, match="ControlNet is applied.*use a latent MODEL"):
+    with pytest.raises(ValueError, match=r"ControlNet is applied.*use a latent MODEL"):
         network(torch.zeros(1, 3, 16, 16), torch.tensor([5]), control={"output": [torch.zeros(1, 32, 16, 16)]})
 
 
@@ -161,9 +167,7 @@ def test_a_schedule_of_the_config_is_used(tmp_path: Path) -> None:
     folder = make_prior(tmp_path / "other", PLAIN | {"beta_start": 2e-4, "beta_end": 0.01})
     sampling = load(folder).model.model_sampling
     alpha_bar = torch.cumprod(1 - torch.linspace(2e-4, 0.01, 1000, dtype=torch.float64), 0)
-    assert sampling.sigma_max.item() == pytest.approx(
-        ((1 - alpha_bar[-1]) / alpha_bar[-1]).sqrt().item(), rel=1e-5
-    )
+    assert sampling.sigma_max.item() == pytest.approx(((1 - alpha_bar[-1]) / alpha_bar[-1]).sqrt().item(), rel=1e-5)
 
 
 # ComfyUI's model management -------------------------------------------------------------------------------
@@ -198,9 +202,7 @@ def test_layers_left_on_the_offload_device_give_the_same_picture(prior: Path) ->
     # A budget for some of the weights: the rest is cast layer by layer, as on a small card.
     model.load(torch.device("cpu"), lowvram_model_memory=model.model_size() // 4)
     assert model.model.model_lowvram
-    casting = [
-        module.comfy_cast_weights for module in model.model.modules() if hasattr(module, "comfy_cast_weights")
-    ]
+    casting = [module.comfy_cast_weights for module in model.model.modules() if hasattr(module, "comfy_cast_weights")]
     assert any(casting) and not all(casting)
     sigma = model.model.model_sampling.sigmas[[500]]
     fresh = load(prior).model.apply_model(noise, sigma)
@@ -210,9 +212,7 @@ def test_layers_left_on_the_offload_device_give_the_same_picture(prior: Path) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_are_cast_where_the_device_cannot_compute_in_them(
-    classes: Path, dtype
-) -> None:
+def test_half_precision_weights_are_cast_where_the_device_cannot_compute_in_them(classes: Path, dtype) -> None:
     model = load(classes, dtype=dtype, class_label=3)
     assert model.model.get_dtype() == dtype
     assert model.model.manual_cast_dtype == torch.float32
@@ -339,9 +339,7 @@ def test_files_and_model_folders_are_listed_and_found(models: Path) -> None:
     assert folders.model_names("guided_diffusion") == ["256x256_diffusion_uncond.pt", "mine/prior"]
     for choice in folders.model_names("guided_diffusion"):
         assert folders.resolve("guided_diffusion", choice) == models / "guided_diffusion" / choice
-    with pytest.raises(
-        FileNotFoundError, match=r"no 'gone\.pt' in models/guided_diffusion.*256x256_diffusion_uncond"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no 'gone\.pt' in models/guided_diffusion.*256x256_diffusion_uncond"):
         folders.resolve("guided_diffusion", "gone.pt")
 
 

@@ -62,19 +62,30 @@ class Parts:
 # The published UNets' layouts, narrow.
 LAYOUTS = {
     "SD15": {
-        "block_out_channels": (32, 64, 128, 128), "attention_head_dim": 8, "cross_attention_dim": 48,
-        "depths": (1, 1, 1, 0), "use_linear_projection": False,
+        "block_out_channels": (32, 64, 128, 128),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 48,
+        "depths": (1, 1, 1, 0),
+        "use_linear_projection": False,
     },
     "SD20": {
-        "block_out_channels": (32, 64, 128, 128), "attention_head_dim": (2, 4, 8, 8), "cross_attention_dim": 48,
-        "depths": (1, 1, 1, 0), "use_linear_projection": True,
+        "block_out_channels": (32, 64, 128, 128),
+        "attention_head_dim": (2, 4, 8, 8),
+        "cross_attention_dim": 48,
+        "depths": (1, 1, 1, 0),
+        "use_linear_projection": True,
     },
     "SDXL": {
-        "block_out_channels": (32, 64, 128), "attention_head_dim": (2, 4, 8), "cross_attention_dim": 48,
-        "depths": (0, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        "block_out_channels": (32, 64, 128),
+        "attention_head_dim": (2, 4, 8),
+        "cross_attention_dim": 48,
+        "depths": (0, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
     },
-}  # fmt: skip
+}
 LAYERS = {"SD15": 32, "SD20": 32, "SDXL": 140}
 TIMES = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]])
 
@@ -91,17 +102,28 @@ def build(name: str) -> Parts:
     down = tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths)
     up = tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths))
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        **layout, layers_per_block=2, down_block_types=down, up_block_types=up,
-        transformer_layers_per_block=[depth or depths[-1] or 1 for depth in depths],
-    ).eval().requires_grad_(False)  # fmt: skip
+    unet = (
+        UNet2DConditionModel(
+            **layout,
+            layers_per_block=2,
+            down_block_types=down,
+            up_block_types=up,
+            transformer_layers_per_block=[depth or depths[-1] or 1 for depth in depths],
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     widths = layout["block_out_channels"]
-    names = comfy.utils.unet_to_diffusers({
-        "num_res_blocks": [2] * len(widths), "channel_mult": [width // widths[0] for width in widths],
-        "transformer_depth": [depth for depth in depths for _ in range(2)],
-        "transformer_depth_output": [depth for depth in depths for _ in range(3)],
-        "transformer_depth_middle": depths[-1] or 1, "num_head_channels": 16,
-    })  # fmt: skip
+    names = comfy.utils.unet_to_diffusers(
+        {
+            "num_res_blocks": [2] * len(widths),
+            "channel_mult": [width // widths[0] for width in widths],
+            "transformer_depth": [depth for depth in depths for _ in range(2)],
+            "transformer_depth_output": [depth for depth in depths for _ in range(3)],
+            "transformer_depth_middle": depths[-1] or 1,
+            "num_head_channels": 16,
+        }
+    )
     weights = {names[key]: value.clone() for key, value in unet.state_dict().items()}
     if name == "SD20":  # the mark by which ComfyUI tells v-prediction
         bias = weights["output_blocks.11.1.transformer_blocks.0.norm1.bias"].normal_(std=0.5)
@@ -125,12 +147,18 @@ def build(name: str) -> Parts:
         added = None
         if name == "SDXL":
             added = {
-                branch: {"text_embeds": row, "time_ids": TIMES} for branch, row in zip(("cond", "uncond"), pooled)
+                branch: {"text_embeds": row, "time_ids": TIMES}
+                for branch, row in zip(("cond", "uncond"), pooled, strict=True)
             }
         return DiffusersTextHost(
-            unet, texts[0], texts[1], 1 / (1 + base.model_sampling.sigmas**2), cfg=CFG, added=added,
+            unet,
+            texts[0],
+            texts[1],
+            1 / (1 + base.model_sampling.sigmas**2),
+            cfg=CFG,
+            added=added,
             prediction="v_prediction" if name == "SD20" else "epsilon",
-        )  # fmt: skip
+        )
 
     return Parts(model, [[texts[0], extra[0]]], [[texts[1], extra[1]]], 4, twin)
 
@@ -169,9 +197,15 @@ def run(parts: Parts, body: Callable, *, model=None, cfg: float = CFG, positive=
 
     with torch.inference_mode():
         return run_text(
-            model or parts.model, None, positive or parts.positive, negative or parts.negative, cfg,
-            noisy(parts), 0, body,
-        )  # fmt: skip
+            model or parts.model,
+            None,
+            positive or parts.positive,
+            negative or parts.negative,
+            cfg,
+            noisy(parts),
+            0,
+            body,
+        )
 
 
 def guided(parts: Parts, handler=None, x: torch.Tensor | None = None, **given) -> torch.Tensor:
@@ -189,14 +223,14 @@ def guided(parts: Parts, handler=None, x: torch.Tensor | None = None, **given) -
 
 def same_calls(one: Watcher, other: Watcher, tolerance: float) -> None:
     assert [call.layer for call in one.calls] == [call.layer for call in other.calls]
-    for a, b in zip(one.calls, other.calls):
+    for a, b in zip(one.calls, other.calls, strict=True):
         for field in ("size", "rows", "heads", "occurrence"):
             assert getattr(a, field) == getattr(b, field)
         assert (a.layer.name, a.layer.place) == (b.layer.name, b.layer.place)
         for field in ("q", "k", "v"):
             torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=tolerance, atol=tolerance)
     assert [feature.index for feature in one.features] == [feature.index for feature in other.features]
-    for a, b in zip(one.features, other.features):
+    for a, b in zip(one.features, other.features, strict=True):
         assert a.rows == b.rows
         torch.testing.assert_close(a.h, b.h, rtol=tolerance, atol=tolerance)
 
@@ -237,7 +271,7 @@ def test_diffusers_shows_the_same_calls_for_the_same_weights(published, demo, na
 
     ours, theirs = run(parts, both), both(twin)
     same_calls(ours[0], theirs[0], 2e-3)
-    for made, expected in zip(ours[1:], theirs[1:]):
+    for made, expected in zip(ours[1:], theirs[1:], strict=True):
         torch.testing.assert_close(made, expected, rtol=2e-3, atol=2e-3)
 
 
@@ -264,7 +298,7 @@ def test_it_makes_no_difference_how_comfyui_splits_the_batch(demo, monkeypatch):
 def test_regional_prompts_are_further_passes_of_their_branch(demo, monkeypatch):
     import comfy.model_management
 
-    (tensor, options), = demo.positive  # fmt: skip
+    ((tensor, options),) = demo.positive
     mask = torch.zeros(1, 16, 16)
     mask[..., 8:] = 1
     regional = [
@@ -284,7 +318,7 @@ def test_regional_prompts_are_further_passes_of_their_branch(demo, monkeypatch):
 
 
 def test_areas_that_comfyui_mirrors_stay_with_their_branch(demo):
-    (tensor, options), = demo.positive  # fmt: skip
+    ((tensor, options),) = demo.positive
     area = [[tensor, {**options, "area": (8, 16, 0, 0), "strength": 1.0}]]
     watcher = Watcher()
     guided(demo, watcher, positive=[*demo.positive, *area])
@@ -294,7 +328,7 @@ def test_areas_that_comfyui_mirrors_stay_with_their_branch(demo):
 
 
 def test_prompts_of_unequal_length_are_shown_at_their_own(demo):
-    (tensor, options), = demo.negative  # fmt: skip
+    ((tensor, options),) = demo.negative
     watcher = Watcher()
     guided(demo, watcher, negative=[[torch.cat([tensor, tensor * 0.5], 1), options]])
     lengths = {(call.rows, call.k.shape[1]) for call in watcher.calls if call.layer.kind == "cross"}
@@ -335,9 +369,7 @@ def test_a_controlnet_adds_to_the_model_and_not_to_its_calls(demo):
     import comfy.cldm.cldm
     import comfy.controlnet
 
-    config = {
-        key: value for key, value in demo.model.model.model_config.unet_config.items() if key != "out_channels"
-    }
+    config = {key: value for key, value in demo.model.model.model_config.unet_config.items() if key != "out_channels"}
     config.pop("transformer_depth_output")
     with torch.inference_mode():
         network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3).eval()
@@ -377,7 +409,7 @@ def test_freeu_composes_and_leaves_kept_features_as_they_were(published):
     made = guided(parts, watcher, model=model)
     assert torch.equal(made, guided(parts, model=model))
     assert (made - guided(parts)).abs().max() > 1e-3
-    assert all(torch.equal(feature.h, copy) for feature, copy in zip(watcher.features, watcher.copies))
+    assert all(torch.equal(feature.h, copy) for feature, copy in zip(watcher.features, watcher.copies, strict=True))
 
 
 def pag(model):
@@ -392,7 +424,7 @@ def sag(model):
     return SelfAttentionGuidance.execute(model, 0.5, 2.0)[0]
 
 
-@pytest.mark.parametrize("node, branch", [(pag, "cond"), (sag, "uncond")])
+@pytest.mark.parametrize(("node", "branch"), [(pag, "cond"), (sag, "uncond")])
 def test_a_pass_that_guidance_adds_is_a_second_one_of_its_branch(demo, node, branch):
     watcher, model = Watcher(), node(demo.model)
     made = guided(demo, watcher, model=model)
@@ -548,12 +580,15 @@ def compiled(model):
 
 
 @pytest.mark.parametrize(
-    "node, name",
+    ("node", "name"),
     [
-        (hypertile, "HyperTile"), (tome, "ToMe"), (easycache, "EasyCache"), (lazycache, "LazyCache"),
+        (hypertile, "HyperTile"),
+        (tome, "ToMe"),
+        (easycache, "EasyCache"),
+        (lazycache, "LazyCache"),
         (compiled, "TorchCompileModel"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_compose_is_refused_by_name(demo, node, name):
     from blendswap.hosts.attention_comfy import check_attention
     from blendswap.hosts.comfy_host import UnsupportedModel
@@ -575,7 +610,7 @@ def test_tokens_that_go_missing_are_noticed_and_the_patch_named(demo):
 
     model = demo.model.clone()
     model.set_model_attn1_patch(merge_tokens_somehow)
-    with pytest.raises(UnsupportedModel, match="down 0.0 self got .*merge_tokens_somehow"):
+    with pytest.raises(UnsupportedModel, match=r"down 0.0 self got .*merge_tokens_somehow"):
         guided(demo, Watcher(), model=model)
 
 
@@ -590,7 +625,7 @@ def test_a_pass_that_is_left_out_is_noticed_and_the_wrapper_named(demo):
 
     model = demo.model.clone()
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "memory", answer_from_memory)
-    with pytest.raises(UnsupportedModel, match="cond and uncond branch.*leaves passes out.*memory answer_from"):
+    with pytest.raises(UnsupportedModel, match=r"cond and uncond branch.*leaves passes out.*memory answer_from"):
         guided(demo, Watcher(), model=model)
 
 
@@ -605,7 +640,7 @@ def test_a_slot_that_is_taken_during_the_run_is_noticed_and_the_patch_named(demo
     model = demo.model.clone()
     model.set_model_output_block_patch(take_the_slot)
     with pytest.raises(
-        UnsupportedModel, match="8 of 14 .*up 0.0 self first.*replaced the attention override.*take_the_slot"
+        UnsupportedModel, match=r"8 of 14 .*up 0.0 self first.*replaced the attention override.*take_the_slot"
     ):
         guided(demo, Watcher(), model=model)
 

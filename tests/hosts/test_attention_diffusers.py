@@ -94,7 +94,7 @@ def test_together_each_of_two_hosts_answers_as_it_does_alone(text_model, host, b
     with torch.no_grad():
         with both.attention(watcher):
             made = both.guided(torch.cat(xs), 2.0)
-        expected = torch.cat([one.guided(x, 2.0) for one, x in zip((other, host), xs)])
+        expected = torch.cat([one.guided(x, 2.0) for one, x in zip((other, host), xs, strict=True)])
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
     assert {call.rows for call in watcher.calls} == {("cond",) * 2 * batch, ("uncond",) * 2 * batch}
 
@@ -120,7 +120,7 @@ def test_a_handler_that_forwards_changes_nothing(host, size):
         plain = host.guided(x, 2.0), host.branch(x, 2.0, "uncond")
         with host.attention(watcher):
             watched = host.guided(x, 2.0), host.branch(x, 2.0, "uncond")
-    assert all(torch.equal(one, other) for one, other in zip(plain, watched))
+    assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
 
 
 def test_every_layer_is_shown_once_a_pass_in_the_order_it_runs(host):
@@ -212,7 +212,7 @@ def test_nothing_stays_behind(host):
 def test_a_unet_with_processors_of_its_own_is_refused_by_name(text_model: Path):
     host = DiffusersTextHost.from_pipeline(text_model, PROMPT, NEGATIVE, CFG)
     host.unet.set_attn_processor(AttnProcessor())
-    with pytest.raises(ValueError, match="down 0.0 self runs through AttnProcessor;"), host.attention(Watcher()):
+    with pytest.raises(ValueError, match=r"down 0.0 self runs through AttnProcessor;"), host.attention(Watcher()):
         pass
 
 

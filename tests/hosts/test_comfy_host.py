@@ -109,8 +109,10 @@ def test_the_callers_model_is_untouched(parts, ending):
     first = run(parts, predict)
     before = snapshot(model)
     ends = {
-        finish: None, fail: RuntimeError, interrupt: comfy.model_management.InterruptProcessingException,
-    }[ending]  # fmt: skip
+        finish: None,
+        fail: RuntimeError,
+        interrupt: comfy.model_management.InterruptProcessingException,
+    }[ending]
     if ends is None:
         run(parts, ending)
     else:
@@ -146,9 +148,7 @@ def test_gradients_flow_through_weights_loaded_in_inference_mode(parts):
     model, vae, *_ = parts
     clean = run(parts, differentiate)
     with torch.inference_mode():
-        guide = ComfyGuide.wrap(
-            load_clip_guide(files.CLIP, "auto", "cpu", torch.float32)
-        )
+        guide = ComfyGuide.wrap(load_clip_guide(files.CLIP, "auto", "cpu", torch.float32))
     for module in (model.model, vae.first_stage_model, *(patcher.model for patcher in guide.patchers)):
         poison(module)
 
@@ -168,8 +168,7 @@ def test_the_gradient_is_the_slope(parts):
         gradient = differentiate(host)
         direction = gradient / gradient.norm()
         values = [
-            host.decode(host.predict(noisy() + step * direction, 2.0).x0).square().mean()
-            for step in (0.05, -0.05)
+            host.decode(host.predict(noisy() + step * direction, 2.0).x0).square().mean() for step in (0.05, -0.05)
         ]
         return gradient.norm(), (values[0] - values[1]) / 0.1
 
@@ -182,9 +181,7 @@ def test_gradients_flow_beside_a_controlnet_loaded_in_inference_mode(parts):
     import comfy.controlnet
 
     model = parts[0]
-    config = {
-        key: value for key, value in model.model.model_config.unet_config.items() if key != "out_channels"
-    }
+    config = {key: value for key, value in model.model.model_config.unet_config.items() if key != "out_channels"}
     # Its UNet half has output depths of no use to it.
     config.pop("transformer_depth_output")
     with torch.inference_mode():
@@ -194,8 +191,7 @@ def test_gradients_flow_beside_a_controlnet_loaded_in_inference_mode(parts):
         control = comfy.controlnet.ControlNet(network, load_device=model.load_device)
         control.set_cond_hint(torch.rand(1, 3, 64, 64), 1.0, (0.0, 1.0))
         conditioning = [
-            [tensor, {**options, "control": control, "control_apply_to_uncond": True}]
-            for tensor, options in parts[2]
+            [tensor, {**options, "control": control, "control_apply_to_uncond": True}] for tensor, options in parts[2]
         ]
     controlled = (*parts[:2], conditioning, parts[3])
     gradient = run(controlled, differentiate)
@@ -261,7 +257,7 @@ def test_a_flow_model_is_refused_with_words(parts):
     from blendswap.hosts.comfy_host import UnsupportedModel
 
     flow = with_sampling(parts[0], "ModelSamplingDiscreteFlow", "CONST")
-    with pytest.raises(UnsupportedModel, match="flow model .* SD 1.x"):
+    with pytest.raises(UnsupportedModel, match=r"flow model .* SD 1.x"):
         run(parts, predict, model=flow)
 
 

@@ -17,9 +17,11 @@ pytestmark = pytest.mark.needs_comfy
 TOKEN = "sks"
 PROMPTS = (f"a {TOKEN} star", "a red circle")
 KINDS = {
-    "lora": LowRank(4), "lora everywhere": LowRank(2, alpha=4.0, convolutions=True), "full": FullWeights(),
+    "lora": LowRank(4),
+    "lora everywhere": LowRank(2, alpha=4.0, convolutions=True),
+    "full": FullWeights(),
     "vectors": TokenVectors(TOKEN, "star", 2),
-}  # fmt: skip
+}
 
 
 def load(folder: Path) -> tuple:
@@ -66,7 +68,7 @@ def loss_of(learner: Any, side: int = 16, rows: int = 2) -> torch.Tensor:
 
 def gradients(learner: Any, **given: Any) -> dict[str, torch.Tensor]:
     found = torch.autograd.grad(loss_of(learner, **given), list(learner.parameters.values()))
-    return dict(zip(learner.parameters, found))
+    return dict(zip(learner.parameters, found, strict=True))
 
 
 def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -106,18 +108,22 @@ def test_gradients_of_full_weights_are_those_of_a_plain_diffusers_model(parts, t
     answer = unet(x, t, encoder(ids).last_hidden_state).sample
     weights = {
         "unet.input_blocks.0.0.weight": unet.conv_in.weight,
-        "unet.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight":
-            unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight,
-        "text.clip_l.transformer.text_model.final_layer_norm.weight":
-            getattr(encoder, "text_model", encoder).final_layer_norm.weight,
-        "text.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight":
-            getattr(encoder, "text_model", encoder).encoder.layers[0].mlp.fc1.weight,
-    }  # fmt: skip
+        "unet.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": unet.down_blocks[0]
+        .attentions[0]
+        .transformer_blocks[0]
+        .attn2.to_k.weight,
+        "text.clip_l.transformer.text_model.final_layer_norm.weight": getattr(
+            encoder, "text_model", encoder
+        ).final_layer_norm.weight,
+        "text.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight": getattr(encoder, "text_model", encoder)
+        .encoder.layers[0]
+        .mlp.fc1.weight,
+    }
     expected = torch.autograd.grad((answer - target).square().mean(), list(weights.values()))
     with learning(parts, FullWeights()) as learner:
         ours = learner.denoise(x, t, learner.text(prompts))
         made = torch.autograd.grad((ours - target).square().mean(), [learner.parameters[name] for name in weights])
-    for one, other in zip(made, expected):
+    for one, other in zip(made, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
@@ -201,7 +207,7 @@ def picture(model: Any, clip: Any, vae: Any, prompt: str = "a red star") -> torc
 
 
 def finish(learner: Any) -> None:
-    for parameter, slope in zip(learner.parameters.values(), gradients(learner).values()):
+    for parameter, slope in zip(learner.parameters.values(), gradients(learner).values(), strict=True):
         parameter.data -= slope
     learner.sample(PROMPTS[:1], (64, 64), steps=2, cfg=2.0, seed=0)
 
@@ -229,9 +235,10 @@ def test_the_callers_parts_are_untouched(parts, kind, ending):
     modules = [list(map(id, part.modules())) for part in (model.model, clip.cond_stage_model)]
     tokenizer, options = clip.tokenizer, (model.patches_uuid, clip.patcher.patches_uuid)
     expected = {
-        finish: contextlib.nullcontext(), fail: pytest.raises(RuntimeError),
+        finish: contextlib.nullcontext(),
+        fail: pytest.raises(RuntimeError),
         interrupt: pytest.raises(comfy.model_management.InterruptProcessingException),
-    }[ending]  # fmt: skip
+    }[ending]
     with expected, learning(parts, KINDS[kind]) as learner:
         ending(learner)
     assert torch.equal(picture(*parts), before)
@@ -291,9 +298,15 @@ def test_the_answer_is_what_a_stock_run_denoises_by(parts, prediction):
     with torch.inference_mode():
         cond = clip.encode_from_tokens_scheduled(clip.tokenize("a red star"))
         stock = run_text(
-            patched, vae, cond, cond, 1.0, torch.zeros(1, 8, 16, 16), 0,
+            patched,
+            vae,
+            cond,
+            cond,
+            1.0,
+            torch.zeros(1, 8, 16, 16),
+            0,
             lambda host: host.predict(x / alpha.sqrt(), sigma).x0,
-        )  # fmt: skip
+        )
     torch.testing.assert_close(x0, stock, rtol=1e-3, atol=1e-3)
 
 
@@ -307,7 +320,7 @@ def test_prompts_are_encoded_as_by_the_clip(parts):
         made = learner.text(prompts)
         assert made.pooled is None
     assert made.context.shape[1] == expected[3].shape[1] == 154
-    for row, one in zip(made.context, expected):
+    for row, one in zip(made.context, expected, strict=True):
         torch.testing.assert_close(row[: one.shape[1]], one[0].clone(), rtol=1e-4, atol=1e-4)
         assert torch.equal(row[-77:], row[:77]) or one.shape[1] == 154
 
@@ -348,8 +361,8 @@ def test_the_activations_that_are_foretold_are_those_that_autograd_keeps(parts, 
     from blendswap.hosts.comfy_learner_memory import MARGIN
 
     with learning(parts, KINDS[kind], batch=2) as learner:
-        own = {tensor.untyped_storage().data_ptr() for tensor in learner._unet.parameters()}
-        own |= {tensor.untyped_storage().data_ptr() for tensor in learner._encoders.module.parameters()}
+        own = {tensor.untyped_storage().data_ptr() for tensor in learner.unet.parameters()}
+        own |= {tensor.untyped_storage().data_ptr() for tensor in learner.encoders.module.parameters()}
         kept: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -423,11 +436,18 @@ def test_models_that_no_concept_can_be_learned_on_are_refused_by_name(parts, pix
         pass
 
 
-@pytest.mark.parametrize(("learned", "message"), [
-    (LowRank(0), "rank is 0"), (LowRank(4, alpha=0.0), "alpha is 0"), (TokenVectors("sks", "  "), "initial_word"),
-    (TokenVectors("", "star"), "token is empty"), (TokenVectors("my dog", "star"), "more than one word"),
-    (TokenVectors("(sks)", "star"), "mean something else in a prompt"), (TokenVectors("sks", "star", 0), "vectors is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("learned", "message"),
+    [
+        (LowRank(0), "rank is 0"),
+        (LowRank(4, alpha=0.0), "alpha is 0"),
+        (TokenVectors("sks", "  "), "initial_word"),
+        (TokenVectors("", "star"), "token is empty"),
+        (TokenVectors("my dog", "star"), "more than one word"),
+        (TokenVectors("(sks)", "star"), "mean something else in a prompt"),
+        (TokenVectors("sks", "star", 0), "vectors is 0"),
+    ],
+)
 def test_settings_out_of_range_are_named(parts, learned, message):
     with pytest.raises(ValueError, match=message), learning(parts, learned):
         pass

@@ -12,20 +12,35 @@ from blendswap.hosts.learning import FullWeights, LowRank, TokenVectors
 pytestmark = pytest.mark.needs_comfy
 
 KINDS = {"lora": LowRank(2, convolutions=True), "full": FullWeights(), "vectors": TokenVectors("sks", "dog", 2)}
-EIGHT = {"transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3,
-         "transformer_depth_middle": 1, "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2] * 4}  # fmt: skip
+EIGHT = {
+    "transformer_depth": [1] * 6 + [0] * 2,
+    "transformer_depth_output": [1] * 9 + [0] * 3,
+    "transformer_depth_middle": 1,
+    "channel_mult": [1, 2, 4, 4],
+    "num_res_blocks": [2] * 4,
+}
 LAYOUTS = {
     "SD15": {**EIGHT, "context_dim": 48, "num_heads": 4, "use_linear_in_transformer": False, "adm_in_channels": None},
     "SD20": {
-        **EIGHT, "context_dim": 48, "num_head_channels": 16, "use_linear_in_transformer": True, "adm_in_channels": None,
+        **EIGHT,
+        "context_dim": 48,
+        "num_head_channels": 16,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": None,
     },
     "SDXL": {
-        "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-        "transformer_depth_middle": 10, "channel_mult": [1, 2, 4], "num_res_blocks": [2] * 3, "context_dim": 80,
-        "num_head_channels": 16, "use_linear_in_transformer": True, "adm_in_channels": 32 + 6 * 256,
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10,
+        "channel_mult": [1, 2, 4],
+        "num_res_blocks": [2] * 3,
+        "context_dim": 80,
+        "num_head_channels": 16,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": 32 + 6 * 256,
         "num_classes": "sequential",
     },
-}  # fmt: skip
+}
 TOWER = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_act": "gelu"}
 ENCODERS = {"SD15": ["clip_l"], "SD20": ["clip_h"], "SDXL": ["clip_l", "clip_g"]}
 
@@ -47,10 +62,17 @@ def build(name: str) -> tuple:
     import comfy.text_encoders.sd2_clip
     from comfy import sd1_clip
 
-    config = getattr(comfy.supported_models, name)({
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "use_spatial_transformer": True,
-        "legacy": False, **LAYOUTS[name],
-    })  # fmt: skip
+    config = getattr(comfy.supported_models, name)(
+        {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 32,
+            "use_spatial_transformer": True,
+            "legacy": False,
+            **LAYOUTS[name],
+        }
+    )
     config.unet_config.update({key: LAYOUTS[name].get(key, -1) for key in ("num_heads", "num_head_channels")})
     config.set_inference_dtype(torch.float32, None)
     mark = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}  # SD 2.1's, for v
@@ -62,18 +84,29 @@ def build(name: str) -> tuple:
         "SD20": (comfy.text_encoders.sd2_clip.SD2Tokenizer, comfy.text_encoders.sd2_clip.SD2ClipModel),
         "SDXL": (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
     }
-    widths = dict(zip(ENCODERS[name], [48] if name != "SDXL" else [48, 32]))
+    widths = dict(zip(ENCODERS[name], [48] if name != "SDXL" else [48, 32], strict=True))
     clip = comfy.sd.CLIP(
-        comfy.supported_models_base.ClipTarget(*kinds[name]), embedding_directory=None,
+        comfy.supported_models_base.ClipTarget(*kinds[name]),
+        embedding_directory=None,
         model_options={
             f"{part}_model_config": {**TOWER, "hidden_size": width, "intermediate_size": 2 * width}
             for part, width in widths.items()
         },
-    )  # fmt: skip
+    )
     for part, width in widths.items():
         getattr(clip.tokenizer, part).embedding_size = width
-    dd = {"double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
-          "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}  # fmt: skip
+    dd = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 64,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
     settings = {"params": {"ddconfig": dd, "embed_dim": 4}}
     vae = comfy.sd.VAE(sd={"quant_conv.weight": torch.zeros(8, 8, 1, 1)}, config=settings)
     for module in (base.diffusion_model, clip.cond_stage_model, vae.first_stage_model):
@@ -110,7 +143,7 @@ def test_each_family_takes_a_step_of_each_kind_and_gives_a_file(family, kind):
         assert all(slope.isfinite().all() and slope.abs().max() > 0 for slope in slopes)
         length = sum(slope.square().sum() for slope in slopes).sqrt()
         with torch.no_grad():
-            for parameter, slope in zip(learner.parameters.values(), slopes):
+            for parameter, slope in zip(learner.parameters.values(), slopes, strict=True):
                 parameter -= 1e-2 * slope / length
             after = loss_of(learner)
         assert after < before

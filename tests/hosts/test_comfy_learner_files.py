@@ -17,9 +17,11 @@ from blendswap.hosts.learning import FullWeights, LowRank, TokenVectors
 
 TOKEN, PROMPT = "sks", "a sks star"
 KINDS = {
-    "lora": LowRank(4, text_encoder=False), "lora everywhere": LowRank(2, alpha=4.0, convolutions=True),
-    "full": FullWeights(), "vectors": TokenVectors(TOKEN, "star", 3),
-}  # fmt: skip
+    "lora": LowRank(4, text_encoder=False),
+    "lora everywhere": LowRank(2, alpha=4.0, convolutions=True),
+    "full": FullWeights(),
+    "vectors": TokenVectors(TOKEN, "star", 3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_the_word_is_found_wherever_a_prompt_has_it_as_a_word(parts):
     tensors = vectors_of(clip)
     for prompt in ("<dog>", "a <dog>, sitting", "A <DOG>'s ball", "a\n<dog>", "(<dog>)", "red, (big <dog>:1.3) here"):
         found = tensors(prompt)
-        assert [torch.equal(entry[0], row) for entry, row in zip(found, vectors)] == [True, True], prompt
+        assert [torch.equal(entry[0], row) for entry, row in zip(found, vectors, strict=True)] == [True, True], prompt
     assert tensors("a (<dog>:1.3)")[0][1] == pytest.approx(1.3)
     assert not tensors("a dog, <dogs") and not vectors_of(parts[1])("a <dog>")
     assert len(clip.tokenize("a <dog> " * 60)["l"]) > 1
@@ -137,11 +139,26 @@ def test_ordinary_names_are_taken(name):
     assert concept_name(name) == name.strip().removesuffix(".safetensors")
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("", "empty"), ("  ", "empty"), ("../dog", "path"), ("a/b", "path"), ("a\\b", "path"), ("..", "path"),
-    ("a:b", "letters"), ("my dog", "letters"), ("a,b", "letters"), (".hidden", "letters"), ("dog.", "letters"),
-    ("con", "Windows"), ("NUL.txt", "Windows"), ("lpt1", "Windows"), ("a" * 200, "200 characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "empty"),
+        ("  ", "empty"),
+        ("../dog", "path"),
+        ("a/b", "path"),
+        ("a\\b", "path"),
+        ("..", "path"),
+        ("a:b", "letters"),
+        ("my dog", "letters"),
+        ("a,b", "letters"),
+        (".hidden", "letters"),
+        ("dog.", "letters"),
+        ("con", "Windows"),
+        ("NUL.txt", "Windows"),
+        ("lpt1", "Windows"),
+        ("a" * 200, "200 characters"),
+    ],
+)
 def test_names_that_some_system_refuses_are_refused_with_words(name, message):
     with pytest.raises(ValueError, match=message):
         concept_name(name)

@@ -17,9 +17,10 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
-import blendswap
 import pytest
 import torch
+
+import blendswap
 from blendswap import run
 from blendswap.hosts.comfy_names import NAMES, OVERRIDES, Name
 
@@ -27,9 +28,21 @@ pytestmark = pytest.mark.needs_comfy
 
 ROOT = Path(blendswap.__path__[0])
 COMFY = {
-    "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras", "cuda_malloc",
-    "execution", "folder_paths", "latent_preview", "node_helpers", "nodes", "server", "utils",
-}  # fmt: skip
+    "comfy",
+    "comfy_api",
+    "comfy_api_nodes",
+    "comfy_config",
+    "comfy_execution",
+    "comfy_extras",
+    "cuda_malloc",
+    "execution",
+    "folder_paths",
+    "latent_preview",
+    "node_helpers",
+    "nodes",
+    "server",
+    "utils",
+}
 """What can be imported of ComfyUI, by the first part of its name."""
 
 PUBLIC = "comfy_api.latest"
@@ -42,8 +55,12 @@ OTHERS = {"in_channels", "out_channels", "input_ids"}
 OUTSIDE = ("adm", "attention_diffusers", "diffusers_host", "diffusers_learner")
 """Hosts that know no ComfyUI."""
 
-USERS = [path for folder in ("hosts", "nodes") for path in sorted((ROOT / folder).glob("*.py"))
-         if path.stem not in ("__init__", "comfy_names")]
+USERS = [
+    path
+    for folder in ("hosts", "nodes")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if path.stem not in ("__init__", "comfy_names")
+]
 
 
 # True of the ComfyUI under test -------------------------------------------------------------------------------------
@@ -53,7 +70,7 @@ USERS = [path for folder in ("hosts", "nodes") for path in sorted((ROOT / folder
 def test_what_the_list_says_of_comfyui_is_so(name: Name):
     from comfyui_version import __version__
 
-    if run._number(__version__) < run._number(name.since):
+    if run.version_number(__version__) < run.version_number(name.since):
         assert problem_of(name) is not None, f"{name.name} was there before {name.since} already"
         return
     problem = problem_of(name)
@@ -73,8 +90,18 @@ def test_a_renamed_method_is_found_by_its_name(monkeypatch):
 def test_a_new_argument_that_an_override_does_not_take_is_found(monkeypatch):
     from comfy.samplers import KSAMPLER
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-               disable_pbar=False, latent_shapes=None):
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+        latent_shapes=None,
+    ):
         return noise
 
     monkeypatch.setattr(KSAMPLER, "sample", sample)
@@ -92,8 +119,9 @@ def test_another_number_of_values_is_found(monkeypatch):
 
 
 def test_a_taught_word_is_answered_in_as_many_values_as_comfyui_gives(comfy):
-    from blendswap.hosts.comfy_learner_text import taught
     from comfy.sd1_clip import SD1Tokenizer
+
+    from blendswap.hosts.comfy_learner_text import taught
 
     plain, vectors = SD1Tokenizer(), torch.zeros(1, 768)
     plain.clip_l.embedding_directory = []
@@ -105,8 +133,9 @@ def test_a_taught_word_is_answered_in_as_many_values_as_comfyui_gives(comfy):
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_an_embeddings_name_gives_on_as_many_values_as_comfyui_has(comfy, monkeypatch, count):
     """ComfyUI's tokenizer gave 2 until June 2026 and 3 since; it is the caller who takes them apart."""
-    from blendswap.hosts.comfy_learner_text import taught
     from comfy.sd1_clip import SD1Tokenizer, SDTokenizer
+
+    from blendswap.hosts.comfy_learner_text import taught
 
     monkeypatch.setattr(SDTokenizer, "_try_get_embedding", lambda self, name: (None, *"abc"[: count - 1]))
     made = taught(SD1Tokenizer(), "sks", {"clip_l": torch.zeros(1, 768)})
@@ -183,20 +212,29 @@ def _arguments(name: Name, theirs: Any) -> str | None:
             return f"{name.name} takes no {part.name} any more."
     given = {*some, *(part.name for part in wanted.parameters.values() if part.kind == part.KEYWORD_ONLY)}
     if name.kind != "override":
-        needed = [part.name for part in found if part.default is part.empty
-                  and part.kind in (part.POSITIONAL_OR_KEYWORD, part.KEYWORD_ONLY) and part.name not in given]
+        needed = [
+            part.name
+            for part in found
+            if part.default is part.empty
+            and part.kind in (part.POSITIONAL_OR_KEYWORD, part.KEYWORD_ONLY)
+            and part.name not in given
+        ]
         return f"{name.name} needs {', '.join(needed)} now." if needed else None
     # Ours answers to whatever ComfyUI's own would answer to.
     ours = inspect.signature(own(name.ours))
-    for arguments, named in ((by_position, {}), ([], {part.name: None for part in found if part.kind in (
-        part.POSITIONAL_OR_KEYWORD, part.KEYWORD_ONLY)})):
+    for arguments, named in (
+        (by_position, {}),
+        ([], {part.name: None for part in found if part.kind in (part.POSITIONAL_OR_KEYWORD, part.KEYWORD_ONLY)}),
+    ):
         if name.name.endswith("__init__"):  # which the pack alone calls
             continue
         try:
             ours.bind(None, *arguments, **named)
         except TypeError as error:
-            return f"{name.name} takes {', '.join(by_position)} now, but {name.ours}: {error} (new: " \
-                   f"{', '.join(each for each in by_position if each not in ours.parameters)})."
+            return (
+                f"{name.name} takes {', '.join(by_position)} now, but {name.ours}: {error} (new: "
+                f"{', '.join(each for each in by_position if each not in ours.parameters)})."
+            )
     return None
 
 
@@ -204,11 +242,15 @@ def called(arguments: str) -> Any:
     """A function with this signature; a default is None."""
     spec, kinds = ast.parse(f"def call({arguments}): ...").body[0].args, inspect.Parameter
     needed = len(spec.args) - len(spec.defaults)
-    parameters = [kinds(part.arg, kinds.POSITIONAL_OR_KEYWORD, default=kinds.empty if place < needed else None)
-                  for place, part in enumerate(spec.args)]
+    parameters = [
+        kinds(part.arg, kinds.POSITIONAL_OR_KEYWORD, default=kinds.empty if place < needed else None)
+        for place, part in enumerate(spec.args)
+    ]
     parameters += [kinds(spec.vararg.arg, kinds.VAR_POSITIONAL)] if spec.vararg else []
-    parameters += [kinds(part.arg, kinds.KEYWORD_ONLY, default=kinds.empty if default is None else None)
-                   for part, default in zip(spec.kwonlyargs, spec.kw_defaults)]
+    parameters += [
+        kinds(part.arg, kinds.KEYWORD_ONLY, default=kinds.empty if default is None else None)
+        for part, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
+    ]
     parameters += [kinds(spec.kwarg.arg, kinds.VAR_KEYWORD)] if spec.kwarg else []
 
     def call() -> None: ...
@@ -253,7 +295,9 @@ def returned(function: Any) -> Iterator[ast.expr | None]:
 def test_every_import_from_comfyui_is_in_the_list():
     listed = {name.name for name in NAMES}
     missing = {
-        f"{path.stem}: {used}" for path in USERS for used in imported(tree_of(path))
+        f"{path.stem}: {used}"
+        for path in USERS
+        for used in imported(tree_of(path))
         if used not in listed and not any(one.startswith(f"{used}.") or one.startswith(f"{used}[") for one in listed)
     }
     assert not missing, f"add to hosts/comfy_names.py: {sorted(missing)}"
@@ -278,10 +322,23 @@ def test_every_override_of_a_comfyui_method_is_in_the_list():
 
 
 LANGUAGE = {
-    "__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__static_attributes__",
-    "__firstlineno__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__abstractmethods__", "_abc_impl",
-    "__parameters__", "__orig_bases__", "__slotnames__",
-}  # fmt: skip
+    "__module__",
+    "__qualname__",
+    "__doc__",
+    "__dict__",
+    "__weakref__",
+    "__annotations__",
+    "__static_attributes__",
+    "__firstlineno__",
+    "__annotate__",
+    "__annotate_func__",
+    "__annotations_cache__",
+    "__abstractmethods__",
+    "_abc_impl",
+    "__parameters__",
+    "__orig_bases__",
+    "__slotnames__",
+}
 """What Python itself puts into a class."""
 
 
@@ -304,8 +361,12 @@ def test_every_key_of_comfyuis_dictionaries_is_in_the_list():
     listed = {name.name.removesuffix("]").split("[")[1] for name in NAMES if name.kind == "key"}
     modules = {name.name.split("[")[0] for name in NAMES if name.kind == "key"} - {"comfy.sd"}  # which asks for weights
     theirs = {key for module in modules for key in keys(source_of(module))} - OTHERS
-    missing = {f"{path.stem}: {key}" for path in USERS if path.stem not in OUTSIDE
-               for key in keys(tree_of(path)) & theirs - listed}
+    missing = {
+        f"{path.stem}: {key}"
+        for path in USERS
+        if path.stem not in OUTSIDE
+        for key in keys(tree_of(path)) & theirs - listed
+    }
     assert not missing, f"add to hosts/comfy_names.py: {sorted(missing)}"
 
 
@@ -329,8 +390,11 @@ def test_what_is_listed_is_used_where_the_list_says(name: Name):
 
 
 def test_the_list_can_be_read_without_comfyui():
-    assert {part for part in imported(tree_of(ROOT / "hosts" / "comfy_names.py"), everything=True)
-            if part.split(".")[0] not in ("__future__", "dataclasses", "typing")} == set()
+    assert {
+        part
+        for part in imported(tree_of(ROOT / "hosts" / "comfy_names.py"), everything=True)
+        if part.split(".")[0] not in ("__future__", "dataclasses", "typing")
+    } == set()
 
 
 def test_no_entry_is_there_twice():
@@ -355,11 +419,17 @@ def imported(tree: ast.Module, everything: bool = False) -> set[str]:
     bound: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            bound |= {each.asname or each.name.split(".")[0]: each.name if each.asname else each.name.split(".")[0]
-                      for each in node.names if everything or is_comfy(each.name)}
+            bound |= {
+                each.asname or each.name.split(".")[0]: each.name if each.asname else each.name.split(".")[0]
+                for each in node.names
+                if everything or is_comfy(each.name)
+            }
         elif isinstance(node, ast.ImportFrom) and not node.level and (everything or is_comfy(node.module)):
-            bound |= {each.asname or each.name: f"{node.module}.{each.name}" for each in node.names
-                      if everything or not f"{node.module}.{each.name}".startswith(PUBLIC)}
+            bound |= {
+                each.asname or each.name: f"{node.module}.{each.name}"
+                for each in node.names
+                if everything or not f"{node.module}.{each.name}".startswith(PUBLIC)
+            }
     if everything:
         return set(bound.values())
     found: set[str] = set()
@@ -415,10 +485,18 @@ def own_names() -> frozenset[str]:
                     found.add(node.name)
                 if isinstance(node, ast.ClassDef):
                     lines = [line for line in node.body if isinstance(line, (ast.AnnAssign, ast.Assign))]
-                    found |= {part.id for line in lines for part in ast.walk(line)
-                              if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
-                if (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-                        and isinstance(node.value, ast.Name) and node.value.id == "self"):
+                    found |= {
+                        part.id
+                        for line in lines
+                        for part in ast.walk(line)
+                        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+                    }
+                if (
+                    isinstance(node, ast.Attribute)
+                    and isinstance(node.ctx, ast.Store)
+                    and isinstance(node.value, ast.Name)
+                    and node.value.id == "self"
+                ):
                     found.add(node.attr)
     return frozenset(found)
 
@@ -450,26 +528,56 @@ def owner_of(name: Name) -> Any:
     return None
 
 
-BUILT_IN = {name for kind in (torch.Tensor, torch.nn.Module, torch.device, torch.dtype, str, dict, list, set, tuple,
-                              Path, PurePath, torch.optim.AdamW, BaseException, object) for name in dir(kind)}
+BUILT_IN = {
+    name
+    for kind in (
+        torch.Tensor,
+        torch.nn.Module,
+        torch.device,
+        torch.dtype,
+        str,
+        dict,
+        list,
+        set,
+        tuple,
+        Path,
+        PurePath,
+        torch.optim.AdamW,
+        BaseException,
+        object,
+    )
+    for name in dir(kind)
+}
 BUILT_IN |= {"__annotations__", "bias", *torch.nn.Linear.__annotations__, *dir(torch.nn)}
 
 
 def asked_of_super(kind: ast.ClassDef) -> set[str]:
     return {
-        node.attr for node in ast.walk(kind)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call)
-        and isinstance(node.value.func, ast.Name) and node.value.func.id == "super"
+        node.attr
+        for node in ast.walk(kind)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Name)
+        and node.value.func.id == "super"
     }
 
 
 def keys(tree: ast.AST) -> set[str]:
     """What dictionaries are asked for."""
     asked = [node.slice for node in ast.walk(tree) if isinstance(node, ast.Subscript)]
-    asked += [node.args[0] for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args
-              and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop", "setdefault")]
-    asked += [node.left for node in ast.walk(tree)
-              if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn))]
+    asked += [
+        node.args[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and node.args
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("get", "pop", "setdefault")
+    ]
+    asked += [
+        node.left
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn))
+    ]
     return {node.value for node in asked if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
@@ -483,5 +591,12 @@ def constants(module: str) -> frozenset[str]:
     """Strings in a module's code."""
     tree = source_of(module)
     # An argument by name ends up as a key, too (**kwargs), and parts of an f-string are strings.
-    return frozenset(strings(tree) | {part.arg for node in ast.walk(tree) if isinstance(node, ast.arguments)
-                                      for part in (*node.args, *node.kwonlyargs)})
+    return frozenset(
+        strings(tree)
+        | {
+            part.arg
+            for node in ast.walk(tree)
+            if isinstance(node, ast.arguments)
+            for part in (*node.args, *node.kwonlyargs)
+        }
+    )

@@ -65,8 +65,16 @@ def alone(parts, model=None, positive=None) -> torch.Tensor:
     from blendswap.hosts.comfy_text import run_text
 
     with torch.inference_mode():
-        return run_text(model or parts[0], None, positive or parts[1], parts[2], 3.0, noisy(), 0,
-                        lambda host: host.guided(noisy(), SIGMA))
+        return run_text(
+            model or parts[0],
+            None,
+            positive or parts[1],
+            parts[2],
+            3.0,
+            noisy(),
+            0,
+            lambda host: host.guided(noisy(), SIGMA),
+        )
 
 
 @pytest.mark.parametrize("change", ["nothing", "patch", "schedule", "hook", "checkpoint"])
@@ -97,7 +105,7 @@ def test_each_side_answers_as_it_does_alone_whoever_was_last(parts, text_model, 
     with torch.inference_mode():
         made = run_beside(*sides, None, noisy(), 0, body)
     expected = [other, plain] if changed == "source" else [plain, other]
-    for one, which in zip(made, (0, 1, 0, 0, 1)):
+    for one, which in zip(made, (0, 1, 0, 0, 1), strict=True):
         torch.testing.assert_close(one, expected[which], rtol=0, atol=1e-5)
     torch.testing.assert_close(alone(parts), plain, rtol=0, atol=0)
 
@@ -162,10 +170,11 @@ def test_together_each_side_answers_as_it_does_alone(parts, batch):
         with both.attention(rows):
             made = both.guided(torch.cat(xs), SIGMA), both.guided(torch.cat(xs), SIGMA, own)
         return made, [
-            torch.cat([host.guided(x, SIGMA, null) for host, x in zip((source, target), xs)]) for null in (None, own)
+            torch.cat([host.guided(x, SIGMA, null) for host, x in zip((source, target), xs, strict=True)])
+            for null in (None, own)
         ]
 
-    for one, other in zip(*together(parts, body, batch=batch)):
+    for one, other in zip(*together(parts, body, batch=batch), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     # Each pass is as large as one of a plain run, which has both halves of the guidance.
     assert sorted(rows.passes) == sorted([("cond",) * 2 * batch, ("uncond",) * 2 * batch] * 2)
@@ -185,16 +194,19 @@ def longer(parts):
     return [[parts[2][0][0].repeat(1, 2, 1), dict(parts[2][0][1])]]
 
 
-@pytest.mark.parametrize(("why", "changes"), [
-    ("a patch", lambda parts: {"model": with_patch(parts)}),
-    ("another schedule", lambda parts: {"model": with_another_schedule(parts)}),
-    ("something that acts", lambda parts: {"model": with_function(parts)}),
-    ("a hook", lambda parts: {"positive": with_hook(parts)}),
-    ("an area", lambda parts: {"positive": with_area(parts)}),
-    ("several entries", lambda parts: {"positive": parts[1] + parts[2]}),
-    ("a longer text", lambda parts: {"positive": longer(parts)}),
-    ("another guidance", lambda parts: {"cfg": 4.0}),
-])
+@pytest.mark.parametrize(
+    ("why", "changes"),
+    [
+        ("a patch", lambda parts: {"model": with_patch(parts)}),
+        ("another schedule", lambda parts: {"model": with_another_schedule(parts)}),
+        ("something that acts", lambda parts: {"model": with_function(parts)}),
+        ("a hook", lambda parts: {"positive": with_hook(parts)}),
+        ("an area", lambda parts: {"positive": with_area(parts)}),
+        ("several entries", lambda parts: {"positive": parts[1] + parts[2]}),
+        ("a longer text", lambda parts: {"positive": longer(parts)}),
+        ("another guidance", lambda parts: {"cfg": 4.0}),
+    ],
+)
 def test_what_may_tell_the_rows_apart_keeps_them_apart(parts, why, changes):
     import dataclasses
 

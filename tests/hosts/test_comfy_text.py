@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,9 +41,16 @@ def run(parts, body: Callable, *, model=None, positive=None, negative=None, cfg=
 
     with torch.inference_mode():
         return run_text(
-            model or parts[0], vae, positive or parts[2], negative or parts[3], cfg, torch.zeros(1, 8, 16, 16), 0,
-            body, gradients=gradients,
-        )  # fmt: skip
+            model or parts[0],
+            vae,
+            positive or parts[2],
+            negative or parts[3],
+            cfg,
+            torch.zeros(1, 8, 16, 16),
+            0,
+            body,
+            gradients=gradients,
+        )
 
 
 def noisy(batch: int = 1) -> torch.Tensor:
@@ -65,17 +73,21 @@ def answers(host) -> list[torch.Tensor]:
     x = noisy(2)
     with torch.no_grad():
         return [
-            host.null, host.positive, host.guided(x, SIGMA), host.predict(x, SIGMA).x0, host.guided(x, SIGMA, other),
+            host.null,
+            host.positive,
+            host.guided(x, SIGMA),
+            host.predict(x, SIGMA).x0,
+            host.guided(x, SIGMA, other),
             *(host.branch(x, SIGMA, branch) for branch in ("cond", "uncond")),
             *(host.branch(x, SIGMA, branch, other) for branch in ("cond", "uncond")),
-        ]  # fmt: skip
+        ]
 
 
 @pytest.mark.parametrize("cfg", [1.0, CFG])
 def test_diffusers_gives_the_same_answers(parts, text_model: Path, cfg):
     ours = run(parts, answers, cfg=cfg)
     theirs = answers(DiffusersTextHost.from_pipeline(text_model, *PROMPTS, cfg))
-    for made, expected in zip(ours, theirs):
+    for made, expected in zip(ours, theirs, strict=True):
         close(made, expected)
 
 
@@ -88,16 +100,23 @@ def test_guidance_is_what_a_stock_sampler_is_guided_by(parts):
 
     def euler(host):
         x = start * sigmas[0]
-        for sigma, following in zip(sigmas, sigmas[1:]):
+        for sigma, following in itertools.pairwise(sigmas):
             x0 = host.guided(x, float(sigma))
             x = x0 + (x - x0) * following / sigma
-        return host._model.process_latent_out(x)
+        return host.guider.inner_model.process_latent_out(x)
 
     with torch.inference_mode():
         stock = comfy.sample.sample_custom(
-            model, start, CFG, comfy.samplers.sampler_object("euler"), sigmas, positive, negative,
-            torch.zeros_like(start), disable_pbar=True,
-        )  # fmt: skip
+            model,
+            start,
+            CFG,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            positive,
+            negative,
+            torch.zeros_like(start),
+            disable_pbar=True,
+        )
     close(run(parts, euler), stock)
 
 
@@ -113,13 +132,26 @@ def test_of_sdxl_the_embedding_alone_is_replaced(comfy):
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.SDXL({
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
-        "channel_mult": [1, 2], "transformer_depth": [0, 1], "transformer_depth_output": [1, 1, 0, 0],
-        "transformer_depth_middle": 1, "context_dim": 48, "adm_in_channels": 2816, "num_classes": "sequential",
-        "use_spatial_transformer": True, "use_linear_in_transformer": True, "legacy": False,
-        "use_temporal_attention": False,
-    })  # fmt: skip
+    config = comfy.supported_models.SDXL(
+        {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 32,
+            "num_res_blocks": [1, 1],
+            "channel_mult": [1, 2],
+            "transformer_depth": [0, 1],
+            "transformer_depth_output": [1, 1, 0, 0],
+            "transformer_depth_middle": 1,
+            "context_dim": 48,
+            "adm_in_channels": 2816,
+            "num_classes": "sequential",
+            "use_spatial_transformer": True,
+            "use_linear_in_transformer": True,
+            "legacy": False,
+            "use_temporal_attention": False,
+        }
+    )
     config.unet_config.pop("use_temporal_attention")
     config.unet_config["num_head_channels"] = 16
     config.set_inference_dtype(torch.float32, None)
@@ -136,9 +168,7 @@ def test_of_sdxl_the_embedding_alone_is_replaced(comfy):
 
     x = torch.randn(1, 4, 16, 16, generator=generator)
     given = dict(model=model, positive=conds(0, 0))
-    replaced = run(
-        (None,) * 4, lambda host: host.guided(x, SIGMA, texts[2]), negative=conds(1, 1), **given
-    )
+    replaced = run((None,) * 4, lambda host: host.guided(x, SIGMA, texts[2]), negative=conds(1, 1), **given)
     close(replaced, run((None,) * 4, lambda host: host.guided(x, SIGMA), negative=conds(2, 1), **given), 1e-5)
     other = run((None,) * 4, lambda host: host.guided(x, SIGMA), negative=conds(2, 2), **given)
     assert (replaced - other).abs().max() > 1e-4
@@ -159,7 +189,7 @@ def test_an_embedding_takes_the_place_of_the_entry_that_is_active(parts):
             *(host.branch(noisy(), sigma, "uncond") for sigma in (early, late)),
             *(host.branch(noisy(), sigma, "uncond", part) for sigma, part in ((early, tensor), (late, tensor * 0.5))),
             host.guided(noisy(), late, other),
-        ]  # fmt: skip
+        ]
 
     early, late, same_early, same_late, replaced = run(parts, body, negative=entries)
     close(early, same_early, 1e-5)
@@ -217,7 +247,7 @@ def test_gradients_of_half_precision_weights_point_the_same_way(fresh, dtype):
     # As small as a mean over a picture of 1024 pixels makes it.
     for size in (1.0, 1e-4):
 
-        def small(host):
+        def small(host, size=size):
             with torch.enable_grad():
                 null = host.null.clone().requires_grad_()
                 return torch.autograd.grad(size * host.guided(noisy(), SIGMA, null).square().mean(), null)[0]
@@ -271,9 +301,7 @@ def test_the_callers_model_and_conditioning_are_untouched(fresh):
         comfy.model_management.interrupt_current_processing()
         slope(host)
 
-    for body, error in (
-        (fails, RuntimeError), (interrupted, comfy.model_management.InterruptProcessingException)
-    ):  # fmt: skip
+    for body, error in ((fails, RuntimeError), (interrupted, comfy.model_management.InterruptProcessingException)):
         with pytest.raises(error):
             run(fresh, body, gradients=True)
         after = {key: id(value) for key, value in inner.items()}, positive[0][0], set(positive[0][1])
@@ -323,9 +351,9 @@ def test_models_without_a_noise_schedule_or_a_unet_with_text_are_refused_with_wo
     from blendswap.hosts import adm_comfy
     from blendswap.hosts.comfy_host import UnsupportedModel
 
-    with pytest.raises(UnsupportedModel, match="flow model .*Attention swapping .* SD 1.x, SD 2.x or SDXL"):
+    with pytest.raises(UnsupportedModel, match=r"flow model .*Attention swapping .* SD 1.x, SD 2.x or SDXL"):
         run(parts, guided, model=with_sampling(parts[0], "ModelSamplingDiscreteFlow", "CONST"))
-    with pytest.raises(UnsupportedModel, match="no Stable Diffusion UNet, but a .*load SD 1.x"):
+    with pytest.raises(UnsupportedModel, match=r"no Stable Diffusion UNet, but a .*load SD 1.x"):
         run(parts, guided, model=adm_comfy.load_native_model(pixel_prior, dtype=torch.float32))
 
 

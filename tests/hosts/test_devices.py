@@ -32,7 +32,11 @@ def test_the_pretended_device_refuses_float64():
     with Mps():
         there = torch.ones(2).to(MPS)
         assert type(there * 2) is OnMps and there.device == MPS and type(there.cpu()) is torch.Tensor
-        for refused in (lambda: there.double(), lambda: there.to(torch.float64), lambda: torch.zeros(1).double().to(MPS)):
+        for refused in (
+            lambda: there.double(),
+            lambda: there.to(torch.float64),
+            lambda: torch.zeros(1).double().to(MPS),
+        ):
             with pytest.raises(TypeError, match="float64"):
                 refused()
 
@@ -48,7 +52,10 @@ def test_an_edit_needs_no_float64_on_the_device():
         assert torch.equal(schedule.alphas_cumprod, Schedule.respaced(train, 10).alphas_cumprod)
         noise = CandidateNoise([1, 2], MPS)
         x, x0, learned = (noise.like(torch.Size([3, 8, 8])) for _ in range(3))
-        for step in (ddpm_step(schedule, x, x0, learned, x0, noise.like(x.shape[1:]), 5), ddim_step(schedule, x, x0, x0, 5)):
+        for step in (
+            ddpm_step(schedule, x, x0, learned, x0, noise.like(x.shape[1:]), 5),
+            ddim_step(schedule, x, x0, x0, 5),
+        ):
             assert type(step) is OnMps
         assert width_of(mask().to(MPS)) == width_of(mask()) == 24
 
@@ -81,7 +88,7 @@ def test_a_diffusers_host_needs_no_float64_on_the_device():
         assert type(there.train_sigmas) is OnMps and torch.equal(there.train_sigmas.cpu(), here.train_sigmas)
 
 
-# The main paths on ComfyUI ---------------------------------------------------------------------------------------------
+# The main paths on ComfyUI -------------------------------------------------------------------------------------------
 
 
 def load(folder: Path) -> SimpleNamespace:
@@ -106,7 +113,15 @@ def run(parts: SimpleNamespace, body, gradients: bool = True):
 
     with torch.inference_mode():
         return run_text(
-            parts.model, parts.vae, parts.positive, parts.negative, 2.0, torch.zeros(SHAPE), 0, body, gradients=gradients
+            parts.model,
+            parts.vae,
+            parts.positive,
+            parts.negative,
+            2.0,
+            torch.zeros(SHAPE),
+            0,
+            body,
+            gradients=gradients,
         )
 
 
@@ -148,13 +163,13 @@ def test_a_learner_samples_without_float64_on_the_device(parts):
         with Mps():
             x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(MPS)
             learner.text = lambda prompts: text
-            made = learner._ddim(x, ["a red star"], (64, 64), 3, 3.0)
+            made = learner.ddim(x, ["a red star"], (64, 64), 3, 3.0)
             assert type(made) is OnMps
         del learner.text
         torch.testing.assert_close(learner.decode(made.cpu()), expected, rtol=1e-4, atol=1e-5)
 
 
-# A VAE on another device ------------------------------------------------------------------------------------------------
+# A VAE on another device ---------------------------------------------------------------------------------------------
 
 
 def refuse_elsewhere(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +178,9 @@ def refuse_elsewhere(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def decode(latent, *arguments, **named):
         if isinstance(latent, OnMps):
-            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, mps:0 and cpu!")
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, mps:0 and cpu!"
+            )
         return real(latent, *arguments, **named)
 
     monkeypatch.setattr(network, "decode", decode)
@@ -202,7 +219,7 @@ def test_gradients_pass_a_vae_in_half_precision(parts, dtype):
     assert torch.isfinite(made).all() and torch.cosine_similarity(made.flatten(), expected.flatten(), dim=0) > 0.95
 
 
-# Out of memory ---------------------------------------------------------------------------------------------------------
+# Out of memory -------------------------------------------------------------------------------------------------------
 
 
 def accelerator_error(text: str) -> BaseException:
@@ -216,13 +233,16 @@ ERRORS = {
     "DirectML": lambda: RuntimeError(
         "Could not allocate tensor with 67108864 bytes. There is not enough GPU video memory available!"
     ),
-    "CPU": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    "CPU": lambda: RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
+    ),
     "cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 }
 OTHERS = [
-    RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    ValueError("out of memory"),
     accelerator_error("CUDA error: an illegal memory access"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", ERRORS)
@@ -241,7 +261,7 @@ def test_other_errors_are_not_out_of_memory(error):
     assert not memory.is_out_of_memory(error) and not comfy_host.is_out_of_memory(error)
 
 
-# No autocast ------------------------------------------------------------------------------------------------------------
+# No autocast ---------------------------------------------------------------------------------------------------------
 
 
 def test_fp32_enters_no_autocast_where_there_is_none(monkeypatch):
@@ -251,19 +271,23 @@ def test_fp32_enters_no_autocast_where_there_is_none(monkeypatch):
     with autocast(DIRECTML, "fp32"):
         pass
     for precision in ("fp16", "bf16"):
-        with pytest.raises(ValueError, match=f"precision is {precision}, but privateuseone:0 has no mixed precision.*fp32"):
+        with pytest.raises(
+            ValueError, match=f"precision is {precision}, but privateuseone:0 has no mixed precision.*fp32"
+        ):
             autocast(DIRECTML, precision)
 
 
 @pytest.mark.needs_comfy
 def test_a_concept_is_learned_in_fp32_on_a_device_without_autocast(parts, monkeypatch):
     from blendswap.hosts.comfy_learner import open_learner
-    from blendswap.nodes.concept_training import _precision
+    from blendswap.nodes.concept_training import trained_precision
 
-    assert _precision("auto", DIRECTML) == "fp32"
+    assert trained_precision("auto", DIRECTML) == "fp32"
 
     def none(*_, **__):
-        raise AssertionError("Tried to use AMP with the `privateuseone` backend, but the backend has not registered a module")
+        raise AssertionError(
+            "Tried to use AMP with the `privateuseone` backend, but the backend has not registered a module"
+        )
 
     monkeypatch.setattr(torch, "autocast", none)
     with torch.inference_mode(), open_learner(parts.model, parts.clip, parts.vae, LowRank(1), size=64) as learner:
@@ -272,14 +296,15 @@ def test_a_concept_is_learned_in_fp32_on_a_device_without_autocast(parts, monkey
     assert all(torch.isfinite(one).all() for one in slopes)
 
 
-# Quantised weights ------------------------------------------------------------------------------------------------------
+# Quantised weights ---------------------------------------------------------------------------------------------------
 
 
 def layers(parts: SimpleNamespace):
     return [
-        (name, module) for name, module in parts.model.model.diffusion_model.named_modules()
+        (name, module)
+        for name, module in parts.model.model.diffusion_model.named_modules()
         if isinstance(module, nn.Linear) and ".attn" in name and ".to_out" not in name
-    ]  # fmt: skip
+    ]
 
 
 def as_fp8(parts: SimpleNamespace) -> None:
@@ -300,9 +325,10 @@ def as_quantised_tensor(parts: SimpleNamespace) -> None:
     for name, old in layers(parts):
         scale = old.weight.abs().amax().float() / 448
         state = {
-            "weight": (old.weight.float() / scale).to(torch.float8_e4m3fn), "weight_scale": scale,
+            "weight": (old.weight.float() / scale).to(torch.float8_e4m3fn),
+            "weight_scale": scale,
             "comfy_quant": torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8),
-        }  # fmt: skip
+        }
         new = ops.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="cpu")
         if old.bias is not None:
             state["bias"] = old.bias.float()
@@ -331,7 +357,8 @@ def as_gguf(parts: SimpleNamespace) -> None:
     for _, module in layers(parts):
         module.weight = BytesOfGguf(module.weight.to(torch.float16).view(torch.uint8), requires_grad=False)
         module.forward = lambda x, module=module: nn.functional.linear(
-            x, module.weight.detach().clone().view(torch.float16).to(x.dtype),
+            x,
+            module.weight.detach().clone().view(torch.float16).to(x.dtype),
             None if module.bias is None else module.bias.to(x.dtype),
         )
 
@@ -375,7 +402,9 @@ def test_learning_refuses_quantised_weights_by_name(parts, kind, learned):
 
     with torch.inference_mode():
         QUANTISED[kind](parts)
-        with pytest.raises(UnsupportedModel, match=rf"The MODEL is quantised: .* is stored as .*{NAMES[kind]}.*fp16") as told:
+        with pytest.raises(
+            UnsupportedModel, match=rf"The MODEL is quantised: .* is stored as .*{NAMES[kind]}.*fp16"
+        ) as told:
             with open_learner(parts.model, parts.clip, parts.vae, learned, size=64):
                 pass
     assert "weight_dtype default" in str(told.value)

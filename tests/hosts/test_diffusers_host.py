@@ -28,9 +28,7 @@ def picture(size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("t", [1, 400, 999])
-def test_x0_is_what_diffusers_scheduler_makes_of_the_unet(
-    text_model: Path, tmp_path: Path, prediction: str, t: int
-):
+def test_x0_is_what_diffusers_scheduler_makes_of_the_unet(text_model: Path, tmp_path: Path, prediction: str, t: int):
     folder = tmp_path / "copy"
     shutil.copytree(text_model, folder)
     file = folder / "scheduler" / "scheduler_config.json"
@@ -53,23 +51,18 @@ def context(folder: Path, prompt: str) -> torch.Tensor:
     tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
         prompt, padding="max_length", max_length=77, return_tensors="pt"
     )
-    return CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)(
-        tokens.input_ids
-    )[0]
+    return CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)(tokens.input_ids)[0]
 
 
 def test_cfg_extrapolates_from_the_negative_to_the_prompt(text_model: Path):
     x = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         only = {
-            prompt: DiffusersHost.from_pipeline(text_model, prompt).predict(x, 2.0).x0
-            for prompt in (PROMPT, NEGATIVE)
+            prompt: DiffusersHost.from_pipeline(text_model, prompt).predict(x, 2.0).x0 for prompt in (PROMPT, NEGATIVE)
         }
         guided = DiffusersHost.from_pipeline(text_model, PROMPT, NEGATIVE, 3.0).predict(x, 2.0).x0
     assert (only[PROMPT] - only[NEGATIVE]).abs().max() > 1e-3
-    torch.testing.assert_close(
-        guided, only[NEGATIVE] + 3 * (only[PROMPT] - only[NEGATIVE]), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(guided, only[NEGATIVE] + 3 * (only[PROMPT] - only[NEGATIVE]), rtol=1e-3, atol=1e-4)
 
 
 def test_sigmas_ascend_over_the_training_schedule(text_model: Path, pixel_prior: Path):
@@ -80,11 +73,7 @@ def test_sigmas_ascend_over_the_training_schedule(text_model: Path, pixel_prior:
 def test_a_pixel_prior_works_on_the_picture_itself_and_learns_its_variance(pixel_prior: Path):
     host = DiffusersHost.from_prior(pixel_prior)
     image = picture(16)
-    assert (
-        torch.equal(host.encode(image), image)
-        and torch.equal(host.decode(image), image)
-        and host.downscale == 1
-    )
+    assert torch.equal(host.encode(image), image) and torch.equal(host.decode(image), image) and host.downscale == 1
     prediction = host.predict(image, 1.0)
     assert prediction.variance.shape == prediction.x0.shape == image.shape
 
@@ -143,9 +132,16 @@ def test_comfyui_makes_the_same_edit_with_a_pixel_prior(pixel_prior: Path, sampl
     with torch.inference_mode():
         native = adm_comfy.load_native_model(pixel_prior, dtype=torch.float32)
         made = comfy_host.run(
-            native, adm_comfy.pixel_space_vae(), None, None, 1.0, torch.zeros(2, 3, 16, 16), 0,
-            lambda host: edit(host, 16, sampler), gradients=True,
-        )  # fmt: skip
+            native,
+            adm_comfy.pixel_space_vae(),
+            None,
+            None,
+            1.0,
+            torch.zeros(2, 3, 16, 16),
+            0,
+            lambda host: edit(host, 16, sampler),
+            gradients=True,
+        )
     headless = edit(DiffusersHost.from_prior(pixel_prior), 16, sampler)
     assert (headless[0] - headless[1]).abs().max() > 0.01
     torch.testing.assert_close(made, headless, rtol=0, atol=2e-3)
@@ -158,12 +154,17 @@ def test_comfyui_makes_the_same_edit_with_a_text_model(text_model: Path):
 
     with torch.inference_mode():
         model, clip, vae = load_demo_text_model(text_model)
-        positive, negative = (
-            clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, NEGATIVE)
-        )
+        positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, NEGATIVE))
         made = comfy_host.run(
-            model, vae, positive, negative, CFG, torch.zeros(2, 8, 16, 16), 0,
-            lambda host: edit(host, 64, "ddpm"), gradients=True,
-        )  # fmt: skip
+            model,
+            vae,
+            positive,
+            negative,
+            CFG,
+            torch.zeros(2, 8, 16, 16),
+            0,
+            lambda host: edit(host, 64, "ddpm"),
+            gradients=True,
+        )
     headless = edit(DiffusersHost.from_pipeline(text_model, PROMPT, NEGATIVE, CFG), 64, "ddpm")
     torch.testing.assert_close(made, headless, rtol=0, atol=2e-3)

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from blendswap.demo import files, world
 from blendswap.hosts.diffusers_host import DiffusersHost
 from blendswap.hosts.diffusers_learner import DiffusersLearner
 from blendswap.hosts.learning import FullWeights, Learned, LowRank, TokenVectors
 
 PROMPT = "a red striped star"
-KINDS = [LowRank(2), LowRank(2, alpha=4.0, text_encoder=False, convolutions=True), FullWeights(),
-         FullWeights(text_encoder=False), TokenVectors("sks", "star", 2)]  # fmt: skip
+KINDS = [
+    LowRank(2),
+    LowRank(2, alpha=4.0, text_encoder=False, convolutions=True),
+    FullWeights(),
+    FullWeights(text_encoder=False),
+    TokenVectors("sks", "star", 2),
+]
 ALL_KINDS = pytest.mark.parametrize("learned", KINDS, ids=lambda learned: type(learned).__name__)
 
 
@@ -62,8 +68,12 @@ def test_gradients_reach_what_is_trained_and_nothing_else(learned: Learned) -> N
     assert begun and all(found[name].abs().max() > 0 for name in begun if "k_proj.bias" not in name)
     with_text = not isinstance(learned, TokenVectors) and learned.text_encoder
     assert any(name.startswith("text_encoder.") for name in found) == with_text
-    others = [p for part in (learner._unet, learner._encoder, learner._vae) for p in part.parameters()
-              if not any(p is mine for mine in parameters.values())]
+    others = [
+        p
+        for part in (learner.unet, learner.encoder, learner.vae)
+        for p in part.parameters()
+        if not any(p is mine for mine in parameters.values())
+    ]
     assert others and all(p.grad is None and not p.requires_grad for p in others)
 
 
@@ -83,9 +93,10 @@ def test_every_run_begins_alike(learned: Learned) -> None:
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.05), ("fp16", 0.02)])
-@pytest.mark.parametrize("learned", [LowRank(2), FullWeights(), TokenVectors("sks", "star")],
-                         ids=lambda learned: type(learned).__name__)  # fmt: skip
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("fp16", 0.02)])
+@pytest.mark.parametrize(
+    "learned", [LowRank(2), FullWeights(), TokenVectors("sks", "star")], ids=lambda learned: type(learned).__name__
+)
 def test_half_precision_with_checkpointing_has_about_the_same_gradients(learned, precision, tolerance) -> None:
     exact = gradients(DiffusersLearner(files.TEXT, learned), "a sks star")
     learner = DiffusersLearner(files.TEXT, learned, precision, gradient_checkpointing=True)
@@ -98,7 +109,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
     kept = []
     for checkpointing in (False, True):
         learner, sizes = DiffusersLearner(files.TEXT, FullWeights(), gradient_checkpointing=checkpointing), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
             learner.denoise(noisy(4), torch.tensor([5] * 4), learner.text([PROMPT] * 4))
         kept.append(sum(sizes))
     assert kept[1] < 0.7 * kept[0]
@@ -152,7 +163,7 @@ def test_sampling_shows_what_is_asked_for() -> None:
     pixels = ((made + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     everywhere = torch.ones(64, 64, dtype=torch.bool).numpy()
     found = [nearest_colour(row, everywhere) for row in pixels]
-    assert sum(colour in prompt for colour, prompt in zip(found, prompts)) >= 2
+    assert sum(colour in prompt for colour, prompt in zip(found, prompts, strict=True)) >= 2
 
 
 def test_a_row_is_the_same_beside_others_and_leaves_chance_alone() -> None:

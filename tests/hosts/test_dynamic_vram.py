@@ -37,9 +37,7 @@ def load(folder: Path, is_dynamic: bool) -> SimpleNamespace:
         for patcher, keys in ((model, CHANGED), (clip.patcher, changed_text(clip))):
             weights = patcher.model.state_dict()
             generator = torch.Generator().manual_seed(5)
-            difference = {
-                key: ("diff", (torch.randn(weights[key].shape, generator=generator) * 0.1,)) for key in keys
-            }
+            difference = {key: ("diff", (torch.randn(weights[key].shape, generator=generator) * 0.1,)) for key in keys}
             assert patcher.add_patches(difference, 1.0)
         made = SimpleNamespace(model=model, clip=clip, vae=vae)
         made.positive, made.negative = (
@@ -78,8 +76,6 @@ def parts(ordinary, text_model: Path, monkeypatch: pytest.MonkeyPatch) -> Simple
 
 def test_the_demos_text_model_is_loaded_in_one_dtype_whatever_the_files(text_model, monkeypatch, comfy):
     """Under dynamic VRAM ComfyUI's layers take a file's tensors as they are, to be cast at their use."""
-    import comfy.model_management
-
     from blendswap.hosts.sd_comfy import load_demo_text_model
 
     emulate(monkeypatch)
@@ -93,7 +89,14 @@ def run(parts: SimpleNamespace, body, *, cfg: float = 2.0, gradients: bool = Tru
 
     with torch.inference_mode():
         return comfy_host.run(
-            parts.model, parts.vae, parts.positive, parts.negative, cfg, torch.zeros(SHAPE), 0, body,
+            parts.model,
+            parts.vae,
+            parts.positive,
+            parts.negative,
+            cfg,
+            torch.zeros(SHAPE),
+            0,
+            body,
             gradients=gradients,
         )
 
@@ -262,7 +265,7 @@ def learned_gradients(of: SimpleNamespace, learned) -> dict[str, torch.Tensor]:
         latent = learner.encode(torch.zeros(1, 3, 64, 64))
         answer = learner.denoise(x + latent, torch.tensor([400]), learner.text(["a sks star"]))
         found = torch.autograd.grad((answer - target).square().mean(), list(learner.parameters.values()))
-        return {name: tensor.clone() for name, tensor in zip(learner.parameters, found)}
+        return {name: tensor.clone() for name, tensor in zip(learner.parameters, found, strict=True)}
 
 
 def test_learning_copies_no_raw_memory(parts):

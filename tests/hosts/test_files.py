@@ -91,10 +91,17 @@ def read_guide(path: Path) -> object:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
-@pytest.mark.parametrize(("made", "reader"), [
-    (inversion, read_inversion), (checkpoint, read_checkpoint), (plain, read_adm), (plain, read_guide),
-    (plain, read_safetensors),
-], ids=["inversion", "checkpoint", "prior", "CLIP or LPIPS", "any"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("made", "reader"),
+    [
+        (inversion, read_inversion),
+        (checkpoint, read_checkpoint),
+        (plain, read_adm),
+        (plain, read_guide),
+        (plain, read_safetensors),
+    ],
+    ids=["inversion", "checkpoint", "prior", "CLIP or LPIPS", "any"],
+)
 def test_a_file_that_was_read_is_not_held_while_its_tensors_live(tmp_path, made, reader):
     """Windows replaces no file that somebody has mapped."""
     path = tmp_path / "read.safetensors"

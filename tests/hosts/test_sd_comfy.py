@@ -77,9 +77,7 @@ def test_model_predicts_what_diffusers_unet_predicts(loaded, reference, t):
         eps = unet(x / (1 + sigma**2) ** 0.5, torch.full((2,), t), context).sample
         x0 = model.apply_model(x, sigma.expand(2), c_crossattn=context)
     assert eps.std() > 0.1
-    assert ((x - x0) / sigma - eps).abs().max() < (
-        1e-4 if t else 1e-3
-    )  # x - x0 loses digits at the smallest σ
+    assert ((x - x0) / sigma - eps).abs().max() < (1e-4 if t else 1e-3)  # x - x0 loses digits at the smallest σ
 
 
 def test_model_has_the_schedule_it_was_trained_on(loaded, text_model):
@@ -92,9 +90,7 @@ def test_model_has_the_schedule_it_was_trained_on(loaded, text_model):
 
 @pytest.mark.parametrize("prompt", [PROMPT, "", "a pink moon and a cyan dotted ring"])
 def test_clip_encodes_as_transformers_does(loaded, reference, prompt):
-    torch.testing.assert_close(
-        encode(loaded[1], prompt), reference_conditioning(reference, prompt), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(encode(loaded[1], prompt), reference_conditioning(reference, prompt), rtol=0, atol=1e-4)
 
 
 def test_prompt_weights_change_the_conditioning(loaded):
@@ -142,10 +138,7 @@ def test_model_and_vae_agree_on_the_latent(loaded, text_model):
     model, _, vae = loaded
     latent_format = model.get_model_object("latent_format")
     assert latent_format.latent_channels == vae.latent_channels == 8
-    assert (
-        latent_format.scale_factor
-        == json.loads((text_model / "vae" / "config.json").read_text())["scaling_factor"]
-    )
+    assert latent_format.scale_factor == json.loads((text_model / "vae" / "config.json").read_text())["scaling_factor"]
     assert vae.downscale_ratio == 4
     assert vae.encode(torch.rand(1, 64, 48, 3)).shape == (1, 8, 16, 12)
 
@@ -268,7 +261,5 @@ def test_v_prediction_is_read_from_the_scheduler(comfy, text_model, tmp_path):
 
     from blendswap.hosts.sd_comfy import load_demo_text_model
 
-    model, _, _ = load_demo_text_model(
-        changed(text_model, tmp_path, "scheduler", prediction_type="v_prediction")
-    )
+    model, _, _ = load_demo_text_model(changed(text_model, tmp_path, "scheduler", prediction_type="v_prediction"))
     assert isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION)

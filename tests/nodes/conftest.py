@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from blendswap.demo import files
 
 SOURCE, TARGET = "a red star on a blue sky background", "a green heart on a blue sky background"
@@ -53,8 +54,14 @@ class Kit:
         from blendswap.nodes.capture import AttentionCapture
 
         defaults = dict(
-            model=self.model, positive=self.prompts()[0], negative=self.prompts("", "")[0], seed=3, steps=STEPS,
-            cfg=4.0, storage="tape", latent=self.empty(),
+            model=self.model,
+            positive=self.prompts()[0],
+            negative=self.prompts("", "")[0],
+            seed=3,
+            steps=STEPS,
+            cfg=4.0,
+            storage="tape",
+            latent=self.empty(),
         )
         return self.run(AttentionCapture, **{**defaults, **more})
 
@@ -71,8 +78,17 @@ class Kit:
         """What sits on a MODEL and on its network."""
         unet = model.model.diffusion_model
         hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in unet.modules())
-        return json.dumps([repr(model.model_options), sorted(model.patches), sorted(model.object_patches),
-                           sorted(model.wrappers), sorted(model.callbacks), hooks], default=str)
+        return json.dumps(
+            [
+                repr(model.model_options),
+                sorted(model.patches),
+                sorted(model.object_patches),
+                sorted(model.wrappers),
+                sorted(model.callbacks),
+                hooks,
+            ],
+            default=str,
+        )
 
 
 def checksum(model: Any) -> float:
@@ -86,7 +102,8 @@ def concept(kit):
     generator = torch.Generator().manual_seed(1)
     patches = {
         f"diffusion_model.{key}": (torch.randn(weight.shape, generator=generator) * weight.float().std() * 0.2,)
-        for key, weight in model.model.diffusion_model.state_dict().items() if key.endswith("attn2.to_v.weight")
+        for key, weight in model.model.diffusion_model.state_dict().items()
+        if key.endswith("attn2.to_v.weight")
     }
     model.add_patches(patches)
     return model
@@ -109,7 +126,7 @@ def interrupted(comfy, monkeypatch) -> Callable[[], AbstractContextManager]:
 
         from blendswap.blending import sampler as core
 
-        calls, real = [], core._guided_prediction
+        calls, real = [], core.guided_prediction
 
         def interrupting(*arguments):
             calls.append(1)
@@ -118,7 +135,7 @@ def interrupted(comfy, monkeypatch) -> Callable[[], AbstractContextManager]:
             return real(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(core, "_guided_prediction", interrupting)
+            patch.setattr(core, "guided_prediction", interrupting)
             with pytest.raises(management.InterruptProcessingException):
                 yield
         assert len(calls) == 2

@@ -23,8 +23,15 @@ def svd(kit):
     from blendswap.nodes.attention_pictures import AttentionSVD
 
     def run(**more) -> tuple:
-        defaults = dict(model=kit.model, positive=kit.prompts()[0], negative=kit.prompts("", "")[0], components=4,
-                        steps=STEPS, cfg=4.0, latent=latent())
+        defaults = dict(
+            model=kit.model,
+            positive=kit.prompts()[0],
+            negative=kit.prompts("", "")[0],
+            components=4,
+            steps=STEPS,
+            cfg=4.0,
+            latent=latent(),
+        )
         return kit.run(AttentionSVD, **{**defaults, **more})
 
     return run
@@ -36,8 +43,15 @@ def words(kit):
     from blendswap.nodes.attention_pictures import WordMaps
 
     def run(**more) -> tuple:
-        defaults = dict(model=kit.model, positive=kit.prompts()[0], negative=kit.prompts("", "")[0], steps=STEPS,
-                        cfg=4.0, latent=latent(), tokens=kit.prompts()[2])
+        defaults = dict(
+            model=kit.model,
+            positive=kit.prompts()[0],
+            negative=kit.prompts("", "")[0],
+            steps=STEPS,
+            cfg=4.0,
+            latent=latent(),
+            tokens=kit.prompts()[2],
+        )
         return kit.run(WordMaps, **{**defaults, **more})
 
     return run
@@ -90,7 +104,7 @@ def test_words_of_other_scripts_have_maps_and_what_stands_for_a_letter_that_no_f
     pictures, masks, names, report = words(positive=source, tokens=pair, words="猫，звезда、café", latent=latent())
     assert names.splitlines() == ["猫", "звезда", "café"] and len(pictures) == len(masks) == 3
     assert legend(["猫"]) in report and "звезда: at most" in report
-    assert not torch.equal(*(one[masks.shape[1]:] for one in pictures[:2]))  # the strips with the words
+    assert not torch.equal(*(one[masks.shape[1] :] for one in pictures[:2]))  # the strips with the words
 
 
 def test_masks_are_those_of_the_other_host(kit, words):
@@ -105,7 +119,8 @@ def test_masks_are_those_of_the_other_host(kit, words):
         noise, sigmas = made_up(kit.model, latent(), 0, STEPS, "ddim_uniform", 4.0, [])
     known = kit.prompts()[2].source
     maps, _ = watch(
-        DiffusersTextHost.from_pipeline(TEXT, SOURCE, "", 4.0), (noise.clone(), sigmas),
+        DiffusersTextHost.from_pipeline(TEXT, SOURCE, "", 4.0),
+        (noise.clone(), sigmas),
         lambda layout, steps: WordMaps(word_layers(layout), chosen_words(known), len(known.ids), range(steps)),
     )
     torch.testing.assert_close(words()[1], word_masks(maps.maps(), (128, 128)), rtol=0, atol=2e-3)
@@ -131,8 +146,17 @@ def test_of_an_inversion_the_source_is_the_inverted_picture(kit, svd, words):
     image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         clean = {"samples": kit.vae.encode(image)}
-        inverted = kit.run(NullTextInvert, model=kit.model, vae=kit.vae, latent=clean, positive=kit.prompts()[0],
-                           negative=kit.prompts("", "")[0], method="direct", steps=3, cfg=2.0)[0]
+        inverted = kit.run(
+            NullTextInvert,
+            model=kit.model,
+            vae=kit.vae,
+            latent=clean,
+            positive=kit.prompts()[0],
+            negative=kit.prompts("", "")[0],
+            method="direct",
+            steps=3,
+            cfg=2.0,
+        )[0]
     _, _, by_step, report = svd(inversion=inverted, latent=None, vae=kit.vae)
     assert len(by_step) == 3 and "inversion by direct, 3 steps" in report
     pictures, masks, *_ = words(inversion=inverted, latent=None, vae=kit.vae, words="star", threshold=0.9)
@@ -191,7 +215,7 @@ def flow(kit):
         (lambda kit: dict(negative=None), "negative is not connected"),
         (lambda kit: dict(model=flow(kit)), "flow model"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_an_error_that_names_it(kit, words, changes, message):
     with pytest.raises(ValueError, match=message):
         words(**changes(kit))

@@ -23,7 +23,13 @@ def sample(parts):
     def run(image, mask, prompt=PROMPT, **changes):
         model, vae, guide = parts
         dials = dict(
-            seed=7, candidates=1, batch_size=4, preset="custom", guidance=300.0, steps=4, start=1,
+            seed=7,
+            candidates=1,
+            batch_size=4,
+            preset="custom",
+            guidance=300.0,
+            steps=4,
+            start=1,
             augment=ExtendingAugmentations(copies=2),
         )
         inputs = {"model": model, "vae": vae, "clip_guide": guide, **dials, **changes}
@@ -47,7 +53,7 @@ def random_image(height: int, width: int, channels: int = 3, batch: int = 1) -> 
 
 def centre_mask(height: int, width: int) -> torch.Tensor:
     mask = torch.zeros(1, height, width)
-    mask[:, height // 4:max(height * 3 // 4, 1), width // 4:max(width * 3 // 4, 1)] = 1
+    mask[:, height // 4 : max(height * 3 // 4, 1), width // 4 : max(width * 3 // 4, 1)] = 1
     return mask
 
 
@@ -59,7 +65,7 @@ def assert_kept_outside(source: torch.Tensor, results: torch.Tensor, mask: torch
 @pytest.mark.parametrize("size", [(64, 64), (33, 70), (100, 40), (150, 256), (5, 3)])
 def test_every_pixel_outside_the_mask_is_the_source_whatever_the_size(sample, size):
     image, mask = random_image(*size), centre_mask(*size)
-    images, scores, _, _ = sample(image, mask, candidates=2)
+    images, _scores, _, _ = sample(image, mask, candidates=2)
     assert images.shape == (2, *size, 3)
     assert_kept_outside(image, images, mask)
     inside = mask[0] == 1
@@ -138,9 +144,11 @@ def test_a_mask_of_another_size_is_resized_and_a_wrong_number_of_masks_refused(s
 
 def test_a_seed_gives_the_same_candidate_in_every_batch_size(sample):
     image, mask = scene_image()
+
     def made(**changes):
         images, *_ = sample(image, mask, prompt="", **changes)
         return (images * 255).round()
+
     together, apart = made(candidates=3, batch_size=3), made(candidates=3, batch_size=1)
     alone = made(seed=9, candidates=1)
     assert (together - apart).abs().max() <= 1
@@ -228,8 +236,16 @@ def test_a_vae_of_another_family_is_refused(sample, comfy):
 
 
 def snapshot(model) -> str:
-    return json.dumps([repr(model.model_options), sorted(model.patches), sorted(model.object_patches),
-                       sorted(model.wrappers), sorted(model.callbacks)], default=str)
+    return json.dumps(
+        [
+            repr(model.model_options),
+            sorted(model.patches),
+            sorted(model.object_patches),
+            sorted(model.wrappers),
+            sorted(model.callbacks),
+        ],
+        default=str,
+    )
 
 
 def test_an_interrupt_in_the_middle_leaves_the_model_as_it_was(sample, parts, interrupted):
@@ -260,7 +276,9 @@ def test_nan_in_the_model_is_named_and_the_next_run_is_as_from_fresh(sample, par
     assert torch.equal(fresh, again)
 
 
-def test_out_of_memory_in_the_guide_makes_the_chunks_smaller_and_gives_the_same_picture(sample, parts, monkeypatch, caplog):
+def test_out_of_memory_in_the_guide_makes_the_chunks_smaller_and_gives_the_same_picture(
+    sample, parts, monkeypatch, caplog
+):
     from blendswap.blending.augment import ExtendingAugmentations
 
     image, mask = scene_image()
@@ -299,11 +317,12 @@ def test_out_of_memory_with_a_batch_goes_on_with_smaller_ones(sample, parts, mon
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("pretended"), RuntimeError("MPS backend out of memory (MPS allocated: 17.89 GB)"),
+        torch.OutOfMemoryError("pretended"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.89 GB)"),
         getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
     ],
     ids=["CUDA", "MPS", "AcceleratorError"],
-)  # fmt: skip
+)
 def test_after_an_out_of_memory_the_next_picture_tries_the_whole_batch_again(sample, parts, monkeypatch, error):
     image = random_image(32, 32, batch=2)
     unet = parts[0].model.diffusion_model
@@ -327,7 +346,7 @@ def test_an_error_that_is_no_out_of_memory_comes_out_as_it_is(sample, parts, mon
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(type(parts[0].model.diffusion_model), "forward", broken)
-    with pytest.raises(RuntimeError, match="^mat1 and mat2"):
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
         sample(*scene_image(), candidates=2)
 
 
@@ -359,7 +378,7 @@ def test_a_large_picture_is_edited_in_a_window_and_kept_outside_the_mask(sample,
     assert_kept_outside(source, images, mask)
     if channels == 4:
         assert torch.equal(images[..., 3], source[..., 3].expand(2, -1, -1))
-    inside = (mask[0] == 1)
+    inside = mask[0] == 1
     assert (images[0][inside] != source[0][inside]).any(-1).float().mean() > 0.9
 
 
@@ -408,7 +427,7 @@ def test_each_picture_of_a_batch_has_a_window_of_its_own_around_all_parts_of_its
     images, _, _, summary = sample(image, masks, context=0.0)
     assert "20×20 pixels at (0, 0)" in summary and "60×60 pixels at (10, 95)" in summary
     for row in range(2):
-        assert_kept_outside(image[row:row + 1], images[row:row + 1], masks[row:row + 1])
+        assert_kept_outside(image[row : row + 1], images[row : row + 1], masks[row : row + 1])
     assert (images[1, 100:110, 10:20] != image[1, 100:110, 10:20]).any()
     assert (images[1, 140:150, 60:70] != image[1, 140:150, 60:70]).any()
 

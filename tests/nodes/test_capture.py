@@ -56,10 +56,13 @@ def test_auto_keeps_a_tape_where_it_fits_and_else_runs_the_source_again(kit):
     assert "held until ComfyUI drops this node's output" in large[2] and "of main memory" in large[2]
 
 
-@pytest.mark.parametrize(("free", "said"), [
-    (4 * 2**30, "memory for a tape: 1.0 GiB (a quarter of what is free)"),
-    (400 * 2**30, "memory for a tape: 8.0 GiB (the most without memory_gib)"),
-])
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        (4 * 2**30, "memory for a tape: 1.0 GiB (a quarter of what is free)"),
+        (400 * 2**30, "memory for a tape: 8.0 GiB (the most without memory_gib)"),
+    ],
+)
 def test_a_tape_takes_a_quarter_of_what_is_free_and_no_more_than_8_gib(kit, monkeypatch, free, said):
     import comfy.model_management
 
@@ -91,11 +94,12 @@ def runs_alive() -> Callable[[], list[str]]:
 
 
 def run_objects() -> list[Any]:
+    from comfy.samplers import CFGGuider
+
     from blendswap.attention_swap.capture import SourceRun
     from blendswap.attention_swap.swap import Recorder
     from blendswap.hosts.attention_comfy import AttentionAccess
     from blendswap.hosts.comfy_host import ComfyHost
-    from comfy.samplers import CFGGuider
 
     kinds = (AttentionAccess, CFGGuider, ComfyHost, Recorder, SourceRun)
     gc.collect()
@@ -141,8 +145,17 @@ def test_an_inversion_holds_nothing_of_its_run(kit, runs_alive):
 
     model = kit.model.clone()
     alive = weakref.ref(model)
-    made = kit.run(NullTextInvert, model=model, vae=kit.vae, latent={"samples": torch.randn(1, 8, 16, 16)},
-                   positive=kit.prompts()[0], method="ddim", steps=2, cfg=2.0, negative=kit.prompts("", "")[0])
+    made = kit.run(
+        NullTextInvert,
+        model=model,
+        vae=kit.vae,
+        latent={"samples": torch.randn(1, 8, 16, 16)},
+        positive=kit.prompts()[0],
+        method="ddim",
+        steps=2,
+        cfg=2.0,
+        negative=kit.prompts("", "")[0],
+    )
     del model
     gc.collect()
     assert made and alive() is None and not runs_alive()
@@ -155,6 +168,7 @@ def executor(kit):
 
     import execution
     import nodes
+
     from blendswap.nodes.capture import AttentionCapture
     from blendswap.nodes.demo import DemoModelLoader
     from blendswap.nodes.prompts import SwapPrompts
@@ -174,29 +188,60 @@ def executor(kit):
         del nodes.NODE_CLASS_MAPPINGS[name]
 
 
-
 def prompt(storage: str) -> dict:
     """A capture and a swap, shown."""
     return {
         "1": {"class_type": "DemoModelLoader", "inputs": {}},
-        "2": {"class_type": "SwapPrompts", "inputs": {
-            "clip": ["1", 1], "source_prompt": SOURCE, "target_prompt": TARGET, "source_subject": "",
-            "target_subject": "", "word_weights": ""}},
+        "2": {
+            "class_type": "SwapPrompts",
+            "inputs": {
+                "clip": ["1", 1],
+                "source_prompt": SOURCE,
+                "target_prompt": TARGET,
+                "source_subject": "",
+                "target_subject": "",
+                "word_weights": "",
+            },
+        },
         "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
-        "4": {"class_type": "AttentionCapture", "inputs": {
-            "model": ["1", 0], "positive": ["2", 0], "latent": ["3", 0], "seed": 1, "steps": STEPS, "cfg": 1.0,
-            "scheduler": "simple", "storage": storage, "memory_gib": 0.0, "for_sweep": False, "sample_source": True}},
-        "5": {"class_type": "AttentionSwapSampler", "inputs": {
-            "model": ["1", 0], "attention": ["4", 0], "positive": ["2", 1], "tokens": ["2", 2], "vae": ["1", 2],
-            "cfg": 0.0, "mask_side": "inside", "match_border": True}},
+        "4": {
+            "class_type": "AttentionCapture",
+            "inputs": {
+                "model": ["1", 0],
+                "positive": ["2", 0],
+                "latent": ["3", 0],
+                "seed": 1,
+                "steps": STEPS,
+                "cfg": 1.0,
+                "scheduler": "simple",
+                "storage": storage,
+                "memory_gib": 0.0,
+                "for_sweep": False,
+                "sample_source": True,
+            },
+        },
+        "5": {
+            "class_type": "AttentionSwapSampler",
+            "inputs": {
+                "model": ["1", 0],
+                "attention": ["4", 0],
+                "positive": ["2", 1],
+                "tokens": ["2", 2],
+                "vae": ["1", 2],
+                "cfg": 0.0,
+                "mask_side": "inside",
+                "match_border": True,
+            },
+        },
         "9": {"class_type": "PreviewImage", "inputs": {"images": ["5", 1]}},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("storage", ["tape", "replay"])
 def test_clearing_comfyuis_cache_gives_the_memory_back(executor, runs_alive, storage):
     """As its page does by /free (main.py): what is cached is dropped, the models are unloaded, garbage is collected."""
     import comfy.model_management
+
     from blendswap.attention_swap.capture import Capture
 
     def captures() -> list:
@@ -221,7 +266,7 @@ def test_comfyuis_cache_counts_a_tape_when_memory_runs_short(kit):
 
 
 def test_a_tape_that_does_not_fit_is_refused_with_the_cure(kit):
-    with pytest.raises(MemoryError, match="1.0 MiB of memory may be used. Set storage to replay"):
+    with pytest.raises(MemoryError, match=r"1.0 MiB of memory may be used. Set storage to replay"):
         kit.capture(storage="tape", memory_gib=1 / 1024)
 
 
@@ -232,8 +277,17 @@ def test_of_an_inversion_steps_and_cfg_hold(kit, method):
     image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         latent = {"samples": kit.vae.encode(image)}
-    made = kit.run(NullTextInvert, model=kit.model, vae=kit.vae, latent=latent, positive=kit.prompts()[0],
-                   method=method, steps=3, cfg=2.0, negative=kit.prompts("", "")[0])
+    made = kit.run(
+        NullTextInvert,
+        model=kit.model,
+        vae=kit.vae,
+        latent=latent,
+        positive=kit.prompts()[0],
+        method=method,
+        steps=3,
+        cfg=2.0,
+        negative=kit.prompts("", "")[0],
+    )
     negative = None if method == "negative_prompt" else kit.prompts("", "")[0]
     attention, result, summary = kit.capture(inversion=made[0], latent=None, steps=9, cfg=1.0, negative=negative)
     assert attention.capture.steps == 3 and attention.capture.cfg == 2.0
@@ -258,15 +312,18 @@ def nan_latent(kit) -> dict:
     return latent
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (lambda kit: {"latent": None}, "neither inversion nor latent is connected"),
-    (lambda kit: {"latent": nan_latent(kit)}, "latent holds NaN"),
-    (lambda kit: {"latent": {"samples": torch.randn(1, 8, 16, 16)}}, "neither empty nor noise.*NullTextInvert"),
-    (lambda kit: {"latent": {"samples": torch.ones(1, 4, 16, 16)}}, "MODEL takes \\[pictures, 8, height, width\\]"),
-    (lambda kit: {"negative": None}, "negative is not connected: .* or set cfg to 1"),
-    (lambda kit: {"steps": 1000}, "steps is 1000, but this model was trained on 1000 timesteps"),
-    (lambda kit: {"settings": kit.settings("custom", unit="steps")}, "self_output is 10 steps, but the run has 4"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (lambda kit: {"latent": None}, "neither inversion nor latent is connected"),
+        (lambda kit: {"latent": nan_latent(kit)}, "latent holds NaN"),
+        (lambda kit: {"latent": {"samples": torch.randn(1, 8, 16, 16)}}, "neither empty nor noise.*NullTextInvert"),
+        (lambda kit: {"latent": {"samples": torch.ones(1, 4, 16, 16)}}, "MODEL takes \\[pictures, 8, height, width\\]"),
+        (lambda kit: {"negative": None}, "negative is not connected: .* or set cfg to 1"),
+        (lambda kit: {"steps": 1000}, "steps is 1000, but this model was trained on 1000 timesteps"),
+        (lambda kit: {"settings": kit.settings("custom", unit="steps")}, "self_output is 10 steps, but the run has 4"),
+    ],
+)
 def test_bad_input_is_named_with_its_cure(kit, more, message):
     with pytest.raises(ValueError, match=message):
         kit.capture(**more(kit))
@@ -276,19 +333,36 @@ def inversion(kit, **changes):
     from blendswap.attention_swap.inversion import Inversion
 
     sigmas = torch.tensor([12.0, 4.0, 1.0, 0.0])
-    parts = dict(sigmas=sigmas, trajectory=torch.randn(4, 1, 8, 16, 16) * sigmas[:, None, None, None, None], null=None,
-                 method="ddim", cfg=4.0, facts={"model": type(kit.model.model).__name__})
+    parts = dict(
+        sigmas=sigmas,
+        trajectory=torch.randn(4, 1, 8, 16, 16) * sigmas[:, None, None, None, None],
+        null=None,
+        method="ddim",
+        cfg=4.0,
+        facts={"model": type(kit.model.model).__name__},
+    )
     return Inversion(**{**parts, **changes})
 
 
-@pytest.mark.parametrize(("changes", "more", "message"), [
-    ({"trajectory": torch.zeros(4, 1, 4, 16, 16)}, {}, "inversion was made with a \\w+ of 4 latent channels, MODEL is"),
-    ({"facts": {"model": "SDXL"}}, {}, "inversion was made with a SDXL .* invert it again with this one"),
-    ({"trajectory": torch.full((4, 1, 8, 16, 16), torch.nan)}, {}, "inversion holds NaN"),
-    ({"null": torch.zeros(3, 1, 77, 48), "method": "null_text"}, {}, "of 48 channels, the MODEL's text has 96"),
-    ({"null": torch.zeros(3, 1, 77, 96), "method": "null_text", "cfg": 1.0}, {}, "the inversion's null-text was made"),
-    ({}, {"latent": {"samples": torch.zeros(1, 8, 16, 16)}}, "inversion and latent are both connected"),
-])
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        (
+            {"trajectory": torch.zeros(4, 1, 4, 16, 16)},
+            {},
+            "inversion was made with a \\w+ of 4 latent channels, MODEL is",
+        ),
+        ({"facts": {"model": "SDXL"}}, {}, "inversion was made with a SDXL .* invert it again with this one"),
+        ({"trajectory": torch.full((4, 1, 8, 16, 16), torch.nan)}, {}, "inversion holds NaN"),
+        ({"null": torch.zeros(3, 1, 77, 48), "method": "null_text"}, {}, "of 48 channels, the MODEL's text has 96"),
+        (
+            {"null": torch.zeros(3, 1, 77, 96), "method": "null_text", "cfg": 1.0},
+            {},
+            "the inversion's null-text was made",
+        ),
+        ({}, {"latent": {"samples": torch.zeros(1, 8, 16, 16)}}, "inversion and latent are both connected"),
+    ],
+)
 def test_an_inversion_that_does_not_fit_is_refused(kit, changes, more, message):
     with pytest.raises(ValueError, match=message):
         kit.capture(inversion=inversion(kit, **changes), **{"latent": None, **more})

@@ -15,23 +15,42 @@ from typing import Any
 
 import pytest
 import torch
-from blendswap import run
-from blendswap.demo.server import start_server
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from blendswap import run
+from blendswap.demo.server import start_server
 
 from .conftest import SOURCE, checksum
 
 pytestmark = pytest.mark.needs_comfy
 
 FEW = dict(
-    steps=3, lr=1e-3, batch=1, accumulation=1, min_snr=0.0, flip=False, seed=0, checkpoint_every=1, preview_every=0,
-    size=0, precision="fp32", gradient_checkpointing=False, resume=True,
-)  # fmt: skip
+    steps=3,
+    lr=1e-3,
+    batch=1,
+    accumulation=1,
+    min_snr=0.0,
+    flip=False,
+    seed=0,
+    checkpoint_every=1,
+    preview_every=0,
+    size=0,
+    precision="fp32",
+    gradient_checkpointing=False,
+    resume=True,
+)
 DREAMBOOTH = dict(
-    FEW, instance_prompt="a sks star", token="sks", class_prompt="a star", what="lora", rank=2, text_encoder=True,
-    prior_weight=0.0, class_images=2,
-)  # fmt: skip
+    FEW,
+    instance_prompt="a sks star",
+    token="sks",
+    class_prompt="a star",
+    what="lora",
+    rank=2,
+    text_encoder=True,
+    prior_weight=0.0,
+    class_images=2,
+)
 INVERSION = dict(FEW, token="sks", initial_word="star", vectors=2, templates="a {}\na {} on a sky background", batch=2)
 
 
@@ -153,8 +172,10 @@ def class_files() -> set[Path]:
 def test_class_pictures_are_made_once_kept_and_added_to(dreambooth):
     prior = dict(prior_weight=1.0, class_prompt="a kept star", seed=11)
     before = class_files()
-    reports = [dreambooth(f"kept_{count}_{what}", class_images=count, what=what, **prior)[5]
-               for count, what in ((2, "lora"), (2, "full"), (3, "lora"))]
+    reports = [
+        dreambooth(f"kept_{count}_{what}", class_images=count, what=what, **prior)[5]
+        for count, what in ((2, "lora"), (2, "full"), (3, "lora"))
+    ]
     made = class_files() - before
     assert len(made) == 3 and len({path.parent for path in made}) == 1
     place = next(iter(made)).parent
@@ -230,9 +251,10 @@ def test_an_interrupt_keeps_what_was_learned_and_the_next_run_goes_on(request, m
 
     learn, kind = request.getfixturevalue(node), "loras" if node == "dreambooth" else "embeddings"
     whole = learn(f"whole_{node}")
-    with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+    with monkeypatch.context() as patched:
         interrupting(patched, 2)
-        learn(f"broken_{node}")
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            learn(f"broken_{node}")
     assert (folder(kind) / f"broken_{node}_interrupted.safetensors").is_file()
     assert not (folder(kind) / f"broken_{node}.safetensors").exists()
     again = learn(f"broken_{node}")
@@ -253,11 +275,13 @@ def test_an_interrupt_keeps_what_was_learned_beside_a_file_that_a_loader_has_ope
 
     monkeypatch.setattr(os, "replace", replace)
     for step in (1, 2):
-        with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+        with monkeypatch.context() as patched:
             interrupting(patched, step)
-            dreambooth("held")
+            with pytest.raises(comfy.model_management.InterruptProcessingException):
+                dreambooth("held")
     assert sorted(path.name for path in folder("loras").glob("held*")) == [
-        "held_interrupted.safetensors", "held_interrupted_00002.safetensors"
+        "held_interrupted.safetensors",
+        "held_interrupted_00002.safetensors",
     ]
 
 
@@ -272,9 +296,10 @@ def test_a_finished_training_goes_on_when_asked_for_more_steps_and_begins_anew_w
 def test_an_unfinished_training_with_other_settings_says_which_and_how_to_begin_anew(dreambooth, monkeypatch):
     import comfy.model_management
 
-    with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+    with monkeypatch.context() as patched:
         interrupting(patched, 1)
-        dreambooth("unfinished")
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            dreambooth("unfinished")
     with pytest.raises(ValueError, match=r"lr was 0.001, now 0.01.*switch resume off"):
         dreambooth("unfinished", lr=1e-2)
     assert "went on" not in dreambooth("unfinished", lr=1e-2, resume=False)[5]
@@ -283,24 +308,27 @@ def test_an_unfinished_training_with_other_settings_says_which_and_how_to_begin_
 @pytest.mark.parametrize("state", ["running", "finished"])
 def test_resume_off_loses_nothing_where_the_new_training_ends_at_once(dreambooth, monkeypatch, state):
     import comfy.model_management
+
     from blendswap.concepts import trainer
 
     name = f"anew_{state}"
     if state == "finished":
         dreambooth(name, steps=2)
     else:
-        with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+        with monkeypatch.context() as patched:
             interrupting(patched, 2)
-            dreambooth(name)
+            with pytest.raises(comfy.model_management.InterruptProcessingException):
+                dreambooth(name)
     before = {path.name: path.read_bytes() for path in folder("concepts").glob(f"{name}_*")}
 
     def stopped(*_):
         raise comfy.model_management.InterruptProcessingException
 
     for changes in ({"resume": False}, *([{"lr": 1e-2}] if state == "finished" else [])):
-        with monkeypatch.context() as patched, pytest.raises(comfy.model_management.InterruptProcessingException):
+        with monkeypatch.context() as patched:
             patched.setattr(trainer, "masked_error", stopped)
-            dreambooth(name, **changes)
+            with pytest.raises(comfy.model_management.InterruptProcessingException):
+                dreambooth(name, **changes)
         assert {path.name: path.read_bytes() for path in folder("concepts").glob(f"{name}_*")} == before
     assert "(went on after step 2)" in dreambooth(name)[5]
     assert "went on" not in dreambooth(name, resume=False)[5]
@@ -317,7 +345,7 @@ def test_a_loss_that_is_nan_stops_the_training_and_keeps_the_steps_before(dreamb
         return plain(*args) * (math.nan if len(calls) == 3 else 1)
 
     monkeypatch.setattr(trainer, "masked_error", failing)
-    *_, name, losses, _, report = dreambooth("nan")
+    *_, name, _losses, _, report = dreambooth("nan")
     assert "STOPPED: The loss or its gradient became NaN or infinite at step 3" in report
     assert all(torch.isfinite(tensor).all() for tensor in load_file(folder("loras") / name).values())
     monkeypatch.setattr(trainer, "masked_error", lambda *args: plain(*args) * math.nan)
@@ -346,35 +374,48 @@ def test_a_full_disk_is_said_no_half_file_is_left_and_the_next_run_goes_on(dream
 # Errors -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (lambda _: {"images": None}, "no reference picture: connect 3 to 20"),
-    (lambda pictures: {"images": torch.cat([pictures, torch.zeros_like(pictures[..., :1])], -1)},
-     "mask of reference 1 is empty"),
-    (lambda pictures: {"masks": torch.ones(2, 64, 64)}, r"masks is \[2, 64, 64\]: give one for all of the 3"),
-    (lambda pictures: {"masks": torch.zeros(1, 64, 64)}, "mask of reference 1 is empty"),
-    (lambda pictures: {"class_pictures": torch.cat([pictures, pictures[..., :1]], -1)}, "class_pictures has 4 channels.*Split Image"),
-    (lambda pictures: {"class_pictures": ((pictures[0].movedim(-1, 0), torch.ones(64, 64)),)},
-     "class_pictures has masks, which mean nothing here"),
-    (lambda _: {"token": "star", "instance_prompt": "a star"}, "token 'star' is a common word"),
-    (lambda _: {"token": "two words"}, "more than one word"),
-    (lambda _: {"instance_prompt": "a star"}, "without the token 'sks'"),
-    (lambda _: {"prior_weight": 1.0, "class_prompt": " "}, "class_prompt is empty, but prior_weight is above 0"),
-    (lambda _: {"name": "../evil"}, "which is a path"),
-    (lambda _: {"name": ""}, "name is empty"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda _: {"images": None}, "no reference picture: connect 3 to 20"),
+        (
+            lambda pictures: {"images": torch.cat([pictures, torch.zeros_like(pictures[..., :1])], -1)},
+            "mask of reference 1 is empty",
+        ),
+        (lambda pictures: {"masks": torch.ones(2, 64, 64)}, r"masks is \[2, 64, 64\]: give one for all of the 3"),
+        (lambda pictures: {"masks": torch.zeros(1, 64, 64)}, "mask of reference 1 is empty"),
+        (
+            lambda pictures: {"class_pictures": torch.cat([pictures, pictures[..., :1]], -1)},
+            "class_pictures has 4 channels.*Split Image",
+        ),
+        (
+            lambda pictures: {"class_pictures": ((pictures[0].movedim(-1, 0), torch.ones(64, 64)),)},
+            "class_pictures has masks, which mean nothing here",
+        ),
+        (lambda _: {"token": "star", "instance_prompt": "a star"}, "token 'star' is a common word"),
+        (lambda _: {"token": "two words"}, "more than one word"),
+        (lambda _: {"instance_prompt": "a star"}, "without the token 'sks'"),
+        (lambda _: {"prior_weight": 1.0, "class_prompt": " "}, "class_prompt is empty, but prior_weight is above 0"),
+        (lambda _: {"name": "../evil"}, "which is a path"),
+        (lambda _: {"name": ""}, "name is empty"),
+    ],
+)
 def test_what_cannot_be_learned_is_refused_with_the_cure(dreambooth, pictures, changes, message):
     given = {"name": "refused", **changes(pictures)}
     with pytest.raises(ValueError, match=message):
         dreambooth(given.pop("name"), **given)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"token": "star"}, "common word"),
-    ({"initial_word": ""}, "initial_word is empty"),
-    ({"templates": "a star"}, "must have {} once"),
-    ({"images": None}, "no reference picture"),
-    ({"name": "a/b"}, "which is a path"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token": "star"}, "common word"),
+        ({"initial_word": ""}, "initial_word is empty"),
+        ({"templates": "a star"}, "must have {} once"),
+        ({"images": None}, "no reference picture"),
+        ({"name": "a/b"}, "which is a path"),
+    ],
+)
 def test_so_it_is_for_a_word(inversion, changes, message):
     given = {"name": "refused", **changes}
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -413,9 +454,19 @@ def score(kit, pictures):
 
     def run(**changes: Any) -> tuple:
         inputs = dict(
-            model=kit.model, clip=kit.clip, vae=kit.vae, base_model=kit.model, base_clip=kit.clip, scorer=scorer,
-            prompt="a sks star", class_prompt="a star", samples=4, steps=3, cfg=4.0, images=pictures,
-        )  # fmt: skip
+            model=kit.model,
+            clip=kit.clip,
+            vae=kit.vae,
+            base_model=kit.model,
+            base_clip=kit.clip,
+            scorer=scorer,
+            prompt="a sks star",
+            class_prompt="a star",
+            samples=4,
+            steps=3,
+            cfg=4.0,
+            images=pictures,
+        )
         return kit.run(ConceptScore, **{**inputs, **changes})
 
     return run
@@ -436,12 +487,12 @@ def test_pictures_of_the_subject_itself_score_high(kit, score, monkeypatch):
     from blendswap.nodes.demo import DemoSubject
 
     drawn = DemoSubject.execute("flower", 4, seed=77).args[0]
-    plain = concept_score._pictures
+    plain = concept_score.sampled_pictures
 
     def pictures(model, clip, vae, words, *rest):
         return iter([drawn]) if words == "a sks star" else plain(model, clip, vae, words, *rest)
 
-    monkeypatch.setattr(concept_score, "_pictures", pictures)
+    monkeypatch.setattr(concept_score, "sampled_pictures", pictures)
     value, report, _ = score()
     assert value > 0.5 and report.startswith("known")
 
@@ -472,13 +523,23 @@ def test_a_training_whose_server_was_killed_goes_on_to_the_same_weights(comfy_pa
         return start_server(comfy_path, base, sys.executable, env=pages)
 
     def prompt(name: str) -> dict:
-        inputs = dict(DREAMBOOTH, steps=steps, prior_weight=1.0, name=name, model=["1", 0], clip=["1", 1], vae=["1", 2],
-                      images=["2", 0], alpha=0.0, all_layers=False)
+        inputs = dict(
+            DREAMBOOTH,
+            steps=steps,
+            prior_weight=1.0,
+            name=name,
+            model=["1", 0],
+            clip=["1", 1],
+            vae=["1", 2],
+            images=["2", 0],
+            alpha=0.0,
+            all_layers=False,
+        )
         return {
             "1": {"class_type": "DemoModelLoader", "inputs": {}},
             "2": {"class_type": "DemoSubject", "inputs": {"subject": "flower", "count": 3, "seed": 0}},
             "3": {"class_type": "LearnConceptDreamBooth", "inputs": inputs},
-        }  # fmt: skip
+        }
 
     base = tmp_path / "base"
     checkpoint = base / "output" / "concepts" / "killed_dreambooth.safetensors"

@@ -31,7 +31,7 @@ def picture(height: int = 128, width: int = 160) -> torch.Tensor:
 def mask() -> torch.Tensor:
     """Whose window, with a context of a half, is the square of `SIDE` at (`LEFT`, `TOP`)."""
     made = torch.zeros(1, 128, 160)
-    made[:, TOP + 16:TOP + 48, LEFT + 16:LEFT + 48] = 1
+    made[:, TOP + 16 : TOP + 48, LEFT + 16 : LEFT + 48] = 1
     return made
 
 
@@ -46,9 +46,23 @@ def edit(kit, parts):
 
     def made(image, mask, positive, window="on", **changes):
         inputs = dict(
-            model=kit.model, vae=kit.vae, clip_guide=parts[2], prompt="a blue star", seed=7, candidates=1, batch_size=1,
-            preset="custom", guidance=30.0, steps=4, start=1, augment=ExtendingAugmentations(copies=2), cfg=4.0,
-            positive=positive, negative=kit.prompts("", "")[0], match_border=False, window=window,
+            model=kit.model,
+            vae=kit.vae,
+            clip_guide=parts[2],
+            prompt="a blue star",
+            seed=7,
+            candidates=1,
+            batch_size=1,
+            preset="custom",
+            guidance=30.0,
+            steps=4,
+            start=1,
+            augment=ExtendingAugmentations(copies=2),
+            cfg=4.0,
+            positive=positive,
+            negative=kit.prompts("", "")[0],
+            match_border=False,
+            window=window,
         )
         images, _, _, summary = run(CLIPBlendSampler, image=image, mask=mask, **{**inputs, **changes})
         return images, summary
@@ -199,14 +213,18 @@ def test_places_fall_where_the_pictures_pixels_do_on_an_enlarged_and_padded_canv
     edges = (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)  # cells that the box touches
     text = torch.zeros(1, 77, 8)
     boxes = [(text, 5, 10, 5, 10), (text, 1, 1, 24, 32)]
-    places = [{"area": (5, 10, 5, 10)}, {"area": ("percentage", 0.2, 40 / 130, 0.2, 40 / 130)}, {"mask": box[0]},
-              {"gligen": ("position", None, boxes)}]
+    places = [
+        {"area": (5, 10, 5, 10)},
+        {"area": ("percentage", 0.2, 40 / 130, 0.2, 40 / 130)},
+        {"mask": box[0]},
+        {"gligen": ("position", None, boxes)},
+    ]
     given = [[text, options] for options in places]
     fitted = fit_conditioning(canvas, 4, positive=given)[0]["positive"]
     areas = [fitted[0][1]["area"], fitted[1][1]["area"], fitted[3][1]["gligen"][2][0][1:]]
     for height, width, top, left in areas:
         found = (top, top + height, left, left + width)
-        assert all(abs(one - other) <= 1 for one, other in zip(found, edges)), (found, edges)
+        assert all(abs(one - other) <= 1 for one, other in zip(found, edges, strict=True)), (found, edges)
     assert fitted[2][1]["mask"].shape[-2:] == canvas.source.shape[-2:]
     inner = (slice(0, canvas.inner[0] - 2), slice(0, canvas.inner[1] - 2))
     off = (fitted[2][1]["mask"][0][inner] > 0.5).float() - canvas.fit(box)[0, 0][inner]

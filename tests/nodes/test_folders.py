@@ -1,5 +1,5 @@
-"""Files that nodes name: found whatever system the workflow was made on, read again once they have changed, and named as
-the page would name them."""
+"""Files that nodes name: found whatever system the workflow was made on, read again once they have changed, and named
+as the page would name them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,28 @@ pytestmark = pytest.mark.needs_comfy
 LPIPS_FILE = "alexnet-owt-7be5be79.pth"
 # Node class by module of blendswap.nodes, its input, a choice, and the file behind it from models/ or output/.
 READERS = [
-    ("clip_guide", "CLIPGuideLoader", "clip_name", "people/face.safetensors", "models/clip_guidance/people/face.safetensors"),
+    (
+        "clip_guide",
+        "CLIPGuideLoader",
+        "clip_name",
+        "people/face.safetensors",
+        "models/clip_guidance/people/face.safetensors",
+    ),
     ("clip_guide", "CLIPGuideLoader", "clip_name", "folder", "models/clip_guidance/folder/deep/tokenizer.json"),
-    ("guided_diffusion", "GuidedDiffusionLoader", "checkpoint", "people/face.pt", "models/guided_diffusion/people/face.pt"),
-    ("guided_diffusion", "GuidedDiffusionLoader", "checkpoint", "folder", "models/guided_diffusion/folder/weights.safetensors"),
+    (
+        "guided_diffusion",
+        "GuidedDiffusionLoader",
+        "checkpoint",
+        "people/face.pt",
+        "models/guided_diffusion/people/face.pt",
+    ),
+    (
+        "guided_diffusion",
+        "GuidedDiffusionLoader",
+        "checkpoint",
+        "folder",
+        "models/guided_diffusion/folder/weights.safetensors",
+    ),
     ("invert", "LoadInversion", "file", "people/face.safetensors", "output/inversions/people/face.safetensors"),
     ("blend", "CLIPBlendSampler", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
     ("report", "EditReport", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
@@ -32,6 +50,7 @@ CHOSEN = [reader for reader in READERS if reader[2] != "lpips"]
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Empty models/ and output/ with the pack's folders registered in them, and a model folder of each kind."""
     import folder_paths
+
     from blendswap.nodes import folders
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))

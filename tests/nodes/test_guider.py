@@ -35,8 +35,14 @@ def guider(parts):
         from blendswap.nodes.guider import CLIPBlendGuider
 
         inputs = dict(
-            model=parts[0], vae=parts[1], image=picture(), mask=box(), clip_guide=parts[2], prompt="a red star",
-            guidance=300.0, augment=ExtendingAugmentations(copies=2),
+            model=parts[0],
+            vae=parts[1],
+            image=picture(),
+            mask=box(),
+            clip_guide=parts[2],
+            prompt="a red star",
+            guidance=300.0,
+            augment=ExtendingAugmentations(copies=2),
         )
         return run(CLIPBlendGuider, **{**inputs, **changes})[0]
 
@@ -72,7 +78,9 @@ def sampled(guider, name: str = "euler", steps: int = 4, batch: int = 1, **more)
         noise = run(custom.RandomNoise, noise_seed=SEED)[0]
         levels = sigmas(guider.model_patcher, steps, more.pop("scheduler", "normal"))
         sampler = comfy.samplers.sampler_object(name)
-        inputs = dict(noise=noise, guider=guider, sampler=sampler, sigmas=levels, latent_image={"samples": samples, **more})
+        inputs = dict(
+            noise=noise, guider=guider, sampler=sampler, sigmas=levels, latent_image={"samples": samples, **more}
+        )
         return run(custom.SamplerCustomAdvanced, **inputs)[0]["samples"]
 
 
@@ -91,18 +99,25 @@ def source_of(guider) -> torch.Tensor:
 # Samplers -------------------------------------------------------------------------------------------------
 
 
-def test_every_sampler_of_comfyui_keeps_the_background_or_is_refused_by_name(guider):
+def is_refused(name: str) -> bool:
     import comfy.samplers
 
     from blendswap.hosts.comfy_guider import refuse_sampler
 
+    try:
+        refuse_sampler(comfy.samplers.sampler_object(name))
+    except ValueError:
+        return True
+    return False
+
+
+def test_every_sampler_of_comfyui_keeps_the_background_or_is_refused_by_name(guider):
+    import comfy.samplers
+
     refused = []
     for name in comfy.samplers.SAMPLER_NAMES:
         made = guider(gradient="direct")
-        try:
-            refuse_sampler(comfy.samplers.sampler_object(name))
-        except ValueError as error:
-            assert name in str(error)
+        if is_refused(name):
             refused.append(name)
             with pytest.raises(ValueError, match=f"The sampler {name} cannot be used with CLIPBlendGuider: .*"):
                 sampled(made, name)
@@ -113,9 +128,7 @@ def test_every_sampler_of_comfyui_keeps_the_background_or_is_refused_by_name(gui
         assert result.isfinite().all(), name
         assert difference[..., kept].max() < 1e-4, name
         assert difference[..., changed].mean() > 0.05, name
-    assert {name for name in refused if "cfg_pp" not in name} == {
-        "dpm_fast", "dpm_adaptive", "uni_pc", "uni_pc_bh2"
-    }
+    assert {name for name in refused if "cfg_pp" not in name} == {"dpm_fast", "dpm_adaptive", "uni_pc", "uni_pc_bh2"}
 
 
 @pytest.mark.parametrize("scheduler", ["simple", "karras", "sgm_uniform"])
@@ -207,12 +220,12 @@ def test_the_callers_model_stays_as_it_was_also_after_an_interrupt(guider, parts
 
 def test_a_latent_of_another_size_a_batch_and_an_odd_size_are_refused(guider):
     made = guider()
-    with pytest.raises(ValueError, match="image is 30×64 pixels.*divides"):
+    with pytest.raises(ValueError, match=r"image is 30×64 pixels.*divides"):
         guider(image=picture()[:, :, :30], mask=box()[..., :30])
     with pytest.raises(ValueError, match="image holds 2 pictures"):
         guider(image=picture().repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match="latent_image is for a picture of 64×32 pixels"):
-        made._check_size(torch.zeros(1, 3, 32, 64))
+        made.check_size(torch.zeros(1, 3, 32, 64))
 
 
 @pytest.mark.parametrize("size", [(40, 72), (43, 74)])
@@ -232,8 +245,12 @@ def test_a_latent_model_takes_every_size_that_its_vae_encodes_and_the_paste_puts
         encoded, noise = vae.encode(image), run(custom.RandomNoise, noise_seed=SEED)[0]
         assert encoded.shape[-2:] == (10, 18)
         samples = run(
-            custom.SamplerCustomAdvanced, noise=noise, guider=made, sampler=comfy.samplers.sampler_object("euler"),
-            sigmas=sigmas(model), latent_image={"samples": encoded},
+            custom.SamplerCustomAdvanced,
+            noise=noise,
+            guider=made,
+            sampler=comfy.samplers.sampler_object("euler"),
+            sigmas=sigmas(model),
+            latent_image={"samples": encoded},
         )[0]["samples"]
         result = vae.decode(samples)
     (pasted,) = run(ExactPaste, source=image, result=result, mask=mask)
@@ -285,8 +302,9 @@ def test_a_paste_takes_the_drift_around_the_mask_out_of_what_is_inside_where_ask
     ("source", "result"), [((67, 101), (64, 100)), ((67, 101), (64, 96)), ((1085, 33), (1080, 32))]
 )
 def test_a_result_that_a_vae_cut_is_pasted_where_it_was_cut_and_it_is_said(comfy, source, result):
-    import comfy.sd
     import math
+
+    import comfy.sd
 
     from blendswap.hosts.adm_comfy import pixel_space_vae
     from blendswap.nodes.guider import ExactPaste
@@ -323,8 +341,8 @@ def test_a_result_of_a_size_that_no_vae_cuts_is_refused(result):
 def test_a_report_on_what_a_vae_cut_names_the_node_that_puts_it_back():
     from blendswap.nodes.report import EditReport
 
-    with pytest.raises(ValueError, match="source is 101×67 .*result 100×64: a VAE cut it.*Exact Paste"):
-        source, result = torch.zeros(1, 67, 101, 3), torch.zeros(1, 64, 100, 3)
+    source, result = torch.zeros(1, 67, 101, 3), torch.zeros(1, 64, 100, 3)
+    with pytest.raises(ValueError, match=r"source is 101×67 .*result 100×64: a VAE cut it.*Exact Paste"):
         run(EditReport, source=source, result=result, mask=torch.ones(1, 64, 100))
 
 

@@ -24,9 +24,21 @@ def sample(parts):
         """images, scores, losses, summary"""
         model, vae, guide = parts
         inputs = dict(
-            model=model, vae=vae, clip_guide=guide, seed=7, candidates=1, batch_size=4, preset="custom",
-            guidance=300.0, steps=4, start=1, augment=ExtendingAugmentations(copies=2), image=scene(), mask=mask,
-            prompt=prompt, shrink="off",
+            model=model,
+            vae=vae,
+            clip_guide=guide,
+            seed=7,
+            candidates=1,
+            batch_size=4,
+            preset="custom",
+            guidance=300.0,
+            steps=4,
+            start=1,
+            augment=ExtendingAugmentations(copies=2),
+            image=scene(),
+            mask=mask,
+            prompt=prompt,
+            shrink="off",
         )
         return run(CLIPBlendSampler, **{**inputs, **changes})
 
@@ -77,7 +89,7 @@ def test_regions_form_a_chain_in_their_order():
 
 
 def test_a_run_with_a_region_that_covers_nothing_of_the_picture_is_refused_by_its_number(sample):
-    with pytest.raises(ValueError, match="mask of region 2.* is empty"):
+    with pytest.raises(ValueError, match=r"mask of region 2.* is empty"):
         sample(box(4, 28), "a red star", regions=region(torch.zeros(1, 64, 64), "a blue ring"))
 
 
@@ -91,7 +103,7 @@ def test_a_region_may_be_larger_than_the_nodes_own_and_may_ask_for_nothing(sampl
 def test_a_negative_prompt_and_a_picture_each_change_what_is_made(sample):
     mask = box(16, 48)
     plain, _, _, _ = sample(mask, "a red star")
-    away, _, losses, summary = sample(mask, "a red star", negative_prompt="a blue ring")
+    away, _, _losses, summary = sample(mask, "a red star", negative_prompt="a blue ring")
     assert "away from 'a blue ring' (demo" in summary and "-0.5)" in summary and not torch.equal(plain, away)
     target = torch.zeros(1, 40, 30, 3)
     target[..., 1] = 1
@@ -121,7 +133,9 @@ def test_the_text_guard_pushes_away_from_the_written_prompt_and_the_candidates_h
     mask = box(16, 48)
     plain, *_ = sample(mask, "a red star")
     images, scores, _, summary = sample(mask, "a red star", text_guard=0.5, candidates=2)
-    assert "away from writing 'a red star' (demo, -0.5)" in summary and not any(torch.equal(plain[0], i) for i in images)
+    assert "away from writing 'a red star' (demo, -0.5)" in summary and not any(
+        torch.equal(plain[0], i) for i in images
+    )
     contrasts = ["the word a red star", "the written word a red star", "text that says a red star"]
     with torch.inference_mode(False), torch.no_grad():
         again = score(to_bchw(images.clone()), mask[None].clone(), "a red star", parts[2].load(), contrasts=contrasts)
@@ -162,13 +176,13 @@ def test_a_guide_connected_twice_is_loaded_once(parts):
 def test_a_schedule_says_which_steps_are_guided(sample, monkeypatch):
     from blendswap.blending import sampler as core
 
-    factors, real = [], core._guided_prediction
+    factors, real = [], core.guided_prediction
 
     def watched(*arguments):
         factors.append(arguments[-1])
         return real(*arguments)
 
-    monkeypatch.setattr(core, "_guided_prediction", watched)
+    monkeypatch.setattr(core, "guided_prediction", watched)
     mask = box(16, 48)
     sample(mask, "a red star", steps=6, start=0, schedule=schedule(start=0.3, every=2, curve="early"))
     assert factors == [3.0, 1.0]
@@ -181,7 +195,7 @@ def test_a_schedule_says_which_steps_are_guided(sample, monkeypatch):
 
 
 def test_a_schedule_that_ends_before_it_starts_is_refused():
-    with pytest.raises(ValueError, match="start is 0.5 and end is 0.5"):
+    with pytest.raises(ValueError, match=r"start is 0.5 and end is 0.5"):
         schedule(start=0.5, end=0.5)
 
 
@@ -243,5 +257,5 @@ def test_a_guide_vae_of_another_family_is_refused(latent_parts, sample, parts):
 
 
 def test_a_background_loss_does_not_go_with_a_window(latent_parts, sample):
-    with pytest.raises(ValueError, match="guide_decode is 'window'.*choose 'whole'"):
+    with pytest.raises(ValueError, match=r"guide_decode is 'window'.*choose 'whole'"):
         edit_latent(latent_parts, sample, guide_decode="window", background_weight=1.0, lpips="demo")

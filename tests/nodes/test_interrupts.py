@@ -1,4 +1,4 @@
-"""ComfyUI's interrupt at any evaluation of a run: the MODEL as it was, the memory back, the next run like a fresh one."""
+"""ComfyUI's interrupt at any evaluation of a run: the MODEL as it was, memory back, the next run as if fresh."""
 
 from __future__ import annotations
 
@@ -21,8 +21,17 @@ def invert(kit) -> Run:
     from blendswap.nodes.invert import NullTextInvert
 
     latent = {"samples": torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(1)) * 0.5}
-    inputs = dict(model=kit.model, vae=kit.vae, latent=latent, positive=kit.prompts()[0], steps=STEPS, inner_steps=2,
-                  negative=kit.prompts("", "")[0], method="null_text", optimiser="published")
+    inputs = dict(
+        model=kit.model,
+        vae=kit.vae,
+        latent=latent,
+        positive=kit.prompts()[0],
+        steps=STEPS,
+        inner_steps=2,
+        negative=kit.prompts("", "")[0],
+        method="null_text",
+        optimiser="published",
+    )
     return lambda: kit.run(NullTextInvert, **inputs)[0].null
 
 
@@ -39,8 +48,18 @@ def sweep(kit) -> Run:
     from blendswap.nodes.sweep import AttentionSwapSweep
 
     _, positive, tokens, _ = kit.prompts()
-    inputs = dict(model=kit.model, attention=kit.capture(for_sweep=True)[0], positive=positive, vae=kit.vae,
-                  unit="of 50 steps", self_map="0, 25", cross_map="", self_output="", tokens=tokens, mask=half_mask())
+    inputs = dict(
+        model=kit.model,
+        attention=kit.capture(for_sweep=True)[0],
+        positive=positive,
+        vae=kit.vae,
+        unit="of 50 steps",
+        self_map="0, 25",
+        cross_map="",
+        self_output="",
+        tokens=tokens,
+        mask=half_mask(),
+    )
     return lambda: kit.run(AttentionSwapSweep, **inputs)[1]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from blendswap.demo import world
 
 pytestmark = pytest.mark.needs_comfy
@@ -40,8 +41,18 @@ def invert(parts):
         key = (method, *sorted(changes.items())) if plain else None
         if key is None or key not in made:
             model, vae, image, latent, positive, negative = parts
-            inputs = dict(model=model, vae=vae, latent=latent, positive=positive, negative=negative, image=image,
-                          method=method, steps=STEPS, inner_steps=2, lpips="demo")
+            inputs = dict(
+                model=model,
+                vae=vae,
+                latent=latent,
+                positive=positive,
+                negative=negative,
+                image=image,
+                method=method,
+                steps=STEPS,
+                inner_steps=2,
+                lpips="demo",
+            )
             with torch.inference_mode():
                 output = NullTextInvert.execute(**{**inputs, **changes}).args
             if key is None:
@@ -59,8 +70,18 @@ def stock(model, noise, positive, negative, *, steps=STEPS, cfg=7.5, sampler="eu
     with torch.inference_mode():
         latent = noise["samples"]
         return comfy.sample.sample(
-            model, torch.zeros_like(latent), steps, cfg, sampler, scheduler, positive, negative, latent,
-            disable_noise=True, disable_pbar=True, seed=0,
+            model,
+            torch.zeros_like(latent),
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            positive,
+            negative,
+            latent,
+            disable_noise=True,
+            disable_pbar=True,
+            seed=0,
         )
 
 
@@ -122,7 +143,7 @@ def test_null_text_is_better_than_plain_inversion_and_direct_reaches_the_bound(i
 
 
 def test_pictures_figures_and_facts_come_along(parts, invert):
-    inversion, noise, null, reconstruction, report, losses = invert()
+    inversion, _noise, null, reconstruction, report, losses = invert()
     assert reconstruction.shape == parts[2].shape and losses.ndim == 4 and losses.shape[-1] == 3
     assert len(null) == STEPS and null[0][1].keys() >= {"start_percent", "end_percent"}
     assert inversion.facts["psnr_source"] == pytest.approx(quality(report), abs=0.01)
@@ -136,7 +157,7 @@ def test_without_the_picture_the_report_says_so(invert):
 
 
 def test_a_picture_that_the_vae_cut_is_compared_where_it_was_kept(parts, invert):
-    model, vae, image, *_ = parts
+    _model, vae, image, *_ = parts
     larger = torch.nn.functional.pad(image, (0, 0, 1, 2, 2, 1), value=0.5)
     with torch.inference_mode():
         latent = {"samples": vae.encode(larger)}
@@ -179,6 +200,7 @@ def test_progress_runs_over_both_ways_with_a_preview(parts, invert, monkeypatch)
 def output(tmp_path: Path, monkeypatch) -> Path:
     """ComfyUI's output folder, empty, with the pack's folders registered in it."""
     import folder_paths
+
     from blendswap.nodes import folders
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
@@ -226,7 +248,7 @@ def test_what_was_unpacked_samples_like_what_was_inverted(parts, invert, output)
     assert torch.equal(unpacked["samples"], noise["samples"]) and cfg == 7.5
     assert torch.equal(sigmas, inversion.sigmas)
     assert [entry[1]["start_percent"] for entry in conditioning] == [entry[1]["start_percent"] for entry in null]
-    assert all(torch.equal(one[0], two[0]) for one, two in zip(conditioning, null))
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(conditioning, null, strict=True))
 
 
 def test_an_empty_list_and_names_outside_say_what_to_do(output):
@@ -251,8 +273,9 @@ def test_nothing_is_written_outside_the_folder(invert, output):
 
 @pytest.mark.parametrize("kind", ["foreign", "damaged"])
 def test_a_file_that_is_no_inversion_is_refused(invert, output, kind):
-    from blendswap.nodes.invert import LoadInversion, SaveInversion
     from safetensors.torch import save_file
+
+    from blendswap.nodes.invert import LoadInversion, SaveInversion
 
     (file,) = SaveInversion.execute(invert("direct")[0]).args
     path = output / "inversions" / file
@@ -299,7 +322,7 @@ def test_a_model_without_a_noise_schedule_is_refused(parts, invert):
 
     model = parts[0].clone()
     model.add_object_patch("model_sampling", Flow(model.model.model_config))
-    with pytest.raises(ValueError, match="The MODEL is a flow model.*load SD 1.x"):
+    with pytest.raises(ValueError, match=r"The MODEL is a flow model.*load SD 1.x"):
         invert(model=model)
 
 

@@ -26,8 +26,18 @@ def sample(parts):
     def made(image, mask, **changes):
         model, vae, guide = parts
         inputs = dict(
-            model=model, vae=vae, clip_guide=guide, prompt="a blue star", seed=7, candidates=1, batch_size=4,
-            preset="custom", guidance=300.0, steps=3, start=1, augment=ExtendingAugmentations(copies=2),
+            model=model,
+            vae=vae,
+            clip_guide=guide,
+            prompt="a blue star",
+            seed=7,
+            candidates=1,
+            batch_size=4,
+            preset="custom",
+            guidance=300.0,
+            steps=3,
+            start=1,
+            augment=ExtendingAugmentations(copies=2),
         )
         return run(CLIPBlendSampler, image=image, mask=mask, **{**inputs, **changes})
 
@@ -41,7 +51,7 @@ def picture(height: int, width: int, batch: int = 1, channels: int = 3) -> torch
 
 def square(size: int, top: int, left: int, side: int) -> torch.Tensor:
     mask = torch.zeros(1, size, size)
-    mask[:, top:top + side, left:left + side] = 1
+    mask[:, top : top + side, left : left + side] = 1
     return mask
 
 
@@ -93,13 +103,25 @@ def test_so_it_is_with_the_guider_and_its_paste(parts):
     made = {}
     for dirt in (0.0, 2 / 255):
         mask = clean.clamp(min=dirt)
-        (guider,) = run(CLIPBlendGuider, model=model, vae=vae, image=image, mask=mask, clip_guide=guide,
-                        prompt="a red star", guidance=300.0, augment=ExtendingAugmentations(copies=2))
+        (guider,) = run(
+            CLIPBlendGuider,
+            model=model,
+            vae=vae,
+            image=image,
+            mask=mask,
+            clip_guide=guide,
+            prompt="a red star",
+            guidance=300.0,
+            augment=ExtendingAugmentations(copies=2),
+        )
         with torch.inference_mode():
             sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)[1:]
             samples = run(
-                custom.SamplerCustomAdvanced, noise=run(custom.RandomNoise, noise_seed=3)[0], guider=guider,
-                sampler=comfy.samplers.sampler_object("euler"), sigmas=sigmas,
+                custom.SamplerCustomAdvanced,
+                noise=run(custom.RandomNoise, noise_seed=3)[0],
+                guider=guider,
+                sampler=comfy.samplers.sampler_object("euler"),
+                sigmas=sigmas,
                 latent_image={"samples": vae.encode(image)},
             )[0]["samples"]
             made[dirt] = run(ExactPaste, source=image, result=vae.decode(samples), mask=mask)[0]
@@ -135,21 +157,22 @@ def test_every_shape_is_taken_by_every_node_that_takes_a_mask(kit, parts):
     from blendswap.nodes.masks import ShrinkingMask
     from blendswap.nodes.rank import RankCandidates
     from blendswap.nodes.report import EditReport
-    from blendswap.nodes.sweep import _Scorers
+    from blendswap.nodes.sweep import Scorers
 
     image, mask, result = picture(64, 64), square(64, 10, 20, 30), picture(64, 64, channels=4)[..., 1:]
     taped = kit.capture()[0]
 
     def scored(mask):
-        scorers = _Scorers(mask, None, "", None, "none")
+        scorers = Scorers(mask, None, "", None, "none")
         scorers.fit((64, 64), None)
         return scorers.mask
 
     nodes = {
         "ExactPaste": lambda mask: run(ExactPaste, source=image, result=result, mask=mask)[0],
         "ShrinkingMask": lambda mask: run(ShrinkingMask, mask=mask, frames=3)[0],
-        "RankCandidates": lambda mask: run(RankCandidates, images=torch.cat([image, result]), mask=mask,
-                                           clip_guide=parts[2], prompt="a red star")[0],
+        "RankCandidates": lambda mask: run(
+            RankCandidates, images=torch.cat([image, result]), mask=mask, clip_guide=parts[2], prompt="a red star"
+        )[0],
         "EditReport": lambda mask: run(EditReport, source=image, result=result, mask=mask)[2],
         "ConceptReferences": lambda mask: run(ConceptReferences, images=image, masks=mask)[0][0][1],
         "AttentionSwapSampler": lambda mask: kit.swap(taped, mask=mask)[0]["samples"],
@@ -172,7 +195,7 @@ def test_a_picture_of_a_batch_whose_mask_is_empty_comes_back_as_it_is_and_the_ot
     assert images.shape == (6, 64, 64, 4) and losses.shape[0] == 2
     assert torch.equal(images[2:4], image[1:2].expand(2, -1, -1, -1))
     for row, candidates in ((0, images[:2]), (2, images[4:])):
-        alone = sample(image[row:row + 1], masks[row:row + 1], candidates=2)[0]
+        alone = sample(image[row : row + 1], masks[row : row + 1], candidates=2)[0]
         assert torch.equal(candidates, alone)
     assert scores.count("rank  candidate") == 2 and "not edited: its mask is empty" in scores
     assert "mask (number 2 of 3) is empty" in summary
@@ -267,7 +290,7 @@ def test_where_windows_of_their_own_cannot_be_the_summary_says_why_and_how_narro
     image, spots = picture(512, 512), torch.zeros(1, 512, 512)
     for row in range(4):
         for column in range(4):
-            spots[:, 20 + 120 * row:40 + 120 * row, 20 + 120 * column:40 + 120 * column] = 1
+            spots[:, 20 + 120 * row : 40 + 120 * row, 20 + 120 * column : 40 + 120 * column] = 1
     summary = sample(image, spots)[3]
     assert "need 16 windows, more than 8" in summary
     assert "only 3 of 64 pixels wide at work" in summary or "only 2 of 64 pixels wide at work" in summary

@@ -39,8 +39,13 @@ def test_equal_prompts_need_no_subject(kit):
 
 def test_a_concepts_clip_encodes_the_target(kit):
     other = kit.clip.clone()
-    other.add_patches({key: (torch.full_like(weight, 0.1),) for key, weight in other.patcher.model.state_dict().items()
-                       if key.endswith("token_embedding.weight")})
+    other.add_patches(
+        {
+            key: (torch.full_like(weight, 0.1),)
+            for key, weight in other.patcher.model.state_dict().items()
+            if key.endswith("token_embedding.weight")
+        }
+    )
     plain, concept = kit.prompts(), kit.prompts(target_clip=other)
     assert torch.equal(plain[0][0][0], concept[0][0][0]) and not torch.equal(plain[1][0][0], concept[1][0][0])
 
@@ -52,17 +57,20 @@ def test_word_weights_are_read_with_commas_lines_and_words_in_a_row(kit):
     assert weights[positions].tolist() == [1.5, 0.5, 0.5, 2.0, 1.0]
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"word_weights": "heart=2"}, "word_weights: 'heart=2' is no word with a weight.*star:1.5"),
-    ({"word_weights": "heart:loud"}, "word_weights: 'heart:loud'"),
-    ({"word_weights": ":2"}, "word_weights: ':2'"),
-    ({"word_weights": "heart:1, heart:2"}, "'heart' has two weights"),
-    ({"word_weights": "moon:2"}, "'moon' is not in the target's prompt"),
-    ({"source_subject": "moon", "target_subject": "heart"}, "'moon' is not in the source's prompt"),
-    ({"source_subject": "star"}, "target_subject is empty, but source_subject is 'star'"),
-    ({"target_prompt": "ring"}, "the prompts share no word"),
-    ({"clip": None}, "clip is empty"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"word_weights": "heart=2"}, "word_weights: 'heart=2' is no word with a weight.*star:1.5"),
+        ({"word_weights": "heart:loud"}, "word_weights: 'heart:loud'"),
+        ({"word_weights": ":2"}, "word_weights: ':2'"),
+        ({"word_weights": "heart:1, heart:2"}, "'heart' has two weights"),
+        ({"word_weights": "moon:2"}, "'moon' is not in the target's prompt"),
+        ({"source_subject": "moon", "target_subject": "heart"}, "'moon' is not in the source's prompt"),
+        ({"source_subject": "star"}, "target_subject is empty, but source_subject is 'star'"),
+        ({"target_prompt": "ring"}, "the prompts share no word"),
+        ({"clip": None}, "clip is empty"),
+    ],
+)
 def test_bad_input_is_named_with_its_cure(kit, more, message):
     from blendswap.nodes.prompts import SwapPrompts
 
@@ -80,7 +88,7 @@ def test_a_clip_of_another_kind_of_model_is_refused(kit):
         def tokenize(text, **_):
             return {"t5xxl": [[(1, 1.0, 1)]]}
 
-    with pytest.raises(ValueError, match="encoders t5xxl.*SD 1.x, SD 2.x or SDXL"):
+    with pytest.raises(ValueError, match=r"encoders t5xxl.*SD 1.x, SD 2.x or SDXL"):
         kit.prompts(target_clip=T5())
 
 
@@ -132,12 +140,17 @@ OTHER_SCRIPTS = [
 def test_words_of_every_script_are_found_and_shown_as_typed(kit, prompt, subject, shown):
     from blendswap.attention_swap.word_maps import chosen_words
 
-    *_, pair, _ = kit.prompts(prompt, prompt, source_subject=subject, target_subject=subject,
-                              word_weights=f"{subject}:1.5")
+    *_, pair, _ = kit.prompts(
+        prompt, prompt, source_subject=subject, target_subject=subject, word_weights=f"{subject}:1.5"
+    )
     assert [word.text for word in pair.source.words] == shown
     alignment = pair.align()
     positions = alignment.source_positions(subject)
-    assert positions and (alignment.weights[list(positions)] == 1.5).all() and (alignment.weights != 1).sum() == len(positions)
+    assert (
+        positions
+        and (alignment.weights[list(positions)] == 1.5).all()
+        and (alignment.weights != 1).sum() == len(positions)
+    )
     assert chosen_words(pair.source, [subject])[0].positions == positions
     covered = sorted(position for word in pair.source.words for position in word.positions)
     assert covered == list(range(1, len(covered) + 1))  # every token of the prompt belongs to one word
@@ -148,7 +161,10 @@ def test_words_of_every_script_are_found_and_shown_as_typed(kit, prompt, subject
 def test_a_thai_word_is_found_where_a_token_holds_parts_of_two_characters(kit):
     *_, pair, _ = kit.prompts("แมวสีแดงบนหญ้า", "แมวสีแดงบนหญ้า", source_subject="แมว", target_subject="แมว")
     positions = pair.align().source_positions("แมว")
-    assert positions[0] == 1 and len(positions) < len([token for token in pair.source.ids if token != pair.source.ids[-1]]) / 2
+    assert (
+        positions[0] == 1
+        and len(positions) < len([token for token in pair.source.ids if token != pair.source.ids[-1]]) / 2
+    )
 
 
 def test_a_replaced_chinese_word_is_said_without_spaces(kit):
@@ -181,10 +197,15 @@ def embeddings(comfy):
     save_file({"emb_params": torch.ones(3, 768)}, folder / "wide.safetensors")
 
 
-@pytest.mark.parametrize("prompt", [
-    "a embedding:missing embedding:good on a star", "a embedding:good on a (embedding:missing:1.2) star",
-    "a embedding:wide embedding:good on a star", "a embedding:good, embedding:missing on a star",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a embedding:missing embedding:good on a star",
+        "a embedding:good on a (embedding:missing:1.2) star",
+        "a embedding:wide embedding:good on a star",
+        "a embedding:good, embedding:missing on a star",
+    ],
+)
 def test_an_embedding_that_is_left_out_does_not_rename_the_others_and_is_named(kit, embeddings, prompt):
     from nodes import CLIPTextEncode
 
@@ -206,8 +227,13 @@ def test_a_word_that_a_clip_was_taught_is_named_by_itself_beside_an_embedding(ki
     from blendswap.hosts.comfy_learner_text import with_token
 
     knowing = with_token(kit.clip, "sks", {"clip_l": torch.ones(3, 96)})
-    *_, pair, words = kit.prompts("a red heart", "a Sks on a embedding:missing embedding:good sky", target_clip=knowing,
-                                  source_subject="heart", target_subject="sks")
+    *_, pair, words = kit.prompts(
+        "a red heart",
+        "a Sks on a embedding:missing embedding:good sky",
+        target_clip=knowing,
+        source_subject="heart",
+        target_subject="sks",
+    )
     assert [word.text for word in pair.target.words] == ["a", "Sks", "on", "a", "embedding:good", "sky"]
     assert len(pair.align().target_positions("sks")) == 3 and "heart → Sks" in words
 
@@ -224,22 +250,37 @@ def test_prompts_are_read_by_the_page_as_clip_text_encode_is(comfy):
     """The page replaces {a|b} and takes comments out where an input says dynamicPrompts."""
     import asyncio
 
-    from blendswap.nodes import BlendSwapExtension
     from nodes import CLIPTextEncode
+
+    from blendswap.nodes import BlendSwapExtension
 
     assert CLIPTextEncode.INPUT_TYPES()["required"]["text"][1]["dynamicPrompts"]
     dynamic = set()
     for node in asyncio.run(BlendSwapExtension().get_node_list()):
         for group in node.INPUT_TYPES().values():
-            dynamic |= {(node.define_schema().node_id, name) for name, (_, *options) in
-                        ((name, spec) for name, spec in group.items() if isinstance(spec, tuple) and len(spec) > 1)
-                        if options[0].get("dynamicPrompts")}
+            dynamic |= {
+                (node.define_schema().node_id, name)
+                for name, (_, *options) in (
+                    (name, spec) for name, spec in group.items() if isinstance(spec, tuple) and len(spec) > 1
+                )
+                if options[0].get("dynamicPrompts")
+            }
     assert dynamic == {
-        ("CLIPBlendSampler", "prompt"), ("CLIPBlendSampler", "negative_prompt"), ("CLIPBlendGuider", "prompt"),
-        ("CLIPBlendGuider", "negative_prompt"), ("BlendRegion", "prompt"), ("BlendRegion", "negative_prompt"),
-        ("RankCandidates", "prompt"), ("RankCandidates", "contrasts"), ("EditReport", "prompt"),
-        ("SwapPrompts", "source_prompt"), ("SwapPrompts", "target_prompt"), ("WordMaps", "prompt"),
-        ("AttentionSwapSweep", "prompt"), ("ConceptScore", "prompt"), ("ConceptScore", "class_prompt"),
+        ("CLIPBlendSampler", "prompt"),
+        ("CLIPBlendSampler", "negative_prompt"),
+        ("CLIPBlendGuider", "prompt"),
+        ("CLIPBlendGuider", "negative_prompt"),
+        ("BlendRegion", "prompt"),
+        ("BlendRegion", "negative_prompt"),
+        ("RankCandidates", "prompt"),
+        ("RankCandidates", "contrasts"),
+        ("EditReport", "prompt"),
+        ("SwapPrompts", "source_prompt"),
+        ("SwapPrompts", "target_prompt"),
+        ("WordMaps", "prompt"),
+        ("AttentionSwapSweep", "prompt"),
+        ("ConceptScore", "prompt"),
+        ("ConceptScore", "class_prompt"),
     }
 
 
@@ -277,12 +318,15 @@ def test_layers_narrow_a_swap_down_with_a_preset_too(kit):
     assert "cond half, up, layers 1 to 5, 0 to 1024 tokens" in summary
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"self_map": 60.0}, "self_map is 60; with unit 'of 50 steps' it must be 0 to 50"),
-    ({"unit": "fraction"}, "self_map is 25; with unit 'fraction' it must be 0 to 1"),
-    ({"unit": "steps", "cross_map": 2.5}, "must be whole"),
-    ({"counting": "published", "self_map": 45.0}, "add up to more than 1"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"self_map": 60.0}, "self_map is 60; with unit 'of 50 steps' it must be 0 to 50"),
+        ({"unit": "fraction"}, "self_map is 25; with unit 'fraction' it must be 0 to 1"),
+        ({"unit": "steps", "cross_map": 2.5}, "must be whole"),
+        ({"counting": "published", "self_map": 45.0}, "add up to more than 1"),
+    ],
+)
 def test_a_lambda_out_of_range_is_named(kit, more, message):
     with pytest.raises(ValueError, match=message):
         kit.settings("custom", **more)

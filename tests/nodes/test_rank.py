@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from blendswap.demo import files, world
 
 pytestmark = pytest.mark.needs_comfy
@@ -48,7 +49,10 @@ def candidates() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_what_is_lost_of_a_prompt_is_said_beside_the_scores(ranked, candidates):
-    plain, weighted = ranked(*candidates)[2], ranked(*candidates, prompt="a (blue:1.4) star", contrasts="a zebra star")[2]
+    plain, weighted = (
+        ranked(*candidates)[2],
+        ranked(*candidates, prompt="a (blue:1.4) star", contrasts="a zebra star")[2],
+    )
     assert plain.splitlines()[-1].startswith("ranked by")
     assert "reads no weights" in weighted and "does not know: zebra" in weighted
     assert "tokens are dropped" in ranked(*candidates, prompt="a blue star " * 9)[2]
@@ -59,7 +63,9 @@ def test_an_edit_report_says_what_of_its_prompt_was_not_read(guide, candidates):
 
     images, mask = candidates
     with torch.inference_mode():
-        text = EditReport.execute(images[:1], images[2:], mask, prompt="a (blue:1.4) star " * 9, clip_guide=guide).args[0]
+        text = EditReport.execute(images[:1], images[2:], mask, prompt="a (blue:1.4) star " * 9, clip_guide=guide).args[
+            0
+        ]
     assert "reads no weights" in text and "tokens are dropped" in text
 
 

@@ -91,8 +91,17 @@ def test_a_direct_inversion_of_a_picture_is_swapped_and_its_latents_kept_outside
     with torch.inference_mode():
         latent = {"samples": kit.vae.encode(picture(64, 64))}
     positive, *_ = kit.prompts()
-    made = kit.run(NullTextInvert, model=kit.model, vae=kit.vae, latent=latent, positive=positive, method="direct",
-                   steps=STEPS, cfg=3.0, negative=kit.prompts("", "")[0])
+    made = kit.run(
+        NullTextInvert,
+        model=kit.model,
+        vae=kit.vae,
+        latent=latent,
+        positive=positive,
+        method="direct",
+        steps=STEPS,
+        cfg=3.0,
+        negative=kit.prompts("", "")[0],
+    )
     for storage in ("tape", "replay"):
         attention = kit.capture(inversion=made[0], latent=None, storage=storage)[0]
         result = kit.swap(attention, mask=half_mask())[0]["samples"]
@@ -207,7 +216,7 @@ def test_the_callers_tensors_are_not_written_to(kit, taped):
     image, mask = picture(64, 64), half_mask()
     given = [image.clone(), mask.clone(), taped[0].capture.trajectory.clone(), taped[1]["samples"].clone()]
     kit.swap(taped[0], vae=kit.vae, image=image, mask=mask)
-    for one, other in zip(given, (image, mask, taped[0].capture.trajectory, taped[1]["samples"])):
+    for one, other in zip(given, (image, mask, taped[0].capture.trajectory, taped[1]["samples"]), strict=True):
         assert torch.equal(one, other)
 
 
@@ -218,19 +227,28 @@ def test_without_a_vae_the_image_is_blocked_with_the_reason(kit, taped):
     assert "connect vae" in kit.swap(taped[0])[1].message
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (lambda kit: {"tokens": None}, "tokens is not connected, but cross_map above 0"),
-    (lambda kit: {"image": picture(64, 64)}, "vae is not"),
-    (lambda kit: {"image": picture(64, 64), "vae": kit.vae}, "nothing says where its background is: connect mask"),
-    (lambda kit: {"image": picture(64, 200), "vae": kit.vae, "mask": half_mask()}, "image is 200×64 .*result 64×64"),
-    (lambda kit: {"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
-    (lambda kit: {"mask": torch.zeros(1, 64, 64), "image": picture(64, 64), "vae": kit.vae}, "mask is empty"),
-    (lambda kit: {"mask": torch.ones(1, 64, 64), "mask_side": "outside"}, "the mask covers everything, so nothing"),
-    (lambda kit: {"subjects": kit.subject("moon", "heart")}, "'moon' is not in the source's prompt"),
-    (lambda kit: {"settings": kit.settings("custom", self_map=50.0)}, "does not have what this swap .*storage replay"),
-    (lambda kit: {"cfg": 1.0}, "captured with cfg 4, the target has 1"),
-    (lambda kit: {"positive": []}, "positive is empty"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (lambda kit: {"tokens": None}, "tokens is not connected, but cross_map above 0"),
+        (lambda kit: {"image": picture(64, 64)}, "vae is not"),
+        (lambda kit: {"image": picture(64, 64), "vae": kit.vae}, "nothing says where its background is: connect mask"),
+        (
+            lambda kit: {"image": picture(64, 200), "vae": kit.vae, "mask": half_mask()},
+            "image is 200×64 .*result 64×64",
+        ),
+        (lambda kit: {"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
+        (lambda kit: {"mask": torch.zeros(1, 64, 64), "image": picture(64, 64), "vae": kit.vae}, "mask is empty"),
+        (lambda kit: {"mask": torch.ones(1, 64, 64), "mask_side": "outside"}, "the mask covers everything, so nothing"),
+        (lambda kit: {"subjects": kit.subject("moon", "heart")}, "'moon' is not in the source's prompt"),
+        (
+            lambda kit: {"settings": kit.settings("custom", self_map=50.0)},
+            "does not have what this swap .*storage replay",
+        ),
+        (lambda kit: {"cfg": 1.0}, "captured with cfg 4, the target has 1"),
+        (lambda kit: {"positive": []}, "positive is empty"),
+    ],
+)
 def test_bad_input_is_named_with_its_cure(kit, taped, more, message):
     with pytest.raises(ValueError, match=message):
         kit.swap(taped[0], **more(kit))
@@ -247,11 +265,14 @@ def test_a_capture_of_another_family_is_refused(kit, taped):
             kit.swap(taped[0]._replace(capture=wrong))
 
 
-@pytest.mark.parametrize(("words", "more", "message"), [
-    (("star", ""), {}, "a subject needs both its words, or a mask"),
-    (("star", "heart"), {"self_map": 10.0}, "a λ of its own needs a mask"),
-    (("star", "heart"), {"self_map": 60.0, "mask": torch.ones(1, 64, 64)}, "self_map is 60; with unit"),
-])
+@pytest.mark.parametrize(
+    ("words", "more", "message"),
+    [
+        (("star", ""), {}, "a subject needs both its words, or a mask"),
+        (("star", "heart"), {"self_map": 10.0}, "a λ of its own needs a mask"),
+        (("star", "heart"), {"self_map": 60.0, "mask": torch.ones(1, 64, 64)}, "self_map is 60; with unit"),
+    ],
+)
 def test_a_subject_that_says_too_little_is_refused(kit, words, more, message):
     with pytest.raises(ValueError, match=message):
         kit.subject(*words, **more)

@@ -25,8 +25,17 @@ def sweep(kit, swept):
 
     def run(**more):
         _, positive, tokens, _ = kit.prompts()
-        defaults = dict(model=kit.model, attention=swept[0], positive=positive, vae=kit.vae, unit="of 50 steps",
-                        self_map="0, 25", cross_map="", self_output="0, 20", tokens=tokens)
+        defaults = dict(
+            model=kit.model,
+            attention=swept[0],
+            positive=positive,
+            vae=kit.vae,
+            unit="of 50 steps",
+            self_map="0, 25",
+            cross_map="",
+            self_output="0, 20",
+            tokens=tokens,
+        )
         return kit.run(AttentionSwapSweep, **{**defaults, **more})
 
     return run
@@ -48,8 +57,8 @@ def test_each_target_is_the_swap_with_its_lambdas(kit, swept, sweep):
 def test_n_targets_cost_n_runs_and_the_source_one_more(kit, sweep, monkeypatch):
     from blendswap.hosts.comfy_host import ComfyHost
 
-    calls, real = [], ComfyHost._guide
-    monkeypatch.setattr(ComfyHost, "_guide", lambda self, *arguments: calls.append(1) or real(self, *arguments))
+    calls, real = [], ComfyHost.evaluate
+    monkeypatch.setattr(ComfyHost, "evaluate", lambda self, *arguments: calls.append(1) or real(self, *arguments))
     attention = kit.capture(settings=kit.settings("custom", self_output=20.0), for_sweep=True)[0]
     sweep(attention=attention, self_map="0, 10, 25", self_output="")
     assert len(calls) == (3 + 1) * STEPS
@@ -79,24 +88,27 @@ def test_a_single_target_needs_no_values(sweep):
     assert len(images) == 1 and "the settings' λ's" in table and "connect mask" in table
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"max_targets": 3}, "the grid has 4 targets \\(2 of self_map × 2 of self_output\\), max_targets is 3"),
-    ({"self_map": "0, lots"}, "self_map: 'lots' is no number"),
-    ({"self_map": "0, 60"}, "self_map is 60; with unit 'of 50 steps'"),
-    ({"self_map": "0, 50"}, "the swap with M 50, phi 0 needs: self-attention maps.*for_sweep"),
-    ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
-    ({"mask": torch.ones(1, 64, 64)}, "no background to measure"),
-    ({"prompt": "a heart"}, "clip_guide is not connected"),
-    ({"reference": torch.rand(1, 8, 8, 3)}, "lpips is none"),
-    ({"image": torch.rand(1, 64, 200, 3)}, "image is 200×64"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"max_targets": 3}, "the grid has 4 targets \\(2 of self_map × 2 of self_output\\), max_targets is 3"),
+        ({"self_map": "0, lots"}, "self_map: 'lots' is no number"),
+        ({"self_map": "0, 60"}, "self_map is 60; with unit 'of 50 steps'"),
+        ({"self_map": "0, 50"}, "the swap with M 50, phi 0 needs: self-attention maps.*for_sweep"),
+        ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
+        ({"mask": torch.ones(1, 64, 64)}, "no background to measure"),
+        ({"prompt": "a heart"}, "clip_guide is not connected"),
+        ({"reference": torch.rand(1, 8, 8, 3)}, "lpips is none"),
+        ({"image": torch.rand(1, 64, 200, 3)}, "image is 200×64"),
+    ],
+)
 def test_bad_input_is_named_before_anything_is_run(sweep, more, message, monkeypatch):
     from blendswap.hosts.comfy_host import ComfyHost
 
     def never(*_):
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr(ComfyHost, "_guide", never)
+    monkeypatch.setattr(ComfyHost, "evaluate", never)
     with pytest.raises(ValueError, match=message):
         sweep(**more)
 

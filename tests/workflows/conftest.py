@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from blendswap.demo import edits, files
 from blendswap.demo.server import ComfyServer
 from blendswap.demo.workflow import ui_to_api
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in edits.WORKFLOWS.glob("*.json"))
@@ -19,13 +20,18 @@ FEW = {"steps": 4}
 QUICK = {
     "CLIPBlendSampler": {"steps": 4, "start": 1, "candidates": 2, "batch_size": 2, "resolution": 0},
     "ExtendingAugment": {"copies": 2},
-    "NullTextInvert": FEW, "AttentionCapture": FEW, "KSamplerAdvanced": FEW, "AttentionSVD": FEW, "WordMaps": FEW,
+    "NullTextInvert": FEW,
+    "AttentionCapture": FEW,
+    "KSamplerAdvanced": FEW,
+    "AttentionSVD": FEW,
+    "WordMaps": FEW,
 }
 """Inputs by node class with which a workflow takes seconds."""
 
 needs_text_model = pytest.mark.skipif(
     not (files.TEXT / "model_index.json").is_file(),
-    reason=f"the demo text model has not been trained: python run.py train text makes {files.TEXT}")
+    reason=f"the demo text model has not been trained: python run.py train text makes {files.TEXT}",
+)
 
 
 @pytest.fixture(params=["server", "floor_server"])

@@ -6,13 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from blendswap.demo import edits
 from blendswap.demo.server import ComfyServer
 
 from .conftest import arrays, assert_edited, needs_text_model, quick_prompt, run_quickly, text
 
-IN_PLACE = ("blend_add_object", "blend_remove_object", "blend_alter_part", "blend_background", "blend_scribble",
-            "blend_many_results")
+IN_PLACE = (
+    "blend_add_object",
+    "blend_remove_object",
+    "blend_alter_part",
+    "blend_background",
+    "blend_scribble",
+    "blend_many_results",
+)
 ALL_RESULTS = "All results, best first"
 
 

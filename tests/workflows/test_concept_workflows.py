@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from blendswap.demo import concepts, edits, world
 from blendswap.demo.server import ComfyServer
 from blendswap.demo.subjects import SUBJECTS
 
 from .conftest import (
-    NAMES, arrays, assert_edited, needs_text_model, patch, quick_prompt, read, run_quickly, text, titled
+    NAMES,
+    arrays,
+    assert_edited,
+    needs_text_model,
+    patch,
+    quick_prompt,
+    read,
+    run_quickly,
+    text,
+    titled,
 )
 
 SUBJECT = concepts.CONCEPTS[0].subject
@@ -20,7 +30,7 @@ DEMO = {"concept_dreambooth_swap", "concept_inversion_swap", "concept_load_swap"
 FEW: dict[str, dict[str, Any]] = {
     name: {"steps": 3, "batch": 1, "preview_every": 2, "class_images": 1}
     for name in ("LearnConceptDreamBooth", "LearnConceptTextualInversion")
-} | {"ConceptScore": {"samples": 2, "steps": 3}}  # fmt: skip
+} | {"ConceptScore": {"samples": 2, "steps": 3}}
 
 pytestmark = needs_text_model
 
@@ -48,9 +58,13 @@ def test_prompts_say_what_the_scene_shows_with_the_concept_in_the_objects_place(
     assert target == source.replace(scene.things[0].caption(), concept)
 
 
-@pytest.mark.parametrize("what, said", [
-    ("full", "DreamBooth of every weight of UNet and text encoder"), ("lora", "DreamBooth of a LoRA of rank 16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("full", "DreamBooth of every weight of UNet and text encoder"),
+        ("lora", "DreamBooth of a LoRA of rank 16"),
+    ],
+)
 def test_a_subject_is_learned_swapped_in_and_the_rest_of_the_picture_stays(any_server: ComfyServer, what, said):
     few = {**FEW["LearnConceptDreamBooth"], "what": what, "name": f"demo_{what}"}
     run = run_quickly(any_server, "concept_dreambooth_swap", {**FEW, "LearnConceptDreamBooth": few})
@@ -60,8 +74,11 @@ def test_a_subject_is_learned_swapped_in_and_the_rest_of_the_picture_stays(any_s
     assert len(arrays(any_server, run, "Learning")) == 2
     assert arrays(any_server, run, "Losses")[0].std() > 1
     assert "identical 100.00%" in text(run, "Edit Report")
-    report = "".join(run[1][next(number for number, node in run[0].items()
-                                 if node["class_type"] == "LearnConceptDreamBooth")]["text"])
+    report = "".join(
+        run[1][next(number for number, node in run[0].items() if node["class_type"] == "LearnConceptDreamBooth")][
+            "text"
+        ]
+    )
     assert said in report and "5 references" in report
     written = re.search(r"file: (\S+)", report)[1]
     assert Path(written).is_file()
@@ -105,11 +122,12 @@ def test_the_workflow_for_stable_diffusion_learns_from_pictures_of_any_size(serv
     """The demo model stands in for the checkpoint; its loader has the same three outputs."""
     server.upload_image(photograph)
     changes = {
-        "NullTextInvert": {"cfg": 2.5}, "AttentionCapture": {"cfg": 2.5},
+        "NullTextInvert": {"cfg": 2.5},
+        "AttentionCapture": {"cfg": 2.5},
         "ImageScaleToMaxDimension": {"largest_size": 96},
         "SwapPrompts": {"source_prompt": "a red star", "target_prompt": "a sks star"},
         "LearnConceptDreamBooth": {"instance_prompt": "a sks star", "class_prompt": "a star", "name": "sd"},
-    }  # fmt: skip
+    }
     prompt = quick_prompt(server, "concept_dreambooth_swap_sd", FEW, changes)
     loader = node_of(prompt, "CheckpointLoaderSimple")
     loader.update(class_type="DemoModelLoader", inputs={})
@@ -123,10 +141,16 @@ def test_the_workflow_for_stable_diffusion_learns_from_pictures_of_any_size(serv
 def test_source_and_inversion_run_on_the_model_that_knows_no_concept(server: ComfyServer):
     for name in (*DEMO, "concept_dreambooth_swap_sd"):
         prompt = quick_prompt(server, name)
-        learned = next(number for number, node in prompt.items() if node["class_type"] in
-                       ("LearnConceptDreamBooth", "LearnConceptTextualInversion", "LoraLoader"))
-        base = next(number for number, node in prompt.items() if node["class_type"] in
-                    ("DemoModelLoader", "CheckpointLoaderSimple"))
+        learned = next(
+            number
+            for number, node in prompt.items()
+            if node["class_type"] in ("LearnConceptDreamBooth", "LearnConceptTextualInversion", "LoraLoader")
+        )
+        base = next(
+            number
+            for number, node in prompt.items()
+            if node["class_type"] in ("DemoModelLoader", "CheckpointLoaderSimple")
+        )
         for kind in ("NullTextInvert", "AttentionCapture"):
             assert node_of(prompt, kind)["inputs"]["model"] == [base, 0]
         words = node_of(prompt, "SwapPrompts")["inputs"]

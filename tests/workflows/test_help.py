@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from blendswap.demo.server import ComfyServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,8 +22,11 @@ def any_server(request: pytest.FixtureRequest) -> ComfyServer:
 @pytest.fixture
 def nodes(any_server: ComfyServer) -> dict[str, dict]:
     """The pack's own nodes as the server describes them."""
-    return {name: info for name, info in any_server.object_info().items()
-            if info.get("python_module") == "custom_nodes.blendswap"}
+    return {
+        name: info
+        for name, info in any_server.object_info().items()
+        if info.get("python_module") == "custom_nodes.blendswap"
+    }
 
 
 def inputs_of(info: dict) -> set[str]:
@@ -43,8 +47,10 @@ def test_translations_reach_the_page(any_server):
     sent = any_server.get_json("/i18n")
     for language in LANGUAGES:
         folder = ROOT / "locales" / language
-        expected = {**json.loads((folder / "main.json").read_text(encoding="utf-8")),
-                    "nodeDefs": json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))}
+        expected = {
+            **json.loads((folder / "main.json").read_text(encoding="utf-8")),
+            "nodeDefs": json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8")),
+        }
         assert sent[language] == expected
 
 
@@ -65,8 +71,11 @@ def test_translations_speak_of_nodes_inputs_and_outputs_that_exist(nodes, langua
 
 def test_every_node_is_found_by_other_words_than_its_own_where_comfyui_searches_for_them(server, floor_server):
     def packs(running: ComfyServer) -> dict[str, dict]:
-        return {name: info for name, info in running.object_info().items()
-                if info.get("python_module") == "custom_nodes.blendswap"}
+        return {
+            name: info
+            for name, info in running.object_info().items()
+            if info.get("python_module") == "custom_nodes.blendswap"
+        }
 
     for name, info in packs(server).items():
         words = info["search_aliases"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+
 from blendswap.demo import edits
 
 from .conftest import arrays, assert_edited, run_quickly, text, titled

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
 from blendswap.demo import edits, world
 from blendswap.demo.server import ComfyServer
 
 from .conftest import (
-    NAMES, arrays, assert_edited, needs_text_model, patch, quick_prompt, read, run_quickly, text, titled
+    NAMES,
+    arrays,
+    assert_edited,
+    needs_text_model,
+    patch,
+    quick_prompt,
+    read,
+    run_quickly,
+    text,
+    titled,
 )
 
-DEMO = {"swap_real_image", "swap_synthetic", "swap_two_subjects", "swap_occluded", "swap_null_text_ksampler",
-        "swap_pictures", "swap_sweep", "swap_p2p_beside_photoswap"}
+DEMO = {
+    "swap_real_image",
+    "swap_synthetic",
+    "swap_two_subjects",
+    "swap_occluded",
+    "swap_null_text_ksampler",
+    "swap_pictures",
+    "swap_sweep",
+    "swap_p2p_beside_photoswap",
+}
 WANTED = DEMO | {"swap_real_image_sd", "swap_synthetic_sd"}
 
 pytestmark = needs_text_model
@@ -48,7 +67,7 @@ def test_prompts_say_what_the_scene_shows_and_differ_in_its_words_alone():
         scene = scene_of({"seed": nodes["DemoScene"][0], "objects": nodes["DemoScene"][2]})
         assert source == scene.caption()
         known = [*world.SHAPES, *world.COLOURS, *world.PATTERNS]
-        changed = [(a, b) for a, b in zip(source.split(), target.split()) if a != b]
+        changed = [(a, b) for a, b in zip(source.split(), target.split(), strict=True) if a != b]
         assert changed and all(a in known and b in known for a, b in changed)
 
 
@@ -88,8 +107,9 @@ def test_what_covers_a_subject_stays_as_it_is(server):
 
 def test_a_made_up_source_is_followed_and_the_same_prompt_gives_it_back(server):
     run = run_quickly(server, "swap_synthetic")
-    source, result, plain = (arrays(server, run, title)[0] for title in
-                             (edits.SOURCE, edits.RESULT, "Result: without a swap"))
+    source, result, plain = (
+        arrays(server, run, title)[0] for title in (edits.SOURCE, edits.RESULT, "Result: without a swap")
+    )
     assert (result != source).any() and (result != plain).any()
     same = {"SwapPrompts": {"target_prompt": node_of(run[0], "SwapPrompts")["inputs"]["source_prompt"]}}
     run = run_quickly(server, "swap_synthetic", same)
@@ -99,8 +119,10 @@ def test_a_made_up_source_is_followed_and_the_same_prompt_gives_it_back(server):
 
 def test_a_stock_sampler_gives_the_picture_back_with_null_text_and_not_without(any_server):
     run = run_quickly(any_server, "swap_null_text_ksampler")
-    rebuilt, sampled, empty = (arrays(any_server, run, title)[0] for title in
-                               ("Reconstruction by the inversion", "By KSampler: null-text", "By KSampler: empty negative"))
+    rebuilt, sampled, empty = (
+        arrays(any_server, run, title)[0]
+        for title in ("Reconstruction by the inversion", "By KSampler: null-text", "By KSampler: empty negative")
+    )
     assert distance(sampled, rebuilt) < 1
     assert distance(empty, rebuilt) > 2 * distance(sampled, rebuilt)
 
@@ -113,7 +135,7 @@ def test_pictures_of_the_attention_are_shown_for_the_layout_and_for_each_word(se
     assert len(colours) == 1 and colours[0].shape == (world.SIZE, world.SIZE, 3)
     assert colours[0].std() > 1
     assert len(arrays(server, run, "Colours, step by step")) == 4
-    assert any((one != two).any() for one, two in zip(maps, maps[1:]))
+    assert any((one != two).any() for one, two in itertools.pairwise(maps))
 
 
 def test_a_sweep_lists_every_combination_and_marks_one(server):
@@ -158,9 +180,13 @@ def test_a_loras_outputs_are_those_that_the_demo_models_stand_in_for(server):
 
 def test_the_workflow_for_stable_diffusion_swaps_in_a_photograph_of_any_size(any_server: ComfyServer, photograph: Path):
     any_server.upload_image(photograph)
-    prompt = with_demo_model(quick_prompt(
-        any_server, "swap_real_image_sd", {"NullTextInvert": {"cfg": 2.5}, "ImageScaleToMaxDimension": {"largest_size": 96}}
-    ))
+    prompt = with_demo_model(
+        quick_prompt(
+            any_server,
+            "swap_real_image_sd",
+            {"NullTextInvert": {"cfg": 2.5}, "ImageScaleToMaxDimension": {"largest_size": 96}},
+        )
+    )
     run = prompt, any_server.run(prompt, timeout=600)
     source, mask = edits.to_array(photograph.read_bytes()), arrays(any_server, run, edits.MASK, "L")[0]
     assert (mask > 0).sum() == 16 * 20
@@ -169,7 +195,9 @@ def test_the_workflow_for_stable_diffusion_swaps_in_a_photograph_of_any_size(any
 
 
 def test_the_workflow_for_stable_diffusion_makes_sister_pictures(server):
-    prompt = with_demo_model(quick_prompt(server, "swap_synthetic_sd", {"EmptyLatentImage": {"width": 128, "height": 128}}))
+    prompt = with_demo_model(
+        quick_prompt(server, "swap_synthetic_sd", {"EmptyLatentImage": {"width": 128, "height": 128}})
+    )
     run = prompt, server.run(prompt, timeout=600)
     source, result = arrays(server, run, edits.SOURCE)[0], arrays(server, run, edits.RESULT)[0]
     assert source.shape == result.shape == (world.SIZE, world.SIZE, 3)
@@ -179,8 +207,10 @@ def test_the_workflow_for_stable_diffusion_makes_sister_pictures(server):
 def test_the_target_of_a_concept_is_sampled_by_the_concepts_model(server):
     for name in ("swap_real_image_sd", "swap_synthetic_sd"):
         prompt = quick_prompt(server, name)
-        lora, loader = (next(number for number, node in prompt.items() if node["class_type"] == kind)
-                        for kind in ("LoraLoader", "CheckpointLoaderSimple"))
+        lora, loader = (
+            next(number for number, node in prompt.items() if node["class_type"] == kind)
+            for kind in ("LoraLoader", "CheckpointLoaderSimple")
+        )
         assert node_of(prompt, "AttentionSwapSampler")["inputs"]["model"] == [lora, 0]
         assert node_of(prompt, "AttentionCapture")["inputs"]["model"] == [loader, 0]
         assert node_of(prompt, "SwapPrompts")["inputs"]["target_clip"] == [lora, 1]

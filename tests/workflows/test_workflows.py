@@ -12,25 +12,49 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+
 from blendswap.demo import edits, files, world
 from blendswap.demo.server import ComfyServer
 from blendswap.demo.workflow import DOWNLOADS, SHOWN_ONLY, stamp, ui_to_api
 from blendswap.run import PREFERRED
-from PIL import Image
 
 from .conftest import (
-    NAMES, QUICK, ROOT, arrays, assert_edited, needs_text_model, patch, read, run_quickly, text, titled
+    NAMES,
+    QUICK,
+    ROOT,
+    arrays,
+    assert_edited,
+    needs_text_model,
+    patch,
+    read,
+    run_quickly,
+    text,
+    titled,
 )
 
-WANTED = {"blend_replace_object", "blend_latent", "blend_candidates_report", "blend_baseline",
-          "blend_replace_object_adm", "blend_latent_sd"}
-USERS_FILES = {"256x256_diffusion_uncond.pt", "ViT-B-16.pt", "v1-5-pruned-emaonly-fp16.safetensors",
-               "my_concept.safetensors", "demo_blush.safetensors", "example.png"}
+WANTED = {
+    "blend_replace_object",
+    "blend_latent",
+    "blend_candidates_report",
+    "blend_baseline",
+    "blend_replace_object_adm",
+    "blend_latent_sd",
+}
+USERS_FILES = {
+    "256x256_diffusion_uncond.pt",
+    "ViT-B-16.pt",
+    "v1-5-pruned-emaonly-fp16.safetensors",
+    "my_concept.safetensors",
+    "demo_blush.safetensors",
+    "example.png",
+}
 """What the workflows for real checkpoints choose, which no server here has of itself."""
 
 needs_lpips = pytest.mark.skipif(
     not files.LPIPS.is_file(),
-    reason="the demo's LPIPS backbone has not been trained: python run.py train backbone makes it")
+    reason="the demo's LPIPS backbone has not been trained: python run.py train backbone makes it",
+)
 
 
 # -- as files
@@ -58,7 +82,12 @@ def test_no_node_lies_on_another_or_sticks_out_of_its_group(name):
     boxes = {}
     for node in workflow["nodes"]:
         (x, y), (width, height) = node["pos"], node["size"]
-        boxes[f"{node['type']} {node['id']}"] = (x, y - title, width, title + (not node["flags"].get("collapsed")) * height)
+        boxes[f"{node['type']} {node['id']}"] = (
+            x,
+            y - title,
+            width,
+            title + (not node["flags"].get("collapsed")) * height,
+        )
     for (one, (x, y, width, height)), (other, (left, top, wide, high)) in itertools.combinations(boxes.items(), 2):
         apart = x + width <= left or left + wide <= x or y + height <= top or top + high <= y
         assert apart, f"{one} lies on {other}"
@@ -79,8 +108,10 @@ def test_every_link_joins_sockets_of_one_type_as_the_nodes_declare_them(any_serv
         if nodes[target]["type"] in SHOWN_ONLY - set(info):
             continue
         assert info[nodes[origin]["type"]]["output"][slot] == kind == socket["type"]
-        declared = {**info[nodes[target]["type"]]["input"].get("required", {}),
-                    **info[nodes[target]["type"]]["input"].get("optional", {})}
+        declared = {
+            **info[nodes[target]["type"]]["input"].get("required", {}),
+            **info[nodes[target]["type"]]["input"].get("optional", {}),
+        }
         assert declared[widget["name"]][0] in (kind, "*")
 
 
@@ -184,10 +215,13 @@ def test_the_comparison_shows_the_source_and_the_result(server):
 # -- on a server, with the demo models
 
 
-@pytest.mark.parametrize("name", [
-    "blend_replace_object",
-    pytest.param("blend_latent", marks=needs_text_model),
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blend_replace_object",
+        pytest.param("blend_latent", marks=needs_text_model),
+    ],
+)
 def test_the_masked_region_changes_and_nothing_else(any_server, name):
     run = run_quickly(any_server, name)
     source, mask = arrays(any_server, run, edits.SOURCE)[0], arrays(any_server, run, edits.MASK, "L")[0]
@@ -241,20 +275,33 @@ def tiny_files(server: ComfyServer, photograph: Path) -> dict[str, dict[str, Any
     for folder in ("guided_diffusion", "clip_guidance"):
         (models / folder).mkdir(parents=True, exist_ok=True)
     server.upload_image(photograph)
-    spec = {"image_size": 32, "channels": 32, "multipliers": [1, 2], "blocks": 1, "attention_levels": [1],
-            "head_channels": 32, "classes": 0, "learn_sigma": True, "resblock_updown": True,
-            "scale_shift": True}
+    spec = {
+        "image_size": 32,
+        "channels": 32,
+        "multipliers": [1, 2],
+        "blocks": 1,
+        "attention_levels": [1],
+        "head_channels": 32,
+        "classes": 0,
+        "learn_sigma": True,
+        "resblock_updown": True,
+        "scale_shift": True,
+    }
     torch.save(published_weights(spec), models / "guided_diffusion" / "256x256_diffusion_uncond.pt")
     tokenizer = CompactTokenizer(compact_vocabulary(["a bunch of red flowers"]), 16)
-    config = {"embed_dim": 32, "vision_cfg": {"layers": 1, "width": 64, "head_width": 32, "patch_size": 8,
-                                              "image_size": 32},
-              "text_cfg": {"context_length": 16, "width": 64, "heads": 2, "layers": 1,
-                           "vocab_size": tokenizer.vocab_size}}
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"layers": 1, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32},
+        "text_cfg": {"context_length": 16, "width": 64, "heads": 2, "layers": 1, "vocab_size": tokenizer.vocab_size},
+    }
     torch.manual_seed(0)
-    save_demo_clip(build_demo_clip(config), config, tokenizer, models / "clip_guidance" / "tiny.safetensors",
-                   architecture="tiny")
-    return {"GuidedDiffusionLoader": {"image_size": 32, "head_channels": 32},
-            "CLIPGuideLoader": {"clip_name": "tiny.safetensors"}}
+    save_demo_clip(
+        build_demo_clip(config), config, tokenizer, models / "clip_guidance" / "tiny.safetensors", architecture="tiny"
+    )
+    return {
+        "GuidedDiffusionLoader": {"image_size": 32, "head_channels": 32},
+        "CLIPGuideLoader": {"clip_name": "tiny.safetensors"},
+    }
 
 
 def published_weights(spec: dict[str, Any]) -> dict[str, torch.Tensor]:
