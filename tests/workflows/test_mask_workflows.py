@@ -24,13 +24,14 @@ def test_a_large_picture_is_edited_in_a_window_with_a_soft_mask_of_comfyuis_own_
     assert told and 40 <= int(told[1]) == int(told[2]) < 100
 
 
-def test_a_tiny_mask_shrinks_in_one_result_alone_and_the_schedule_is_shown(any_server):
+def test_a_tiny_mask_is_edited_in_a_window_and_in_place_where_it_shrinks(any_server):
     run = run_quickly(any_server, "blend_tiny_mask")
     source, mask = arrays(any_server, run, edits.SOURCE)[0], arrays(any_server, run, edits.MASK, "L")[0]
     assert (mask > 0).sum() == 64
-    result, plain = (arrays(any_server, run, title)[0] for title in (edits.RESULT, "Result: without shrinking"))
-    assert_edited(source, mask, [result, plain])
-    assert (result != plain).any()
-    assert "shrinking mask: dilated by" in text(run, "What was run")
+    result, in_place = (arrays(any_server, run, title)[0] for title in (edits.RESULT, "Result: in place"))
+    assert_edited(source, mask, [result, in_place])
+    assert (result != in_place).any()
+    assert "of 64×64, worked at 64×64, enlarged 4 times" in text(run, "What was run")
+    assert "shrinking mask" not in text(run, "What was run")  # enlarged, it is wide enough
     sheet = run[1][titled(run[0], "Shrinking Mask")]
     assert len(sheet["images"]) == 1 and "dilated by" in sheet["text"][0]
