@@ -34,9 +34,8 @@ MEMORY_LEFT = 64 * 2**20
 """Bytes on the device that may be left over once everything was unloaded: kernels' workspaces and the like."""
 
 TOLERANCE = {"fp32": 1.0, "fp16": 3.0, "bf16": 16.0}
-"""Mean difference to the CPU's float32 pictures where they may change, in levels of 255. Measured on a CPU:
-0.12 in fp16 and
-10.8 in bf16 at most (of which a guide in bf16 makes nearly all); two unrelated edits differ by tens."""
+"""Mean difference to the CPU's float32 pictures where they may change, in levels of 255. Measured on a CPU: 0.12
+in fp16 and 10.8 in bf16 at most (of which a guide in bf16 makes nearly all); two unrelated edits differ by tens."""
 
 QUICK: dict[str, dict[str, Any]] = {
     "CLIPBlendSampler": {"steps": 4, "start": 1, "candidates": 1, "batch_size": 1},
@@ -106,12 +105,20 @@ def run_checks(comfy: Path, python: Path, environment: Mapping[str, str], out: P
     """Runs everything and writes `out`; returns the exit code.
 
     only: names of workflows, to run no others and no published models.
+    A server that ends on the way is an error in the report; what ran before stays in it.
     Raises ServerDied or TimeoutError where ComfyUI does not start, RuntimeError where the pack did not load in it.
     """
     cases = [case for case in CASES if not only or case.workflow in only]
     with tempfile.TemporaryDirectory(prefix="blendswap-check-") as folder:
         check = _Check(comfy, python, environment, Path(folder))
-        facts = check.run(cases, published=not only)
+        try:
+            facts = check.run(cases, published=not only)
+        except ServerDied as error:
+            if not check.facts:
+                raise
+            # What was found out before is what a report of a crash is for.
+            facts = check.facts
+            check.rows.append(Row("the server", "", "", error=str(error)))
     text = report(facts, check.rows)
     out.write_text(text, encoding="utf-8")
     edits.say(f"\n{text}\nThis is in {out}, to be attached to a report: it holds no path and no name of yours.")
@@ -126,11 +133,12 @@ class _Check:
         self.rows: list[Row] = []
         self.pictures: dict[Row, Pictures] = {}
         self.seen: set[str] = set()
+        self.facts: dict[str, Any] = {}
 
     def run(self, cases: Sequence[Case], published: bool) -> dict[str, Any]:
         """All of it; gives the facts about the machine."""
         with self._server("device") as server:
-            facts = server.get_json(f"{ROUTE}/facts")
+            facts = self.facts = server.get_json(f"{ROUTE}/facts")
             on_gpu, dynamic = facts["device"] != "cpu", facts["dynamic VRAM"]
             mode = "" if dynamic is None else "on" if dynamic else "off"
             started = server.get_json(f"{ROUTE}/memory")["now"]
@@ -375,7 +383,7 @@ _PART, _END = r"""[^\s\\/'",;:)][^\\/'",;:)\n]*""", r"""[^\s\\/'",;:)]*"""
 def without_names(text: str) -> str:
     """`text` with paths and the user's name replaced."""
     text = re.sub(rf"(?:[A-Za-z]:\\|\\\\)(?:{_PART}\\)*{_END}|(?<![\w.])~?/(?:{_PART}/)+{_END}", "<path>", text)
-    with contextlib.suppress(OSError, KeyError):  # no name to be had
+    with contextlib.suppress(OSError, KeyError, ImportError):  # no name to be had; Windows has no pwd
         name = getpass.getuser()
         if len(name) > 2:
             text = re.sub(rf"\b{re.escape(name)}\b", "<user>", text)

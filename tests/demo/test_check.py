@@ -77,6 +77,21 @@ def test_each_node_that_fails_is_in_the_report_beside_those_that_do_not(comfy_pa
     assert str(tmp_path) not in said and str(comfy_path) not in said
 
 
+def test_a_server_that_ends_on_the_way_leaves_a_report(comfy_path, tmp_path, monkeypatch):
+    def killed(server, prompt):
+        server.process.kill()
+        server.process.wait()
+        server.check_alive()
+
+    monkeypatch.setattr(check, "_run", killed)
+    out = tmp_path / "report.txt"
+    environment = run.pages_environment(Path(sys.executable), comfy_path)
+    assert check.run_checks(comfy_path, Path(sys.executable), environment, out, ["blend_guider"]) == 1
+    said = out.read_text(encoding="utf-8")
+    assert "the server ended" in said.replace("ComfyUI ", "") and "device: cpu" in said
+    assert str(comfy_path) not in said
+
+
 def test_a_picture_that_is_far_from_the_cpus_or_has_another_background_is_an_error():
     import numpy as np
 
