@@ -409,8 +409,8 @@ def pages_environment(python: Path, comfy: Path) -> dict[str, str]:
 
 
 def server_module() -> ModuleType:
-    """demo/server.py, which needs no package either."""
-    spec = importlib.util.spec_from_file_location("blendswap_demo_server", ROOT / "demo" / "server.py")
+    """tools/server.py, which needs no package either."""
+    spec = importlib.util.spec_from_file_location("blendswap_server", ROOT / "tools" / "server.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -418,7 +418,7 @@ def server_module() -> ModuleType:
 
 @contextlib.contextmanager
 def _server(*arguments, **options):
-    """start_server of demo/server.py; what keeps a server from starting is told without a traceback."""
+    """start_server of tools/server.py; what keeps a server from starting is told without a traceback."""
     module = server_module()
     try:
         with module.start_server(*arguments, **options) as server:
@@ -465,7 +465,9 @@ def demo(options: argparse.Namespace, extra: list[str]) -> int:
             say("Starting a ComfyUI server ...")
             with _server(comfy, base, python, env=environment) as server:
                 say(f"It runs at {server.url}.")
-                code = _child([python, "-m", "blendswap.demo.edits", "--server", server.url, "--out", out, *extra])
+                code = _child(
+                    [python, "-m", "blendswap.tools.showcase.edits", "--server", server.url, "--out", out, *extra]
+                )
         finally:
             if code and log.exists():
                 shutil.copy(log, out / "server.log")
@@ -495,7 +497,7 @@ def check(options: argparse.Namespace, extra: list[str]) -> int:
         arguments = [python, ROOT / "run.py", "check", "--out", Path(options.out).absolute(), *extra]
         return _child(arguments, {"COMFYUI_PATH": str(comfy), **pages_environment(python, comfy)})
     say(f"Python {sys.version.split()[0]} in {sys.prefix}")
-    module = _imported("blendswap.demo.check")
+    module = _imported("blendswap.tools.check")
     try:
         return module.run_checks(comfy, Path(sys.executable), {}, Path(options.out).absolute(), extra)
     except (module.ServerDied, RuntimeError, TimeoutError) as error:
@@ -569,7 +571,7 @@ def bench(options: argparse.Namespace, extra: list[str]) -> int:
 
 
 def train(options: argparse.Namespace, extra: list[str]) -> int:
-    return _module("blendswap.demo.train", options, extra)
+    return _module("blendswap.tools.train", options, extra)
 
 
 def _module(name: str, options: argparse.Namespace, extra: list[str]) -> int:
@@ -590,7 +592,7 @@ def _parser() -> argparse.ArgumentParser:
         (test, "run the tests; further arguments go to pytest"),
         (lint, "look at the code: ruff's format and lint, and types"),
         (bench, "measure time and memory; further arguments go to benchmarks/run.py"),
-        (train, "train the demo models; further arguments go to demo/train.py"),
+        (train, "train the demo models; further arguments go to tools/train.py"),
     ):
         sub = commands.add_parser(
             command.__name__,

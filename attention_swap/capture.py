@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..hosts.attention import Branch, TextHost
-from .ddim import ddim_step, from_level
-from .inversion import Facts, Inversion
+from ..diffusion.ddim import ddim_step, from_level
+from ..protocols.text import Branch, TextHost
+from .inversion.inversion import Facts, Inversion
+from .inversion.proximal import Proximal
 from .layout import LayerInfo, Layout, Needs, probe, steps_text
 from .local_blend import blend_layers
-from .proximal import Proximal
 from .settings import BRANCHES, SwapSettings
 from .steps import StepReport, check_finite
 from .swap import Recorder, Tape

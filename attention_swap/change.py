@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..blending.paste import cover_mask
+from ..images.masks import cover_mask
 
 SHARE = 0.1
 """Of the cells: those that changed most. A subject is seldom smaller, and the background's stillness says nothing."""

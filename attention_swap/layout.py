@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..hosts.attention import AttentionCall, Branch, FeatureCall, Layer, TextHost
+from ..protocols.text import AttentionCall, Branch, FeatureCall, Layer, TextHost
 
 Part = Literal["self", "cross", "feature"]
 """Kinds of attention layer, and the output of the decoder's residual blocks."""

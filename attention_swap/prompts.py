@@ -7,8 +7,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from .tokens import Alignment, TokenisedPrompt, align
-from .words import joined, key
+from .alignment.tokens import Alignment, TokenisedPrompt, align
+from .alignment.words import joined, key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ..hosts.attention import Branch
+from ..protocols.text import Branch
+from .alignment.tokens import Alignment
 from .capture import Capture
 from .layout import Layout, steps_text
 from .settings import Plan
 from .swap import Region, Touched, layers_named, planned
-from .tokens import Alignment
 
 KINDS = {
     "self_output": "self outputs (φ)",

@@ -14,17 +14,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..blending.paste import resize_mask
-from ..hosts.attention import Branch, TextHost
+from ..diffusion.ddim import ddim_step, from_level
+from ..images.masks import resize_mask
+from ..protocols.text import Branch, TextHost
+from .alignment.tokens import Alignment
 from .capture import Capture, SourceRun, branches_of, evaluate, size_text
-from .ddim import ddim_step, from_level
 from .layout import Needs, naming_channels, steps_text
 from .local_blend import WordBlend, blend, blend_layers
 from .report import SwapReport, swap_report
 from .settings import LAMBDAS, PRESETS, Plan, Steps, SwapSettings
 from .steps import StepReport, check_finite
 from .swap import Region, Swapper, Together, planned
-from .tokens import Alignment
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

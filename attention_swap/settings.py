@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from ..hosts.attention import Branch, Place
+from ..protocols.text import Branch, Place
+from .alignment.tokens import ALIGNMENTS
 from .layout import Key, LayerInfo, Layout, Needs, What
-from .tokens import ALIGNMENTS
 
 BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
 PLACES: tuple[Place, ...] = ("down", "mid", "up")

@@ -22,11 +22,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..hosts.attention import AttentionCall, Branch, FeatureCall
+from ..protocols.text import AttentionCall, Branch, FeatureCall
+from .alignment.tokens import Alignment
 from .layout import Key, LayerInfo, Layout, Needs, Part, What
 from .local_blend import WordBlend, word_map
 from .settings import Action, Plan
-from .tokens import Alignment
 
 
 @dataclasses.dataclass(frozen=True)

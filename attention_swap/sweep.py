@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..blending import lettering
+from ..images import lettering
 from .settings import Steps, SwapSettings
 
 BLUR = 1 / 64

@@ -33,17 +33,18 @@ import torch
 from torch import Tensor
 
 from ..blending.augment import ExtendingAugmentations
-from ..blending.canvas import Canvas
 from ..blending.extend import extend_canvas
 from ..blending.guidance import Guidance
-from ..blending.paste import exact_paste
 from ..blending.ranking import rank
 from ..blending.regions import Region, terms_for
 from ..blending.sampler import blended_diffusion
 from ..blending.settings import BlendSettings
-from ..blending.window import Window, window_for
-from ..demo import files, judge, world
-from ..hosts.diffusers_host import DiffusersHost
+from ..demo import files, world
+from ..demo.judges import shapes as judge
+from ..hosts.diffusers.host import DiffusersHost
+from ..images.canvas import Canvas
+from ..images.paste import exact_paste
+from ..images.window import Window, window_for
 from .edits import METHOD, as_pixels, demo_guide, wilson
 from .options import Parser, add_json
 

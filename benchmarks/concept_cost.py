@@ -34,8 +34,8 @@ from ..concepts.settings import TrainSettings
 from ..concepts.trainer import learn
 from ..demo import files, world
 from ..demo.subjects import SUBJECTS, references
-from ..hosts.diffusers_learner import DiffusersLearner
-from ..hosts.learning import Learned, Learner, LowRank
+from ..hosts.diffusers.learner import DiffusersLearner
+from ..protocols.learner import Learned, Learner, LowRank
 from .concepts import METHODS, TOKEN
 from .cost import peak_memory
 from .options import Parser, processor, write_json
@@ -156,8 +156,8 @@ def comfyui(options: argparse.Namespace) -> dict:
     if node is None:
         print("\nComfyUI, or a Train LoRA node that this benchmark can call, is not there.")
         return {}
-    from ..hosts.comfy_learner import open_learner
-    from ..hosts.sd_comfy import load_demo_text_model
+    from ..hosts.comfy.learner.learner import open_learner
+    from ..hosts.comfy.small_sd import load_demo_text_model
 
     print("\n| gradient checkpointing | time: ours / Train LoRA | peak memory: ours / Train LoRA |\n|---|---|---|")
     model, clip, vae = load_demo_text_model(files.TEXT)

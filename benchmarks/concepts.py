@@ -42,20 +42,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attention_swap.alignment.tokens import TokenisedPrompt, align, from_transformers
 from ..attention_swap.capture import capture
-from ..attention_swap.inversion import InvertSettings, invert
+from ..attention_swap.inversion.inversion import InvertSettings, invert
 from ..attention_swap.sampler import Subject as Replaced, attention_swap
 from ..attention_swap.settings import PRESETS
-from ..attention_swap.tokens import TokenisedPrompt, align, from_transformers
 from ..concepts.class_pictures import ClassPictures, make_class_pictures
 from ..concepts.references import prepare
 from ..concepts.settings import DREAMBOOTH_FULL, DREAMBOOTH_LORA, TEXTUAL_INVERSION, TrainSettings
 from ..concepts.trainer import learn
-from ..demo import files, judge, subject_judge, world
+from ..demo import files, world
+from ..demo.judges import shapes as judge, subjects as subject_judge
 from ..demo.subjects import SUBJECTS, Subject, draw_with, object_mask, references
-from ..hosts.attention_diffusers import DiffusersTextHost
-from ..hosts.diffusers_learner import DiffusersLearner
-from ..hosts.learning import FullWeights, Learned, LowRank, TokenVectors
+from ..hosts.diffusers.learner import DiffusersLearner
+from ..hosts.diffusers.text import DiffusersTextHost
+from ..protocols.learner import FullWeights, Learned, LowRank, TokenVectors
 from .edits import wilson
 from .options import Parser, write_json
 from .quiet import quiet
@@ -224,8 +225,8 @@ class Bench:
             digest(path.read_bytes())
             for path in (
                 files.TEXT / "unet" / "diffusion_pytorch_model.safetensors",
-                subject_judge.WEIGHTS,
-                judge.WEIGHTS,
+                files.SUBJECT_JUDGE,
+                files.JUDGE,
             )
         ]
 

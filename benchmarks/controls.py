@@ -24,12 +24,14 @@ from torch import Tensor
 
 from ..blending.augment import ExtendingAugmentations
 from ..blending.guidance import Guidance
-from ..blending.paste import editable, exact_paste
 from ..blending.regions import Region, terms_for
 from ..blending.sampler import blended_diffusion
 from ..blending.schedule import GuideSchedule
-from ..demo import files, judge, world
-from ..hosts.diffusers_host import DiffusersHost
+from ..demo import files, world
+from ..demo.judges import shapes as judge
+from ..hosts.diffusers.host import DiffusersHost
+from ..images.masks import editable
+from ..images.paste import exact_paste
 from .edits import METHOD, Bench, Case, Variant, as_pixels, cases, wilson
 from .options import Parser, write_json
 

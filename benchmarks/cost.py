@@ -23,14 +23,14 @@ from torch import Tensor
 
 from ..blending.augment import ExtendingAugmentations
 from ..blending.guidance import Guidance
-from ..blending.guide import ClipGuide, load_clip_guide
 from ..blending.regions import Region
 from ..blending.sampler import guided_prediction, plain_prediction
 from ..blending.settings import BlendSettings
-from ..blending.steps import Schedule
 from ..demo import files
-from ..hosts.adm import GuidedDiffusionUNet
-from ..hosts.diffusers_host import DiffusersHost
+from ..diffusion.schedule import Schedule
+from ..hosts.diffusers.host import DiffusersHost
+from ..models.adm.network import GuidedDiffusionUNet
+from ..models.clip.guide import ClipGuide, load_clip_guide
 from .options import Parser, processor
 
 

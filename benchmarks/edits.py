@@ -24,20 +24,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..blending.augment import ExtendingAugmentations
-from ..blending.canvas import Canvas
 from ..blending.guidance import Guidance
-from ..blending.guide import ClipGuide, load_clip_guide
-from ..blending.guides import CombinedGuide
-from ..blending.paste import exact_paste
-from ..blending.perceptual import Perceptual
 from ..blending.ranking import rank
 from ..blending.regions import Region, Term, terms_for
 from ..blending.report import to_8_bit
 from ..blending.sampler import blended_diffusion
 from ..blending.settings import PRESETS, BlendSettings, preset_settings
-from ..blending.window import window_for
-from ..demo import files, judge, world
-from ..hosts.diffusers_host import DiffusersHost
+from ..demo import files, world
+from ..demo.judges import shapes as judge
+from ..hosts.diffusers.host import DiffusersHost
+from ..images.canvas import Canvas
+from ..images.paste import exact_paste
+from ..images.window import window_for
+from ..models.clip.combined import CombinedGuide
+from ..models.clip.guide import ClipGuide, load_clip_guide
+from ..models.lpips import Perceptual
 from .options import Parser, add_json
 
 logger = logging.getLogger(__name__)

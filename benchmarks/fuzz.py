@@ -153,7 +153,7 @@ def _mask(kind: str, height: int, width: int, rng: np.random.Generator) -> Tenso
 
 def random_prior() -> Any:
     """An ADM network with learned variance for 32 pixels, weights at random."""
-    from ..hosts.adm import GuidedDiffusionUNet
+    from ..models.adm.network import GuidedDiffusionUNet
 
     torch.manual_seed(0)
     return GuidedDiffusionUNet(
@@ -179,7 +179,7 @@ class Parts:
     @cache
     def prior(kind: str) -> tuple[Any, Any]:
         """MODEL and VAE: "random", or the demo's in a number format."""
-        from ..hosts import adm_comfy
+        from ..hosts.comfy import adm as adm_comfy
 
         if kind == "random":
             return adm_comfy.native_model(random_prior()), adm_comfy.pixel_space_vae()
@@ -190,7 +190,7 @@ class Parts:
     @cache
     def latent() -> tuple[Any, Any, Any]:
         """MODEL, VAE and an empty conditioning."""
-        from ..hosts.sd_comfy import load_demo_text_model
+        from ..hosts.comfy.small_sd import load_demo_text_model
 
         with torch.inference_mode():
             model, clip, vae = load_demo_text_model(files.TEXT)
@@ -199,8 +199,8 @@ class Parts:
     @staticmethod
     @cache
     def guide() -> Any:
-        from ..blending.guide import load_clip_guide
-        from ..hosts.comfy_guide import ComfyGuide
+        from ..hosts.comfy.guide import ComfyGuide
+        from ..models.clip.guide import load_clip_guide
 
         with torch.inference_mode():
             return ComfyGuide.wrap(load_clip_guide(files.CLIP, "auto", "cpu", torch.float32))
@@ -209,7 +209,7 @@ class Parts:
 def edit(case: Case, image: Tensor, mask: Tensor) -> Tensor:
     """The results of the case through the sampler node, as ComfyUI runs it."""
     from ..blending.augment import ExtendingAugmentations
-    from ..nodes.blend import CLIPBlendSampler
+    from ..nodes.blend.sampler import CLIPBlendSampler
 
     if case.model == "latent":
         model, vae, text = Parts.latent()
@@ -230,7 +230,7 @@ def edit(case: Case, image: Tensor, mask: Tensor) -> Tensor:
 
 def faults(case: Case, image: Tensor, mask: Tensor, results: Tensor) -> list[str]:
     """What is wrong with the results [batch·candidates, H, W, C] of a case."""
-    from ..blending.paste import prepare_mask
+    from ..images.masks import prepare_mask
 
     found = []
     candidates = case.inputs["candidates"]

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..attention_swap.inversion import InvertSettings, invert
-from ..attention_swap.null_text import NullTextSettings
+from ..attention_swap.inversion.inversion import InvertSettings, invert
+from ..attention_swap.inversion.null_text import NullTextSettings
 from ..attention_swap.steps import StepReport
 from ..demo import files, world
-from ..hosts.attention_diffusers import DiffusersTextHost
+from ..hosts.diffusers.text import DiffusersTextHost
 from .options import Parser, processor, write_json
 
 SEED = 4_300_000

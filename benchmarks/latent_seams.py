@@ -21,13 +21,14 @@ from torch import Tensor
 
 from ..blending.augment import ExtendingAugmentations
 from ..blending.guidance import Guidance
-from ..blending.paste import exact_paste
 from ..blending.regions import Region, terms_for
 from ..blending.sampler import blended_diffusion
-from ..blending.seams import match_border
-from ..blending.shrink import dilate
-from ..demo import files, judge, world
-from ..hosts.diffusers_host import DiffusersHost
+from ..demo import files, world
+from ..demo.judges import shapes as judge
+from ..hosts.diffusers.host import DiffusersHost
+from ..images.masks import dilate
+from ..images.paste import exact_paste
+from ..images.seams import match_border
 from .edits import METHOD, Bench, as_pixels, cases
 from .options import Parser, write_json
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..blending.guide import ClipGuide
-from ..demo import files, judge, world
+from ..demo import files, world
+from ..demo.judges import shapes as judge
+from ..models.clip.guide import ClipGuide
 from .edits import demo_guide
 from .options import Parser, write_json
 
@@ -127,8 +128,8 @@ def vae(count: int) -> dict:
 @torch.no_grad()
 def prior(count: int) -> dict:
     """How many unconditional samples (DDIM, 50 steps) hold an object that the judge names with certainty."""
-    from ..blending.steps import Schedule, ddim_step
-    from ..hosts.diffusers_host import DiffusersHost
+    from ..diffusion.schedule import Schedule, ddim_step
+    from ..hosts.diffusers.host import DiffusersHost
 
     host = DiffusersHost.from_prior(files.PRIOR)
     schedule = Schedule.respaced(host.train_sigmas, 50)
@@ -185,7 +186,7 @@ def lpips(count: int) -> dict:
     """How often LPIPS finds the stronger of two distortions of a picture the more different one."""
     from torch.nn import functional as F
 
-    from ..blending.perceptual import Perceptual
+    from ..models.lpips import Perceptual
 
     perceptual = Perceptual("demo", files.LPIPS)
     scenes, pictures = unseen(count)

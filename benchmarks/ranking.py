@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ..blending.augment import ExtendingAugmentations
-from ..blending.fit import fit_to_square
-from ..blending.guide import ClipGuide
 from ..blending.ranking import RankWeights, rank
-from ..demo import judge, world
+from ..demo import world
+from ..demo.judges import shapes as judge
+from ..models.clip.fit import fit_to_square
+from ..models.clip.guide import ClipGuide
 from .applications import GROUNDS, to_tensor
 from .edits import Bench, as_pixels, cases, demo_guide, variants, wilson
 from .options import Parser

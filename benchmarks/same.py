@@ -37,11 +37,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..demo.check import without_names
-from ..demo.edits import say
-from ..demo.server import PACK, ComfyServer, ServerDied, ServerError, start_server
-from ..demo.workflow import ui_to_api
 from ..run import SetupError, comfy_version, find_comfyui, pages_environment
+from ..tools.check import without_names
+from ..tools.server import PACK, ComfyServer, ServerDied, ServerError, start_server
+from ..tools.showcase.edits import say
+from ..tools.workflow import ui_to_api
 from .options import Parser
 
 AT_MOST = {

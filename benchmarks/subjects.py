@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..demo import files, judge, world
-from ..demo.subject_judge import identify
+from ..demo import files, world
+from ..demo.judges import shapes as judge
+from ..demo.judges.subjects import identify
 from ..demo.subjects import SUBJECTS, Subject, draw_with, paint
-from ..demo.training.subjects import other_tones, over, side_of
+from ..tools.training.subjects import other_tones, over, side_of
 from .models import share, uint8
 from .options import Parser, write_json
 

@@ -28,17 +28,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..attention_swap.alignment.tokens import Alignment, align, from_transformers
 from ..attention_swap.capture import Capture, capture
-from ..attention_swap.ddim import ddim_step
-from ..attention_swap.inversion import Inversion
+from ..attention_swap.inversion.inversion import Inversion
 from ..attention_swap.sampler import attention_swap
 from ..attention_swap.settings import PRESETS, Plan, SwapSettings
-from ..attention_swap.sigmas import ddim_grid
 from ..attention_swap.swap import branch_rows
-from ..attention_swap.tokens import Alignment, align, from_transformers
 from ..demo import files
-from ..hosts.attention import AttentionCall, FeatureCall
-from ..hosts.attention_diffusers import DiffusersTextHost
+from ..diffusion.ddim import ddim_step
+from ..diffusion.sigmas import ddim_grid
+from ..hosts.diffusers.text import DiffusersTextHost
+from ..protocols.text import AttentionCall, FeatureCall
 from .cost import peak_memory
 from .options import Parser, processor, write_json
 from .quiet import quiet

@@ -32,15 +32,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attention_swap.alignment.tokens import align, from_transformers
 from ..attention_swap.capture import Capture, capture
-from ..attention_swap.inversion import InvertSettings, invert
-from ..attention_swap.null_text import NullTextSettings
+from ..attention_swap.inversion.inversion import InvertSettings, invert
+from ..attention_swap.inversion.null_text import NullTextSettings
 from ..attention_swap.sampler import Subject, attention_swap
 from ..attention_swap.settings import PRESETS, SwapSettings
-from ..attention_swap.tokens import align, from_transformers
-from ..demo import files, judge, world
-from ..hosts.attention_diffusers import DiffusersTextHost
-from ..hosts.diffusers_host import load_pipeline
+from ..demo import files, world
+from ..demo.judges import shapes as judge
+from ..hosts.diffusers.host import load_pipeline
+from ..hosts.diffusers.text import DiffusersTextHost
 from .edits import wilson
 from .options import Parser, write_json
 from .quiet import quiet

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from ..blending.augment import ExtendingAugmentations
-from ..blending.canvas import Canvas
 from ..blending.guidance import Guidance
-from ..blending.paste import exact_paste
 from ..blending.regions import Region, terms_for
 from ..blending.sampler import blended_diffusion
 from ..blending.shrink import shrink_for
-from ..blending.window import window_for
-from ..demo import judge, world
+from ..demo import world
+from ..demo.judges import shapes as judge
+from ..images.canvas import Canvas
+from ..images.paste import exact_paste
+from ..images.window import window_for
 from .edits import CONTEXT, FIRST_SCENE_SEED, METHOD, Bench, Case, as_pixels, contact_sheet, wilson
 from .options import Parser, write_json
 

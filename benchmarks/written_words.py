@@ -21,7 +21,7 @@ import numpy as np
 
 from ..blending.regions import WRITTEN, written
 from ..demo import world
-from ..demo.training.words import FOLDER
+from ..tools.training.words import FOLDER
 from .edits import METHOD, Bench, Case, Variant, cases, contact_sheet, wilson
 from .options import Parser, write_json
 

@@ -19,7 +19,7 @@ from kornia.geometry.transform import (
 )
 from torch import Tensor
 
-from .fit import POOLINGS, fit_to_square
+from ..models.clip.fit import POOLINGS, fit_to_square
 
 _NUMBERS_PER_COPY = 16  # uniform numbers a copy draws, used or not, so that each setting leaves the others' in place
 _INWARD = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])  # from each corner, x and y

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..hosts.protocol import DiffusionHost
+from ..protocols.diffusion import DiffusionHost
 
 DECODES = ("whole", "window")
 MARGIN = 8

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..hosts.memory import give_back, is_out_of_memory
+from ..images.masks import editable
+from ..models.clip.guide import ClipGuide
+from ..models.lpips import Perceptual
+from ..protocols.memory import give_back, is_out_of_memory
 from .augment import AugmentParameters, ExtendingAugmentations
-from .guide import ClipGuide
 from .losses import DISTANCES, background_loss, background_lpips, background_mse, range_loss
-from .paste import editable
-from .perceptual import Perceptual
 from .regions import Region, Term, crowding
 from .settings import BlendSettings
 

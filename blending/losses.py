@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .perceptual import Perceptual
+    from ..models.lpips import Perceptual
 
 
 def d_cosine(u: Tensor, v: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .fit import fit_to_square
+from ..models.clip.fit import fit_to_square
 
 if TYPE_CHECKING:
+    from ..models.clip.combined import CombinedGuide
+    from ..models.clip.guide import ClipGuide
     from .augment import ExtendingAugmentations
-    from .guide import ClipGuide
-    from .guides import CombinedGuide
 
 CONTEXT = 0.25
 """Margin around the mask's bounding box, as a fraction of its longer side."""

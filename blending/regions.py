@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .guide import ClipGuide
-from .guides import CombinedGuide
+from ..models.clip.combined import CombinedGuide
+from ..models.clip.guide import ClipGuide
 from .shrink import Shrink
 
 NEGATIVE_WEIGHT = 0.5

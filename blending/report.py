@@ -19,13 +19,13 @@ from PIL import Image, ImageDraw
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from . import lettering
+from ..images import lettering
 from .ranking import score
 
 if TYPE_CHECKING:
-    from .guide import ClipGuide
-    from .guides import CombinedGuide
-    from .perceptual import Perceptual
+    from ..models.clip.combined import CombinedGuide
+    from ..models.clip.guide import ClipGuide
+    from ..models.lpips import Perceptual
 
 AMPLIFICATION = 8
 """Factor by which the difference is brightened in the picture."""

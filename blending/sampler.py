@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..hosts.protocol import DiffusionHost
+from ..diffusion.schedule import Schedule, ddim_step, ddpm_step
+from ..images.masks import latent_mask
+from ..protocols.diffusion import DiffusionHost
 from .decode import decode_for_guide
 from .guidance import Guidance
-from .paste import latent_mask
 from .settings import BlendSettings
-from .steps import Schedule, ddim_step, ddpm_step
 
 
 @dataclasses.dataclass(frozen=True)

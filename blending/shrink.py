@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..images.masks import SMALL, dilate, width_of
+
 MODES = ("off", "auto", "on")
 
-SMALL = 1 / 6
-"""Below this width, as a fraction of the canvas's shorter side, "auto" lets a mask shrink."""
 BEGIN = 1 / 3
 """Width that a shrinking mask begins with, as a fraction of the canvas's shorter side."""
 UNTIL = 0.5
@@ -63,32 +63,6 @@ def shrink_for(mask: Tensor, mode: str) -> Shrink | None:
         return None
     radius = round((BEGIN * side - width) / 2)
     return Shrink(radius) if radius > 0 else None
-
-
-def width_of(mask: Tensor) -> int:
-    """Side in pixels of the largest square within which no value of `mask` [1, 1, H, W] is 0.
-
-    A long scratch is as narrow as it is thin.
-    """
-    marked = F.pad((mask[0, 0] > 0).cpu().double().cumsum(0).cumsum(1), (1, 0, 1, 0))  # summed-area table
-    low, high = 0, min(mask.shape[-2:])
-    while low < high:
-        side = (low + high + 1) // 2
-        sums = marked[side:, side:] - marked[:-side, side:] - marked[side:, :-side] + marked[:-side, :-side]
-        if bool((sums > side * side - 0.5).any()):
-            low = side
-        else:
-            high = side - 1
-    return low
-
-
-def dilate(mask: Tensor, radius: int) -> Tensor:
-    """`mask` [B, 1, H, W] with every value spread `radius` pixels to all sides; the largest one wins."""
-    if radius <= 0:
-        return mask
-    size = 2 * radius + 1
-    tall = F.max_pool2d(mask, (size, 1), stride=1, padding=(radius, 0))
-    return F.max_pool2d(tall, (1, size), stride=1, padding=(0, radius))
 
 
 def schedule_frames(mask: Tensor, shrink: Shrink | None, count: int) -> Tensor:

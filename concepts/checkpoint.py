@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..hosts.files import read_safetensors
+from ..weights.files import read_safetensors
 
 FORMAT = "blendswap concept training 1"
 MOMENTS = ("exp_avg", "exp_avg_sq")

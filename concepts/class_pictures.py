@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from ..hosts.files import read_safetensors, write_whole
-from ..hosts.learning import Learner
+from ..protocols.learner import Learner
+from ..weights.files import read_safetensors, write_whole
 from .checkpoint import same_answer
 from .loss import noised
 from .references import bytes_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..hosts.learning import Prediction
+from ..protocols.learner import Prediction
 
 
 def noised(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:

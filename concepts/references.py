@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..hosts.learning import Learner
+from ..protocols.learner import Learner
 
 MANY = 20
 """More references than DreamBooth was ever shown to gain from."""

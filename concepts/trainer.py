@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hosts.learning import Learner, Text, TokenVectors
+from ..protocols.learner import Learner, Text, TokenVectors
 from .checkpoint import MOMENTS, Checkpoint, CheckpointError, check_same, read, write
 from .class_pictures import ClassPictures
 from .loss import masked_error, min_snr_weight, noised, target

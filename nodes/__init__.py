@@ -7,28 +7,28 @@ from comfy_api.latest import ComfyExtension, io
 
 class BlendSwapExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        from .attention_pictures import AttentionSVD, WordMaps
-        from .augment import ExtendingAugment
-        from .blend import CLIPBlendSampler
-        from .capture import AttentionCapture
-        from .clip_guide import CLIPGuideLoader
-        from .concept_dreambooth import LearnConceptDreamBooth
-        from .concept_inversion import LearnConceptTextualInversion
-        from .concept_score import ConceptScore
-        from .concept_training import ConceptReferences
+        from .blend.augment import ExtendingAugment
+        from .blend.clip_guide import CLIPGuideLoader
+        from .blend.extend import ExtendCanvas
+        from .blend.guided_diffusion import GuidedDiffusionLoader
+        from .blend.guider import CLIPBlendGuider, ExactPaste
+        from .blend.guides import BlendRegion, CombineCLIPGuides, GuideSchedule
+        from .blend.masks import ShrinkingMask
+        from .blend.rank import RankCandidates
+        from .blend.report import EditReport
+        from .blend.sampler import CLIPBlendSampler
+        from .concept.dreambooth import LearnConceptDreamBooth
+        from .concept.inversion import LearnConceptTextualInversion
+        from .concept.score import ConceptScore
+        from .concept.training import ConceptReferences
         from .demo import DemoModelLoader, DemoScene, DemoSubject
-        from .extend import ExtendCanvas
-        from .guided_diffusion import GuidedDiffusionLoader
-        from .guider import CLIPBlendGuider, ExactPaste
-        from .guides import BlendRegion, CombineCLIPGuides, GuideSchedule
-        from .invert import LoadInversion, NullTextInvert, SaveInversion, UnpackInversion
-        from .masks import ShrinkingMask
-        from .prompts import SwapPrompts
-        from .rank import RankCandidates
-        from .report import EditReport
-        from .swap import AttentionSwapSampler, SwapSubject
-        from .swap_settings import SwapLayers, SwapSettings
-        from .sweep import AttentionSwapSweep
+        from .swap.capture import AttentionCapture
+        from .swap.invert import LoadInversion, NullTextInvert, SaveInversion, UnpackInversion
+        from .swap.pictures import AttentionSVD, WordMaps
+        from .swap.prompts import SwapPrompts
+        from .swap.sampler import AttentionSwapSampler, SwapSubject
+        from .swap.settings import SwapLayers, SwapSettings
+        from .swap.sweep import AttentionSwapSweep
 
         return [
             GuidedDiffusionLoader,

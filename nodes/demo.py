@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..demo import files
-from . import folders
-from .inputs import aliases
+from .shared import folders
+from .shared.inputs import aliases
 
 # Trainings draw their scenes from seeds below 1,000,000: no model has seen the ones from here on.
 FIRST_SEED = 2_000_000
@@ -40,7 +40,7 @@ class DemoModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        from ..hosts.sd_comfy import load_demo_text_model
+        from ..hosts.comfy.small_sd import load_demo_text_model
 
         if not (files.TEXT / "model_index.json").is_file():
             raise FileNotFoundError(

@@ -28,7 +28,7 @@ if ROOT not in (Path(path).resolve() for path in blendswap.__path__):
 import torch
 
 from blendswap import run
-from blendswap.demo.server import ComfyServer, start_server
+from blendswap.tools.server import ComfyServer, start_server
 
 torch.set_num_threads(1)  # the tensors are small: more threads would mostly wait for one another
 

@@ -15,75 +15,41 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CORES = ("blending", "attention_swap", "concepts")
-PACK = (*CORES, "hosts", "nodes", "demo", "benchmarks", "run.py", "__init__.py")
-"""Every folder and file of the pack but its tests."""
-
-NOT_SHIPPED = ("benchmarks", "tests")
+METHODS = ("blending", "attention_swap", "concepts")
+MATHEMATICS = ("images", "diffusion")
+SHIPPED = (*METHODS, *MATHEMATICS, "protocols", "weights", "models", "hosts", "nodes", "demo", "__init__.py")
+NOT_SHIPPED = ("tools", "benchmarks", "tests", "run.py")
 """What .comfyignore keeps out of the registry's archive, of all that is Python."""
+PACK = (*SHIPPED, "tools", "benchmarks", "run.py")
+"""Every folder and file of the pack but its tests."""
 
 COMFYUI = set("comfy comfy_api comfy_execution comfy_extras execution folder_paths latent_preview server".split())
 """ComfyUI's modules, by the first part of their name. Its `nodes` is told from the pack's by being absolute."""
 
+
+def but(*rooms: str) -> tuple[str, ...]:
+    """All of the pack except `rooms`."""
+    return tuple(room for room in PACK if room not in rooms)
+
+
 NEVER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "a core imports no host": (CORES, ("hosts",)),
-    "blending imports no other core": (("blending",), ("attention_swap", "concepts")),
-    "attention_swap imports no other core": (("attention_swap",), ("blending", "concepts")),
-    "concepts imports no other core": (("concepts",), ("blending", "attention_swap")),
-    "a host imports no method": (("hosts",), CORES),
-    "a node imports no demo": (("nodes",), ("demo",)),
-    "only the door imports nodes": ((*CORES, "hosts", "demo", "run.py"), ("nodes",)),
-    "what is shipped imports nothing that is not": ((*CORES, "hosts", "nodes", "demo", "run.py"), NOT_SHIPPED),
-    "the pack does not import its commands": ((*CORES, "hosts", "nodes", "demo", "benchmarks"), ("run.py",)),
+    "a method imports no host": (METHODS, ("hosts",)),
+    "blending imports no other method": (("blending",), ("attention_swap", "concepts")),
+    "attention_swap imports no other method": (("attention_swap",), ("blending", "concepts")),
+    "concepts imports no other method": (("concepts",), ("blending", "attention_swap")),
+    "a host imports no method": (("hosts",), METHODS),
+    "pictures import nothing of the pack": (("images",), but("images")),
+    "diffusion mathematics import nothing of the pack": (("diffusion",), but("diffusion")),
+    "protocols import nothing of the pack": (("protocols",), but("protocols")),
+    "weights import nothing of the pack": (("weights",), but("weights")),
+    "models import weights and protocols alone": (("models",), but("models", "weights", "protocols")),
+    "nodes import no tools": (("nodes",), ("tools",)),
+    "only the door imports nodes": (but("nodes", "__init__.py", "benchmarks"), ("nodes",)),
+    "what is shipped imports nothing that is not": (SHIPPED, NOT_SHIPPED),
+    "the pack does not import its commands": (but("run.py"), ("run.py",)),
 }
 
 KNOWN: dict[str, set[str]] = {
-    "a core imports no host": {
-        "attention_swap/capture.py -> hosts/attention.py",
-        "attention_swap/inversion.py -> hosts/attention.py",
-        "attention_swap/inversion.py -> hosts/files.py",
-        "attention_swap/layout.py -> hosts/attention.py",
-        "attention_swap/null_text.py -> hosts/attention.py",
-        "attention_swap/report.py -> hosts/attention.py",
-        "attention_swap/sampler.py -> hosts/attention.py",
-        "attention_swap/self_maps.py -> hosts/attention.py",
-        "attention_swap/settings.py -> hosts/attention.py",
-        "attention_swap/swap.py -> hosts/attention.py",
-        "attention_swap/watch.py -> hosts/attention.py",
-        "attention_swap/word_maps.py -> hosts/attention.py",
-        "blending/decode.py -> hosts/protocol.py",
-        "blending/guidance.py -> hosts/memory.py",
-        "blending/sampler.py -> hosts/protocol.py",
-        "blending/weight_files.py -> hosts/files.py",
-        "concepts/checkpoint.py -> hosts/files.py",
-        "concepts/class_pictures.py -> hosts/files.py",
-        "concepts/class_pictures.py -> hosts/learning.py",
-        "concepts/loss.py -> hosts/learning.py",
-        "concepts/references.py -> hosts/learning.py",
-        "concepts/trainer.py -> hosts/learning.py",
-    },
-    "attention_swap imports no other core": {
-        "attention_swap/change.py -> blending/paste.py",
-        "attention_swap/pictures.py -> blending/lettering.py",
-        "attention_swap/sampler.py -> blending/paste.py",
-        "attention_swap/sweep.py -> blending/lettering.py",
-    },
-    "a host imports no method": {
-        "hosts/comfy_guide.py -> blending/guide.py",
-        "hosts/comfy_guide.py -> blending/guides.py",
-        "hosts/comfy_guider.py -> blending/guidance.py",
-        "hosts/comfy_guider.py -> blending/paste.py",
-        "hosts/comfy_guider.py -> blending/sampler.py",
-        "hosts/comfy_window.py -> blending/canvas.py",
-    },
-    "a node imports no demo": {
-        "nodes/clip_guide.py -> demo/files.py",
-        "nodes/demo.py -> demo/files.py",
-        "nodes/demo.py -> demo/subjects.py",
-        "nodes/demo.py -> demo/world.py",
-        "nodes/guided_diffusion.py -> demo/files.py",
-        "nodes/report.py -> demo/files.py",
-    },
     "the pack does not import its commands": {
         "benchmarks/concept_cost.py -> run.py",
         "benchmarks/fuzz.py -> run.py",
@@ -93,14 +59,13 @@ KNOWN: dict[str, set[str]] = {
 """What does not hold yet, by rule."""
 
 CIRCLES = {
-    frozenset({"blending", "hosts"}),
-    frozenset({"demo/concepts.py", "demo/edits.py", "demo/swaps.py"}),
+    frozenset({"tools/showcase/concepts.py", "tools/showcase/edits.py", "tools/showcase/swaps.py"}),
 }
 """Circles that there still are, of files and of rooms."""
 
 
 class Arrow(NamedTuple):
-    """`file` imports `target`, both by their path in the pack ("blending/steps.py"), in that line."""
+    """`file` imports `target`, both by their path in the pack ("diffusion/schedule.py"), in that line."""
 
     file: str
     target: str
@@ -174,9 +139,9 @@ def test_no_room_imports_what_it_must_not(rule: str):
     assert not gone, f"take off the list of what is known: {sorted(gone)}"
 
 
-def test_cores_and_protocols_know_no_comfyui():
-    apart = [file for file in files() if is_in(file.relative_to(ROOT).as_posix(), CORES)]
-    apart += [ROOT / "hosts" / f"{name}.py" for name in ("protocol", "attention", "learning")]
+def test_only_hosts_and_nodes_know_comfyui():
+    rooms = (*METHODS, *MATHEMATICS, "protocols", "weights", "models", "hosts/diffusers", "demo")
+    apart = [file for file in files() if is_in(file.relative_to(ROOT).as_posix(), rooms)]
     found = []
     for file in apart:
         for node in imports_of(file):

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from blendswap import run
-from blendswap.demo.server import start_server
+from blendswap.tools.server import start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 OWNER = "https://github.com/blendswap/blendswap"
-NOT_HANDED_OUT = ("tests/", "benchmarks/", "bench_output/", "docs/", ".ci/")
+NOT_HANDED_OUT = ("tests/", "benchmarks/", "tools/", "docs/", ".ci/", "run.py")
+ROOMS = "nodes hosts models blending attention_swap concepts images diffusion weights protocols demo".split()
 
 
 def listed(*arguments: str) -> set[str]:
@@ -40,9 +41,9 @@ def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_archive_has_what_a_user_needs_and_nothing_for_developers_alone(archived):
     names = {path.relative_to(archived).as_posix() for path in archived.rglob("*") if path.is_file()}
     assert not [name for name in names if name.startswith(NOT_HANDED_OUT)]
-    for folder in ("nodes", "hosts", "blending", "attention_swap", "concepts", "demo", "workflows", "locales", "web"):
+    for folder in (*ROOMS, "workflows", "locales", "web"):
         assert {name for name in listed(folder)} <= names, folder
-    assert {"__init__.py", "requirements.txt", "pyproject.toml", "README.md", "LICENSE", "run.py"} <= names
+    assert {"__init__.py", "requirements.txt", "pyproject.toml", "README.md", "LICENSE"} <= names
     assert sum((archived / name).stat().st_size for name in names) < 40e6
 
 
@@ -108,12 +109,16 @@ def test_the_wheel_works_by_itself_and_holds_no_tests(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(site)
-    assert not [name for name in names if re.match(r"(blendswap/)?(tests|benchmarks|docs)/", name)]
+    assert not [name for name in names if re.match(r"(blendswap/)?(tests|benchmarks|tools|docs)/", name)]
+    modules = {name for name in listed(*ROOMS) if name.endswith(".py")}
+    assert {f"blendswap/{name}" for name in modules} == {
+        name for name in names if name.endswith(".py") and name.count("/") > 1
+    }
     for path in (ROOT / "demo" / "models").rglob("*"):
         assert not path.is_file() or f"blendswap/{path.relative_to(ROOT).as_posix()}" in names
     code = (
         "import blendswap, pkgutil, sys; assert blendswap.__path__[0].startswith(sys.argv[1]), blendswap.__path__\n"
-        "from blendswap.blending.guide import load_clip_guide; from blendswap.demo import files\n"
+        "from blendswap.models.clip.guide import load_clip_guide; from blendswap.demo import files\n"
         "from blendswap.attention_swap import capture, swap, sweep; from blendswap.concepts import trainer\n"
         "load_clip_guide(files.CLIP).embed_text(['a red star'])"
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from blendswap import run
-from blendswap.demo.server import ComfyServer, PortInUse, ServerDied, ServerError, prepare_base, start_server
-from blendswap.demo.workflow import WorkflowError, ui_to_api
+from blendswap.tools.server import ComfyServer, PortInUse, ServerDied, ServerError, prepare_base, start_server
+from blendswap.tools.workflow import WorkflowError, ui_to_api
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from blendswap.attention_swap.capture import Capture, SourceRun, capture, estimate
-from blendswap.attention_swap.inversion import InvertSettings, invert
+from blendswap.attention_swap.inversion.inversion import InvertSettings, invert
 from blendswap.attention_swap.layout import Needs, probe
 from blendswap.attention_swap.settings import PRESETS, Steps, SwapSettings, preset_settings
-from blendswap.attention_swap.sigmas import ddim_grid
 from blendswap.demo.files import TEXT
-from blendswap.hosts.attention import Layer
-from blendswap.hosts.attention_diffusers import DiffusersTextHost
+from blendswap.diffusion.sigmas import ddim_grid
+from blendswap.hosts.diffusers.text import DiffusersTextHost
+from blendswap.protocols.text import Layer
 
 PROMPT, STEPS = "a red star on a blue sky background", 4
 

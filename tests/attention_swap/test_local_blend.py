@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from blendswap.attention_swap.layout import LayerInfo, Layout
 from blendswap.attention_swap.local_blend import WordBlend, blend, blend_layers, region, word_map
-from blendswap.hosts.attention import layer_table
+from blendswap.protocols.text import layer_table
 
 
 def layout(sizes: list[tuple[int, int]], latent: tuple[int, int]) -> Layout:

@@ -14,17 +14,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blendswap.attention_swap.alignment.tokens import Alignment, align, from_transformers
 from blendswap.attention_swap.capture import Capture, capture
-from blendswap.attention_swap.ddim import from_level, to_level
-from blendswap.attention_swap.inversion import Inversion, InvertSettings, ddim_inversion, invert
-from blendswap.attention_swap.null_text import NullTextSettings, optimise_null_text
+from blendswap.attention_swap.inversion.inversion import Inversion, InvertSettings, ddim_inversion, invert
+from blendswap.attention_swap.inversion.null_text import NullTextSettings, optimise_null_text
 from blendswap.attention_swap.sampler import Subject, attention_swap
 from blendswap.attention_swap.settings import SwapSettings, preset_settings
-from blendswap.attention_swap.sigmas import ddim_grid
 from blendswap.attention_swap.steps import StepReport
-from blendswap.attention_swap.tokens import Alignment, align, from_transformers
 from blendswap.demo.files import TEXT as TEXT_MODEL
-from blendswap.hosts.attention_diffusers import DiffusersTextHost
+from blendswap.diffusion.ddim import from_level, to_level
+from blendswap.diffusion.sigmas import ddim_grid
+from blendswap.hosts.diffusers.text import DiffusersTextHost
 
 DATA = Path(__file__).parent / "data"
 CFG = 7.5

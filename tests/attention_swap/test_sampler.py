@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blendswap.attention_swap.alignment.tokens import Alignment, align, from_transformers
 from blendswap.attention_swap.capture import Capture, capture
-from blendswap.attention_swap.inversion import InvertSettings, invert
+from blendswap.attention_swap.inversion.inversion import InvertSettings, invert
 from blendswap.attention_swap.sampler import Subject, SwapResult, attention_swap
 from blendswap.attention_swap.settings import PRESETS, Steps, SwapSettings, Where, preset_settings
-from blendswap.attention_swap.sigmas import ddim_grid
 from blendswap.attention_swap.swap import Tape
-from blendswap.attention_swap.tokens import Alignment, align, from_transformers
 from blendswap.demo.files import TEXT
-from blendswap.hosts.attention import AttentionCall
-from blendswap.hosts.attention_diffusers import DiffusersTextHost
+from blendswap.diffusion.sigmas import ddim_grid
+from blendswap.hosts.diffusers.text import DiffusersTextHost
+from blendswap.protocols.text import AttentionCall
 
 SOURCE, TARGET = "a red star on a blue sky background", "a green dotted heart on a blue sky background"
 STEPS, CFG = 5, 4.0

@@ -8,7 +8,7 @@ import pytest
 
 from blendswap.attention_swap.layout import FeatureInfo, LayerInfo, Layout, steps_text
 from blendswap.attention_swap.settings import PRESETS, Steps, SwapSettings, Where, preset_settings
-from blendswap.hosts.attention import layer_table
+from blendswap.protocols.text import layer_table
 
 
 def stable_diffusion() -> Layout:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blendswap.attention_swap.alignment.tokens import Alignment
 from blendswap.attention_swap.layout import FeatureInfo, LayerInfo, Layout, Needs
 from blendswap.attention_swap.settings import SwapSettings
 from blendswap.attention_swap.swap import Recorder, Region, Swapper, Tape, branch_rows
-from blendswap.attention_swap.tokens import Alignment
-from blendswap.hosts.attention import AttentionCall, FeatureCall, Layer
+from blendswap.protocols.text import AttentionCall, FeatureCall, Layer
 
 HEADS, WIDTH, SIZE, TEXT = 2, 8, (4, 6), 5
 N = SIZE[0] * SIZE[1]

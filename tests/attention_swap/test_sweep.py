@@ -26,7 +26,7 @@ from blendswap.attention_swap.sweep import (
     values,
 )
 from blendswap.demo import world
-from blendswap.hosts.attention import Layer
+from blendswap.protocols.text import Layer
 
 LAYOUT = Layout(
     tuple(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from blendswap.benchmarks import applications
-from blendswap.demo import judge, world
+from blendswap.demo import world
+from blendswap.demo.judges import shapes as judge
 
 
 @pytest.mark.parametrize("name", applications.APPLICATIONS)

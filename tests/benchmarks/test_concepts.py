@@ -12,11 +12,11 @@ import pytest
 
 from blendswap.benchmarks import concepts
 from blendswap.benchmarks.concepts import METHODS, Outcome, judged, scenes, summary, target_prompt
-from blendswap.demo import files, subject_judge, world
+from blendswap.demo import files, world
 from blendswap.demo.subjects import SUBJECTS, draw_with
 
 pytestmark = pytest.mark.skipif(
-    not (subject_judge.WEIGHTS.is_file() and (files.TEXT / "model_index.json").is_file()),
+    not (files.SUBJECT_JUDGE.is_file() and (files.TEXT / "model_index.json").is_file()),
     reason="the demo models have not been trained: python run.py train",
 )
 QUICK = (

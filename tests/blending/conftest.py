@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
+from blendswap.models.clip.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
 
 
 @pytest.fixture

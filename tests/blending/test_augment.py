@@ -10,7 +10,7 @@ from kornia.augmentation import RandomAffine, RandomPerspective
 from torch.nn import functional as F
 
 from blendswap.blending.augment import ExtendingAugmentations
-from blendswap.blending.fit import fit_to_square
+from blendswap.models.clip.fit import fit_to_square
 
 
 def pictures(count: int = 2, height: int = 40, width: int = 40) -> torch.Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
-from blendswap.blending.guide import ClipGuide
 from blendswap.blending.losses import DISTANCES
 from blendswap.blending.regions import Region
 from blendswap.blending.settings import BlendSettings
+from blendswap.models.clip.guide import ClipGuide
 
 SIZE = 20
 

@@ -16,7 +16,7 @@ from blendswap.blending.losses import (
     d_spherical,
     range_loss,
 )
-from blendswap.blending.perceptual import DemoBackbone, Perceptual, save_demo_backbone
+from blendswap.models.lpips import DemoBackbone, Perceptual, save_demo_backbone
 
 
 def at_angle(degrees: float) -> tuple[torch.Tensor, torch.Tensor]:

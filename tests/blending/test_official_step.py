@@ -17,9 +17,9 @@ from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
 from blendswap.blending.regions import Region
 from blendswap.blending.settings import BlendSettings, preset_settings
-from blendswap.blending.steps import Schedule
-from blendswap.hosts.adm import GuidedDiffusionUNet, convert_adm_weights, read_adm_config
-from blendswap.hosts.protocol import Prediction
+from blendswap.diffusion.schedule import Schedule
+from blendswap.models.adm.network import GuidedDiffusionUNet, convert_adm_weights, read_adm_config
+from blendswap.protocols.diffusion import Prediction
 
 HERE = Path(__file__).parent
 REFERENCE = json.loads((HERE / "data" / "official_step.json").read_text(encoding="utf-8"))
@@ -31,7 +31,7 @@ CASES = REFERENCE["cases"]
 
 def published_weights(spec: dict) -> dict[str, Tensor]:
     """Made-up weights by the published names, by the recipe of the ADM loader's tests."""
-    place = importlib.util.spec_from_file_location("adm_recipe", HERE.parent / "hosts" / "test_adm.py")
+    place = importlib.util.spec_from_file_location("adm_recipe", HERE.parent / "models" / "test_adm.py")
     recipe = importlib.util.module_from_spec(place)
     place.loader.exec_module(recipe)
     return recipe.published_weights(spec)

@@ -6,13 +6,6 @@ import pytest
 import torch
 
 from blendswap.blending.augment import ExtendingAugmentations
-from blendswap.blending.guide import (
-    ClipGuide,
-    CompactTokenizer,
-    build_demo_clip,
-    compact_vocabulary,
-)
-from blendswap.blending.guides import CombinedGuide
 from blendswap.blending.ranking import (
     RankWeights,
     Score,
@@ -23,6 +16,8 @@ from blendswap.blending.ranking import (
     seam_visibility,
     table,
 )
+from blendswap.models.clip.combined import CombinedGuide
+from blendswap.models.clip.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
 
 
 @pytest.fixture(scope="module")

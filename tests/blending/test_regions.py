@@ -8,21 +8,13 @@ from torch import Tensor
 
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
-from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
-from blendswap.blending.guides import CombinedGuide
 from blendswap.blending.losses import d_cosine
-from blendswap.blending.paste import editable
-from blendswap.blending.regions import (
-    NEGATIVE_WEIGHT,
-    Region,
-    Term,
-    crowding,
-    terms_for,
-    writing,
-    written,
-)
+from blendswap.blending.regions import NEGATIVE_WEIGHT, Region, Term, crowding, terms_for, writing, written
 from blendswap.blending.settings import BlendSettings
 from blendswap.blending.shrink import Shrink
+from blendswap.images.masks import editable
+from blendswap.models.clip.combined import CombinedGuide
+from blendswap.models.clip.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
 
 SIZE = 20
 WORDS = ("a red star", "a blue ring")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
-from blendswap.blending.perceptual import DemoBackbone, Perceptual, save_demo_backbone
 from blendswap.blending.report import AMPLIFICATION, EditReport, edit_report, picture, to_8_bit
+from blendswap.models.clip.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
+from blendswap.models.lpips import DemoBackbone, Perceptual, save_demo_backbone
 
 
 def scene(height: int = 40, width: int = 48) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,16 +12,16 @@ from torch.nn import functional as F
 
 from blendswap.blending.augment import ExtendingAugmentations
 from blendswap.blending.guidance import Guidance
-from blendswap.blending.guide import ClipGuide
-from blendswap.blending.paste import exact_paste
 from blendswap.blending.regions import Region
 from blendswap.blending.sampler import CandidateNoise, Edit, StepReport, blended_diffusion
 from blendswap.blending.schedule import GuideSchedule
 from blendswap.blending.settings import BlendSettings
 from blendswap.blending.shrink import Shrink
-from blendswap.blending.steps import Schedule
-from blendswap.hosts.adm import GuidedDiffusionUNet
-from blendswap.hosts.protocol import Prediction
+from blendswap.diffusion.schedule import Schedule
+from blendswap.images.paste import exact_paste
+from blendswap.models.adm.network import GuidedDiffusionUNet
+from blendswap.models.clip.guide import ClipGuide
+from blendswap.protocols.diffusion import Prediction
 
 SIZE = 16
 

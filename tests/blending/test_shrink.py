@@ -6,16 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from blendswap.blending.shrink import (
-    BEGIN,
-    SMALL,
-    Shrink,
-    dilate,
-    schedule_frames,
-    schedule_sheet,
-    shrink_for,
-    width_of,
-)
+from blendswap.blending.shrink import BEGIN, Shrink, schedule_frames, schedule_sheet, shrink_for
+from blendswap.images.masks import SMALL, dilate, width_of
 
 SIDE = 96
 

@@ -12,8 +12,8 @@ import torch
 
 from blendswap.concepts.references import PreparedReferences, prepare
 from blendswap.demo import files, world
-from blendswap.hosts.diffusers_learner import DiffusersLearner
-from blendswap.hosts.learning import Learned, LowRank
+from blendswap.hosts.diffusers.learner import DiffusersLearner
+from blendswap.protocols.learner import Learned, LowRank
 
 SMALL = LowRank(rank=2)
 

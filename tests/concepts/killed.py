@@ -12,8 +12,8 @@ from blendswap.concepts.references import PreparedReferences, prepare
 from blendswap.concepts.settings import TrainSettings
 from blendswap.concepts.trainer import learn
 from blendswap.demo import files, world
-from blendswap.hosts.diffusers_learner import DiffusersLearner
-from blendswap.hosts.learning import LowRank
+from blendswap.hosts.diffusers.learner import DiffusersLearner
+from blendswap.protocols.learner import LowRank
 
 LEARNED, PROMPTS = LowRank(rank=2), ("a sks star",)
 SETTINGS = TrainSettings(steps=100_000, lr=1e-3, prior_weight=0.0, checkpoint_every=1)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from blendswap.concepts.class_pictures import ClassPictures, Kept, kept_class_pictures, make_class_pictures
-from blendswap.hosts.diffusers_learner import DiffusersLearner
+from blendswap.hosts.diffusers.learner import DiffusersLearner
 
 from .conftest import NewLearner
 

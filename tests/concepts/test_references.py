@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blendswap.concepts.references import buckets, fit, nearest_bucket, prepare
-from blendswap.hosts.diffusers_learner import DiffusersLearner
+from blendswap.hosts.diffusers.learner import DiffusersLearner
 
 from .conftest import SMALL, opened, scene_pictures
 

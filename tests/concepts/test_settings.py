@@ -12,7 +12,7 @@ from blendswap.concepts.settings import (
     TrainSettings,
     prompts_for,
 )
-from blendswap.hosts.learning import check_token
+from blendswap.protocols.learner import check_token
 
 
 def test_the_presets_are_the_papers() -> None:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blendswap.blending.plot import loss_plot
 from blendswap.concepts.checkpoint import read
 from blendswap.concepts.class_pictures import ClassPictures
 from blendswap.concepts.references import PreparedReferences
 from blendswap.concepts.settings import TrainSettings
 from blendswap.concepts.trainer import LearnResult, StepReport, learn, undo_adamw
-from blendswap.hosts.diffusers_learner import DiffusersLearner
-from blendswap.hosts.learning import FullWeights, LowRank, TokenVectors
+from blendswap.hosts.diffusers.learner import DiffusersLearner
+from blendswap.images.plot import loss_plot
+from blendswap.protocols.learner import FullWeights, LowRank, TokenVectors
 
 from . import killed
 from .conftest import SMALL, NewLearner, scene_pictures

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from blendswap.blending.guide import ClipGuide, load_clip_guide
 from blendswap.demo import files, world
+from blendswap.models.clip.guide import ClipGuide, load_clip_guide
 
 COUNT = 96
 

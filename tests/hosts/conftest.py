@@ -15,8 +15,8 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import DDIMScheduler
     from transformers import CLIPTokenizer
 
-    from blendswap.demo.training import text, vae
-    from blendswap.demo.training.common import half, write_json, write_weights
+    from blendswap.tools.training import text, vae
+    from blendswap.tools.training.common import half, write_json, write_weights
 
     folder = tmp_path_factory.mktemp("text")
     text.write_tokenizer(folder / "tokenizer")
@@ -50,7 +50,7 @@ def pixel_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a pixel-space prior with learned variance, 16 × 16 pixels."""
     from safetensors.torch import save_file
 
-    from blendswap.hosts import adm
+    from blendswap.models.adm import network as adm
 
     config = {
         "_class_name": "UNet2DModel",

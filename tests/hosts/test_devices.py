@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from blendswap.hosts.learning import FullWeights, LowRank
+from blendswap.protocols.learner import FullWeights, LowRank
 
 from .fake_device import MPS, Mps, OnMps
 
@@ -43,8 +43,8 @@ def test_the_pretended_device_refuses_float64():
 
 def test_an_edit_needs_no_float64_on_the_device():
     from blendswap.blending.sampler import CandidateNoise
-    from blendswap.blending.shrink import width_of
-    from blendswap.blending.steps import Schedule, ddim_step, ddpm_step
+    from blendswap.diffusion.schedule import Schedule, ddim_step, ddpm_step
+    from blendswap.images.masks import width_of
 
     with Mps():
         train = torch.linspace(0.03, 14.0, 1000)
@@ -61,7 +61,7 @@ def test_an_edit_needs_no_float64_on_the_device():
 
 
 def test_inversion_and_swap_read_levels_without_float64_on_the_device():
-    from blendswap.attention_swap.sigmas import percent_ranges, timesteps
+    from blendswap.diffusion.sigmas import percent_ranges, timesteps
 
     train = torch.linspace(0.03, 14.0, 1000)
     sigmas = torch.cat([train[[900, 500, 100]], torch.zeros(1)])
@@ -79,7 +79,7 @@ def test_a_concept_is_scored_without_float64_on_the_device():
 
 
 def test_a_diffusers_host_needs_no_float64_on_the_device():
-    from blendswap.hosts.diffusers_host import DiffusersHost
+    from blendswap.hosts.diffusers.host import DiffusersHost
 
     alphas = torch.linspace(0.999, 0.005, 1000)
     here = DiffusersHost(lambda x, t: (x, None), alphas)
@@ -92,7 +92,7 @@ def test_a_diffusers_host_needs_no_float64_on_the_device():
 
 
 def load(folder: Path) -> SimpleNamespace:
-    from blendswap.hosts.sd_comfy import load_demo_text_model
+    from blendswap.hosts.comfy.small_sd import load_demo_text_model
 
     with torch.inference_mode():
         model, clip, vae = load_demo_text_model(folder)
@@ -109,7 +109,7 @@ def parts(comfy, text_model: Path) -> SimpleNamespace:
 
 
 def run(parts: SimpleNamespace, body, gradients: bool = True):
-    from blendswap.hosts.comfy_text import run_text
+    from blendswap.hosts.comfy.text import run_text
 
     with torch.inference_mode():
         return run_text(
@@ -154,7 +154,7 @@ def test_estimates_and_gradients_on_comfyui_need_no_float64_on_the_device(parts)
 
 @pytest.mark.needs_comfy
 def test_a_learner_samples_without_float64_on_the_device(parts):
-    from blendswap.hosts.comfy_learner import open_learner
+    from blendswap.hosts.comfy.learner.learner import open_learner
 
     with torch.inference_mode(), open_learner(parts.model, parts.clip, parts.vae, LowRank(1), size=64) as learner:
         expected = learner.sample(["a red star"], (64, 64), steps=3, cfg=3.0, seed=1)
@@ -190,7 +190,7 @@ def refuse_elsewhere(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("through_guide_vae", [False, True])
 def test_a_vae_on_the_cpu_decodes_for_a_model_on_the_device(parts, monkeypatch, through_guide_vae):
     """--cpu-vae, Select VAE Device."""
-    from blendswap.hosts.comfy_guide import host_with_guide_vae
+    from blendswap.hosts.comfy.guide import host_with_guide_vae
 
     expected = run(parts, slope)
     refuse_elsewhere(parts.vae.first_stage_model, monkeypatch)
@@ -248,7 +248,8 @@ OTHERS = [
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.needs_comfy
 def test_every_devices_out_of_memory_is_known(kind):
-    from blendswap.hosts import comfy_host, memory
+    from blendswap.hosts.comfy import host as comfy_host
+    from blendswap.protocols import memory
 
     assert memory.is_out_of_memory(ERRORS[kind]()) and comfy_host.is_out_of_memory(ERRORS[kind]())
 
@@ -256,7 +257,8 @@ def test_every_devices_out_of_memory_is_known(kind):
 @pytest.mark.parametrize("error", OTHERS, ids=str)
 @pytest.mark.needs_comfy
 def test_other_errors_are_not_out_of_memory(error):
-    from blendswap.hosts import comfy_host, memory
+    from blendswap.hosts.comfy import host as comfy_host
+    from blendswap.protocols import memory
 
     assert not memory.is_out_of_memory(error) and not comfy_host.is_out_of_memory(error)
 
@@ -265,7 +267,7 @@ def test_other_errors_are_not_out_of_memory(error):
 
 
 def test_fp32_enters_no_autocast_where_there_is_none(monkeypatch):
-    from blendswap.hosts.learning import autocast, has_autocast
+    from blendswap.protocols.learner import autocast, has_autocast
 
     assert not has_autocast(DIRECTML) and has_autocast(torch.device("cpu"))
     with autocast(DIRECTML, "fp32"):
@@ -279,8 +281,8 @@ def test_fp32_enters_no_autocast_where_there_is_none(monkeypatch):
 
 @pytest.mark.needs_comfy
 def test_a_concept_is_learned_in_fp32_on_a_device_without_autocast(parts, monkeypatch):
-    from blendswap.hosts.comfy_learner import open_learner
-    from blendswap.nodes.concept_training import trained_precision
+    from blendswap.hosts.comfy.learner.learner import open_learner
+    from blendswap.nodes.concept.training import trained_precision
 
     assert trained_precision("auto", DIRECTML) == "fp32"
 
@@ -397,8 +399,8 @@ def test_after_a_gradient_quantised_layers_compute_as_before(parts, kind):
 @pytest.mark.parametrize("kind", QUANTISED)
 @pytest.mark.parametrize("learned", [LowRank(1), FullWeights()], ids=["lora", "full"])
 def test_learning_refuses_quantised_weights_by_name(parts, kind, learned):
-    from blendswap.hosts.comfy_host import UnsupportedModel
-    from blendswap.hosts.comfy_learner import open_learner
+    from blendswap.hosts.comfy.host import UnsupportedModel
+    from blendswap.hosts.comfy.learner.learner import open_learner
 
     with torch.inference_mode():
         QUANTISED[kind](parts)
@@ -412,8 +414,8 @@ def test_learning_refuses_quantised_weights_by_name(parts, kind, learned):
 
 @pytest.mark.needs_comfy
 def test_learning_refuses_a_quantised_clip_by_name(parts):
-    from blendswap.hosts.comfy_host import UnsupportedModel
-    from blendswap.hosts.comfy_learner import check_learnable
+    from blendswap.hosts.comfy.host import UnsupportedModel
+    from blendswap.hosts.comfy.learner.learner import check_learnable
 
     with torch.inference_mode():
         for module in parts.clip.cond_stage_model.modules():

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 import torch
 
-from blendswap.hosts.learning import FullWeights, LowRank, TokenVectors
+from blendswap.protocols.learner import FullWeights, LowRank, TokenVectors
 
 from .dynamic_vram import Raw, dynamic, emulate, whole_layers
 
@@ -28,7 +28,7 @@ CHANGED = (
 
 def load(folder: Path, is_dynamic: bool) -> SimpleNamespace:
     """The text model, made in inference mode as ComfyUI's nodes do, with a change of weights on MODEL and CLIP."""
-    from blendswap.hosts.sd_comfy import load_demo_text_model
+    from blendswap.hosts.comfy.small_sd import load_demo_text_model
 
     with torch.inference_mode():
         model, clip, vae = load_demo_text_model(folder)
@@ -76,7 +76,7 @@ def parts(ordinary, text_model: Path, monkeypatch: pytest.MonkeyPatch) -> Simple
 
 def test_the_demos_text_model_is_loaded_in_one_dtype_whatever_the_files(text_model, monkeypatch, comfy):
     """Under dynamic VRAM ComfyUI's layers take a file's tensors as they are, to be cast at their use."""
-    from blendswap.hosts.sd_comfy import load_demo_text_model
+    from blendswap.hosts.comfy.small_sd import load_demo_text_model
 
     emulate(monkeypatch)
     with torch.inference_mode():
@@ -85,7 +85,7 @@ def test_the_demos_text_model_is_loaded_in_one_dtype_whatever_the_files(text_mod
 
 
 def run(parts: SimpleNamespace, body, *, cfg: float = 2.0, gradients: bool = True):
-    from blendswap.hosts import comfy_host
+    from blendswap.hosts.comfy import host as comfy_host
 
     with torch.inference_mode():
         return comfy_host.run(
@@ -144,7 +144,7 @@ def test_gradients_through_model_and_vae_are_the_same(ordinary, parts):
 
 
 def test_gradients_are_the_same_after_a_plain_run_has_left_weights_in_place(ordinary, parts):
-    from blendswap.hosts import comfy_host
+    from blendswap.hosts.comfy import host as comfy_host
 
     expected = run(ordinary, slope)
     with torch.inference_mode():  # a KSampler before it
@@ -154,7 +154,7 @@ def test_gradients_are_the_same_after_a_plain_run_has_left_weights_in_place(ordi
 
 
 def test_the_gradient_of_a_text_embedding_is_the_same(ordinary, parts):
-    from blendswap.hosts.comfy_text import run_text
+    from blendswap.hosts.comfy.text import run_text
 
     def null_slope(host):
         with torch.enable_grad():
@@ -200,7 +200,7 @@ def controlled(of: SimpleNamespace, is_dynamic: bool) -> SimpleNamespace:
 
 def test_gradients_through_weights_that_stayed_behind_are_the_same(ordinary):
     """As ComfyUI loads a part, without dynamic VRAM: such weights are brought for one use, LoRA on them included."""
-    from blendswap.hosts.comfy_host import is_partly_loaded
+    from blendswap.hosts.comfy.host import is_partly_loaded
 
     expected = run(ordinary, slope)
 
@@ -253,7 +253,7 @@ def test_learning_begins_from_the_same_weights_and_has_the_same_gradients(ordina
 
 
 def learned_gradients(of: SimpleNamespace, learned) -> dict[str, torch.Tensor]:
-    from blendswap.hosts.comfy_learner import open_learner
+    from blendswap.hosts.comfy.learner.learner import open_learner
 
     generator = torch.Generator().manual_seed(1)
     x, target = torch.randn(2, *SHAPE, generator=generator)
@@ -279,7 +279,7 @@ def test_learning_copies_no_raw_memory(parts):
 def test_a_private_copy_holds_nothing_that_a_load_puts_on_a_module(parts):
     import comfy.model_management
 
-    from blendswap.hosts.comfy_learner_weights import private_copy
+    from blendswap.hosts.comfy.learner.weights import private_copy
 
     network = parts.model.model.diffusion_model
     before = [set(vars(module)) for module in network.modules()]
@@ -293,8 +293,8 @@ def test_a_private_copy_holds_nothing_that_a_load_puts_on_a_module(parts):
 
 
 def test_the_memory_estimate_counts_the_copies_that_learning_makes(ordinary, parts):
-    from blendswap.hosts.comfy_host import is_dynamic
-    from blendswap.hosts.comfy_learner_memory import memory_needed
+    from blendswap.hosts.comfy.host import is_dynamic
+    from blendswap.hosts.comfy.learner.memory import memory_needed
 
     def need(of):
         return memory_needed(
@@ -322,12 +322,12 @@ def guided(of: SimpleNamespace) -> torch.Tensor:
 
     from blendswap.blending.augment import ExtendingAugmentations
     from blendswap.blending.guidance import Guidance
-    from blendswap.blending.guide import load_clip_guide
     from blendswap.blending.regions import Region, Term
     from blendswap.blending.settings import BlendSettings
     from blendswap.demo import files
-    from blendswap.hosts.comfy_guide import ComfyGuide, host_with_guide_vae
-    from blendswap.hosts.comfy_guider import BlendGuider
+    from blendswap.hosts.comfy.guide import ComfyGuide, host_with_guide_vae
+    from blendswap.models.clip.guide import load_clip_guide
+    from blendswap.nodes.blend.blend_guider import BlendGuider
 
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 16:48, 16:48] = 1
@@ -354,7 +354,7 @@ def test_two_models_side_by_side_keep_their_own_weights(ordinary, parts):
 
 
 def beside(of: SimpleNamespace) -> torch.Tensor:
-    from blendswap.hosts.comfy_pair import Side, run_beside
+    from blendswap.hosts.comfy.pair import Side, run_beside
 
     bare = of.model.clone()
     bare.patches = {}

@@ -32,17 +32,17 @@ class Kit:
 
     def prompts(self, source: str = SOURCE, target: str = TARGET, **more: Any) -> tuple:
         """source, target, tokens, words"""
-        from blendswap.nodes.prompts import SwapPrompts
+        from blendswap.nodes.swap.prompts import SwapPrompts
 
         return self.run(SwapPrompts, clip=self.clip, source_prompt=source, target_prompt=target, **more)
 
     def settings(self, preset: str = "photoswap", **more: Any) -> Any:
-        from blendswap.nodes.swap_settings import SwapSettings
+        from blendswap.nodes.swap.settings import SwapSettings
 
         return self.run(SwapSettings, preset=preset, **more)[0]
 
     def subject(self, *words: str, **more: Any) -> Any:
-        from blendswap.nodes.swap import SwapSubject
+        from blendswap.nodes.swap.sampler import SwapSubject
 
         return self.run(SwapSubject, source_word=words[0], target_word=words[1], **more)[0]
 
@@ -51,7 +51,7 @@ class Kit:
 
     def capture(self, **more: Any) -> tuple:
         """attention, latent, summary; of a source that is made up"""
-        from blendswap.nodes.capture import AttentionCapture
+        from blendswap.nodes.swap.capture import AttentionCapture
 
         defaults = dict(
             model=self.model,
@@ -67,7 +67,7 @@ class Kit:
 
     def swap(self, attention: Any, target: str = TARGET, **more: Any) -> tuple:
         """latent, image, report, json"""
-        from blendswap.nodes.swap import AttentionSwapSampler
+        from blendswap.nodes.swap.sampler import AttentionSwapSampler
 
         _, positive, tokens, _ = self.prompts(SOURCE, target)
         defaults = dict(model=self.model, attention=attention, positive=positive, tokens=tokens)
@@ -146,9 +146,9 @@ def interrupted(comfy, monkeypatch) -> Callable[[], AbstractContextManager]:
 @pytest.fixture(scope="session")
 def parts(comfy):
     """The pixel prior, its VAE and the demo CLIP, loaded in inference mode as ComfyUI does."""
-    from blendswap.blending.guide import load_clip_guide
-    from blendswap.hosts import adm_comfy
-    from blendswap.hosts.comfy_guide import ComfyGuide
+    from blendswap.hosts.comfy import adm as adm_comfy
+    from blendswap.hosts.comfy.guide import ComfyGuide
+    from blendswap.models.clip.guide import load_clip_guide
 
     with torch.inference_mode():
         model = adm_comfy.load_native_model(files.PRIOR, dtype=torch.float32)
@@ -159,9 +159,9 @@ def parts(comfy):
 @pytest.fixture
 def other(parts):
     """A second CLIP, of the same vocabulary, another size of vectors and random weights."""
-    from blendswap.blending.guide import ClipGuide, CompactTokenizer, build_demo_clip
-    from blendswap.demo.training.clip import GUIDE
-    from blendswap.hosts.comfy_guide import ComfyGuide
+    from blendswap.hosts.comfy.guide import ComfyGuide
+    from blendswap.models.clip.guide import ClipGuide, CompactTokenizer, build_demo_clip
+    from blendswap.tools.training.clip import GUIDE
 
     tokenizer = CompactTokenizer(GUIDE.vocabulary(), context_length=16)
     torch.manual_seed(3)

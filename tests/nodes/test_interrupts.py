@@ -18,7 +18,7 @@ Run = Callable[[], torch.Tensor]
 
 
 def invert(kit) -> Run:
-    from blendswap.nodes.invert import NullTextInvert
+    from blendswap.nodes.swap.invert import NullTextInvert
 
     latent = {"samples": torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(1)) * 0.5}
     inputs = dict(
@@ -45,7 +45,7 @@ def swap(kit, storage: str, patched: bool) -> Run:
 
 
 def sweep(kit) -> Run:
-    from blendswap.nodes.sweep import AttentionSwapSweep
+    from blendswap.nodes.swap.sweep import AttentionSwapSweep
 
     _, positive, tokens, _ = kit.prompts()
     inputs = dict(

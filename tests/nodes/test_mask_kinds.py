@@ -21,7 +21,7 @@ def run(node, **inputs) -> tuple:
 def sample(parts):
     """CLIPBlendSampler with few steps, in inference mode."""
     from blendswap.blending.augment import ExtendingAugmentations
-    from blendswap.nodes.blend import CLIPBlendSampler
+    from blendswap.nodes.blend.sampler import CLIPBlendSampler
 
     def made(image, mask, **changes):
         model, vae, guide = parts
@@ -95,8 +95,8 @@ def test_so_it_is_with_the_guider_and_its_paste(parts):
     from comfy_extras import nodes_custom_sampler as custom
 
     from blendswap.blending.augment import ExtendingAugmentations
-    from blendswap.nodes.guider import CLIPBlendGuider, ExactPaste
-    from blendswap.nodes.report import EditReport
+    from blendswap.nodes.blend.guider import CLIPBlendGuider, ExactPaste
+    from blendswap.nodes.blend.report import EditReport
 
     model, vae, guide = parts
     image, clean = picture(64, 64), square(64, 20, 24, 24)
@@ -152,12 +152,12 @@ def test_every_shape_of_a_mask_gives_the_same_edit(sample):
 
 
 def test_every_shape_is_taken_by_every_node_that_takes_a_mask(kit, parts):
-    from blendswap.nodes.concept_training import ConceptReferences
-    from blendswap.nodes.guider import ExactPaste
-    from blendswap.nodes.masks import ShrinkingMask
-    from blendswap.nodes.rank import RankCandidates
-    from blendswap.nodes.report import EditReport
-    from blendswap.nodes.sweep import Scorers
+    from blendswap.nodes.blend.guider import ExactPaste
+    from blendswap.nodes.blend.masks import ShrinkingMask
+    from blendswap.nodes.blend.rank import RankCandidates
+    from blendswap.nodes.blend.report import EditReport
+    from blendswap.nodes.concept.training import ConceptReferences
+    from blendswap.nodes.swap.sweep import Scorers
 
     image, mask, result = picture(64, 64), square(64, 10, 20, 30), picture(64, 64, channels=4)[..., 1:]
     taped = kit.capture()[0]
@@ -204,7 +204,7 @@ def test_a_picture_of_a_batch_whose_mask_is_empty_comes_back_as_it_is_and_the_ot
 
 
 def test_a_region_that_is_empty_for_one_picture_is_left_out_there(sample):
-    from blendswap.nodes.guides import BlendRegion
+    from blendswap.nodes.blend.guides import BlendRegion
 
     image, masks = picture(64, 64, batch=2), square(64, 10, 20, 30).repeat(2, 1, 1)
     other = torch.cat([torch.zeros(1, 64, 64), square(64, 44, 0, 20)])
@@ -216,7 +216,7 @@ def test_a_region_that_is_empty_for_one_picture_is_left_out_there(sample):
 
 
 def test_an_empty_mask_gives_a_paste_its_source_and_says_so(caplog):
-    from blendswap.nodes.guider import ExactPaste
+    from blendswap.nodes.blend.guider import ExactPaste
 
     source, result = picture(20, 30), picture(20, 30, batch=2, channels=4)[..., 1:]
     with torch.inference_mode():
@@ -273,7 +273,7 @@ def test_each_window_is_edited_as_it_would_be_alone(sample):
 
 
 def test_regions_far_apart_have_their_own_words_in_their_own_windows(sample):
-    from blendswap.nodes.guides import BlendRegion
+    from blendswap.nodes.blend.guides import BlendRegion
 
     image, one, two = picture(512, 512), square(512, 10, 12, 48), square(512, 444, 456, 48)
     (regions,) = run(BlendRegion, mask=two, prompt="a red ring", negative_prompt="", strength=1.0)
@@ -299,7 +299,7 @@ def test_where_windows_of_their_own_cannot_be_the_summary_says_why_and_how_narro
 
 
 def test_the_preview_shows_a_sheet_for_each_window():
-    from blendswap.nodes.masks import ShrinkingMask
+    from blendswap.nodes.blend.masks import ShrinkingMask
 
     sheet, summary = run(ShrinkingMask, mask=corners(), resolution=64, frames=4)
     assert sheet.shape == (1, 2 * 66, 4 * 66, 3) and summary.count("window of 96×96") == 2
@@ -317,7 +317,7 @@ def test_a_cut_out_picture_is_learned_where_it_is_not_transparent():
     from comfy_extras.nodes_compositing import SplitImageWithAlpha
     from comfy_extras.nodes_mask import InvertMask
 
-    from blendswap.nodes.concept_training import ConceptReferences
+    from blendswap.nodes.concept.training import ConceptReferences
 
     image = cut_out()
     ((colours, mask),) = run(ConceptReferences, images=image)[0]
@@ -330,7 +330,7 @@ def test_a_cut_out_picture_is_learned_where_it_is_not_transparent():
 
 
 def test_an_alpha_that_hides_nothing_is_no_mask_and_a_mask_that_is_given_takes_its_place():
-    from blendswap.nodes.concept_training import ConceptReferences
+    from blendswap.nodes.concept.training import ConceptReferences
 
     image = cut_out()
     opaque = torch.cat([image[..., :3], torch.ones(1, 64, 64, 1)], dim=-1)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blendswap.demo import edits, files
-from blendswap.demo.server import ComfyServer
-from blendswap.demo.workflow import ui_to_api
+from blendswap.demo import files
+from blendswap.tools.server import ComfyServer
+from blendswap.tools.showcase import edits
+from blendswap.tools.workflow import ui_to_api
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in edits.WORKFLOWS.glob("*.json"))

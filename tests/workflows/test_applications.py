@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blendswap.demo import edits
-from blendswap.demo.server import ComfyServer
+from blendswap.tools.server import ComfyServer
+from blendswap.tools.showcase import edits
 
 from .conftest import arrays, assert_edited, needs_text_model, quick_prompt, run_quickly, text
 
@@ -37,7 +37,7 @@ def run(server: ComfyServer):
 
 
 def object_outline(picture: np.ndarray) -> np.ndarray:
-    from blendswap.demo.judge import outline
+    from blendswap.demo.judges.shapes import outline
 
     return outline(picture)
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from blendswap.demo import concepts, edits, world
-from blendswap.demo.server import ComfyServer
+from blendswap.demo import world
 from blendswap.demo.subjects import SUBJECTS
+from blendswap.tools.server import ComfyServer
+from blendswap.tools.showcase import concepts, edits
 
 from .conftest import (
     NAMES,
@@ -102,7 +103,7 @@ def test_a_word_is_learned_and_swapped_in(any_server: ComfyServer):
 
 
 def test_the_score_that_is_switched_off_runs_when_it_is_switched_on(server: ComfyServer):
-    from blendswap.demo.workflow import ui_to_api
+    from blendswap.tools.workflow import ui_to_api
 
     workflow = read("concept_dreambooth_swap")
     for node in workflow["nodes"]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blendswap.demo.server import ComfyServer, ServerError
+from blendswap.tools.server import ComfyServer, ServerError
 
 
 @pytest.fixture(params=["server", "floor_server"])
@@ -17,7 +17,7 @@ def any_server(request: pytest.FixtureRequest) -> ComfyServer:
 
 def write_clip(path: Path, seed: int) -> None:
     """A small CLIP with random weights."""
-    from blendswap.blending.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
+    from blendswap.models.clip.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
 
     tokenizer = CompactTokenizer(compact_vocabulary(["a red star"]), 16)
     config = {

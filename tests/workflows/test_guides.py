@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blendswap.demo import edits
+from blendswap.tools.showcase import edits
 
 from .conftest import arrays, assert_edited, run_quickly, text
 

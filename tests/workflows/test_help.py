@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blendswap.demo.server import ComfyServer
+from blendswap.tools.server import ComfyServer
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from blendswap.demo import edits
+from blendswap.tools.showcase import edits
 
 from .conftest import arrays, assert_edited, run_quickly, text, titled
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blendswap.demo import edits, world
-from blendswap.demo.server import ComfyServer
+from blendswap.demo import world
+from blendswap.tools.server import ComfyServer
+from blendswap.tools.showcase import edits
 
 from .conftest import (
     NAMES,

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from blendswap.demo import edits, files, world
-from blendswap.demo.server import ComfyServer
-from blendswap.demo.workflow import DOWNLOADS, SHOWN_ONLY, stamp, ui_to_api
+from blendswap.demo import files, world
 from blendswap.run import PREFERRED
+from blendswap.tools.server import ComfyServer
+from blendswap.tools.showcase import edits
+from blendswap.tools.workflow import DOWNLOADS, SHOWN_ONLY, stamp, ui_to_api
 
 from .conftest import (
     NAMES,
@@ -149,7 +150,7 @@ def pack_version() -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_node_says_which_pack_and_version_it_is_of_and_loaders_where_their_file_is_to_be_had(name):
-    """Where this fails, the version has changed: `blendswap.demo.workflow.stamp_all` writes it anew."""
+    """Where this fails, the version has changed: `blendswap.tools.workflow.stamp_all` writes it anew."""
     own = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
     workflow, expected = read(name), read(name)
     stamp(expected, own, pack_version(), PREFERRED)
@@ -273,7 +274,7 @@ def test_the_baseline_differs_from_the_method_by_its_dials_alone_and_keeps_the_b
 @pytest.fixture(scope="module")
 def tiny_files(server: ComfyServer, photograph: Path) -> dict[str, dict[str, Any]]:
     """Random checkpoints of the published layouts on the server; gives the inputs that choose them."""
-    from blendswap.blending.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
+    from blendswap.models.clip.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
 
     models = server.log_path.parent / "models"
     for folder in ("guided_diffusion", "clip_guidance"):

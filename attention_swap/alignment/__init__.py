@@ -1,0 +1,1 @@
+"""Words and tokens of two prompts, and which belongs to which."""

@@ -1,0 +1,1 @@
+"""Mathematics of diffusion: noise schedules, DDIM, levels of noise. Needs torch alone."""

@@ -1,0 +1,1 @@
+"""Hosts for ComfyUI's MODEL, VAE and CLIP."""

@@ -1,0 +1,1 @@
+"""Concept learning on ComfyUI's MODEL, VAE and CLIP."""

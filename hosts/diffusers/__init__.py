@@ -1,0 +1,1 @@
+"""Hosts for pipelines of diffusers, without ComfyUI."""

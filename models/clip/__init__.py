@@ -1,0 +1,1 @@
+"""CLIP: networks, tokenizers, files, and what guides or scores with it."""

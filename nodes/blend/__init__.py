@@ -1,0 +1,1 @@
+"""Nodes of Blended Diffusion, of its guides and its pictures."""

@@ -1,0 +1,1 @@
+"""Nodes that learn a concept, and measure what was learned."""

@@ -1,0 +1,1 @@
+"""What nodes share: sockets, inputs, conversions, folders."""

@@ -1,0 +1,1 @@
+"""Nodes of Photoswap: inversion, capture, swap, what attention shows."""

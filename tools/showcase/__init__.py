@@ -1,0 +1,1 @@
+"""The demo's edits, swaps and learned concept, run in a ComfyUI and judged."""
