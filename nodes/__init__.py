@@ -19,6 +19,7 @@ class BlendSwapExtension(ComfyExtension):
         from .blend.sampler import CLIPBlendSampler
         from .concept.dreambooth import LearnConceptDreamBooth
         from .concept.inversion import LearnConceptTextualInversion
+        from .concept.options import ConceptTrainingOptions
         from .concept.score import ConceptScore
         from .concept.training import ConceptReferences
         from .demo import DemoModelLoader, DemoScene, DemoSubject
@@ -60,6 +61,7 @@ class BlendSwapExtension(ComfyExtension):
             AttentionSVD,
             WordMaps,
             ConceptReferences,
+            ConceptTrainingOptions,
             LearnConceptDreamBooth,
             LearnConceptTextualInversion,
             ConceptScore,

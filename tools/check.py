@@ -48,7 +48,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "LearnConceptTextualInversion": {"steps": 3},
     "ConceptScore": {"samples": 2, "steps": 4},
 }
-TRAINING = {"name": "check", "resume": False, "preview_every": 0, "checkpoint_every": 0}
+TRAINING = {"resume": False, "preview_every": 0, "checkpoint_every": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +260,8 @@ def quick(prompt: Prompt, dtype: str) -> Prompt:
         changes["GuidedDiffusionLoader"] = {"dtype": dtype}
         changes["CLIPGuideLoader"] = {"dtype": dtype}
     for name in ("LearnConceptDreamBooth", "LearnConceptTextualInversion"):
-        changes[name] |= {**TRAINING, **({} if dtype == "default" else {"precision": dtype})}
+        changes[name] |= {"name": "check"}
+    changes["ConceptTrainingOptions"] = {**TRAINING, **({} if dtype == "default" else {"precision": dtype})}
     for node in prompt.values():
         for key, value in changes.get(node["class_type"], {}).items():
             if not isinstance(node["inputs"].get(key), list):

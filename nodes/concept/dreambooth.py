@@ -6,7 +6,8 @@ import re
 
 from comfy_api.latest import io, ui
 
-from ..shared.inputs import aliases, dial, running_node
+from ..shared.inputs import aliases, running_node
+from .options import DEFAULTS, TrainingOptions
 from .training import (
     Training,
     checked_token,
@@ -16,7 +17,6 @@ from .training import (
     model_inputs,
     name_input,
     reference_inputs,
-    settings_of,
     train,
     training_inputs,
     training_outputs,
@@ -32,7 +32,6 @@ class LearnConceptDreamBooth(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         shared = training_inputs(
             steps=800,
-            batch=1,
             lr=0.0,
             lr_words="Learning rate of AdamW; 0 for the preset's: 1e-4 (lora), 1e-6 (full, as in the Photoswap paper).",
         )
@@ -86,24 +85,6 @@ class LearnConceptDreamBooth(io.ComfyNode):
                     "once, and kept in output/class_pictures.",
                 ),
                 *shared,
-                dial(
-                    io.Float.Input(
-                        "alpha",
-                        default=0.0,
-                        min=0.0,
-                        max=1024.0,
-                        step=1.0,
-                        tooltip="lora: its strength is alpha / rank; 0 for the rank, which makes it 1.",
-                    )
-                ),
-                dial(
-                    io.Boolean.Input(
-                        "all_layers",
-                        default=False,
-                        tooltip="lora: every layer, convolutions too, instead of attention alone. "
-                        "Learns more, and a larger file.",
-                    )
-                ),
                 *reference_inputs(),
                 class_input(),
             ],
@@ -127,29 +108,26 @@ class LearnConceptDreamBooth(io.ComfyNode):
         token: str,
         class_prompt: str,
         name: str,
-        what: str = LORA,
-        rank: int = 16,
-        text_encoder: bool = True,
-        prior_weight: float = 1.0,
-        class_images: int = 100,
-        lr: float = 0.0,
-        size: int = 0,
-        precision: str = "auto",
-        gradient_checkpointing: bool = True,
-        resume: bool = True,
-        alpha: float = 0.0,
-        all_layers: bool = False,
+        what: str,
+        rank: int,
+        text_encoder: bool,
+        prior_weight: float,
+        class_images: int,
+        steps: int,
+        lr: float,
+        seed: int,
+        options: TrainingOptions = DEFAULTS,
         images=None,
         masks=None,
         references=None,
         class_pictures=None,
-        **schedule,
     ) -> io.NodeOutput:
         from ...concepts.files import concept_name
         from ...concepts.settings import DREAMBOOTH_FULL, DREAMBOOTH_LORA
         from ...hosts.comfy.learner.learner import check_learnable, learned_model
         from ...protocols.learner import FullWeights, LowRank
 
+        options.check_for(lora=what == LORA)
         pictures, own_class = gathered(images, masks, references), given_class(class_pictures)
         name = concept_name(name)
         check_learnable(model, clip, vae)
@@ -166,23 +144,22 @@ class LearnConceptDreamBooth(io.ComfyNode):
             )
         preset, learned = DREAMBOOTH_FULL, FullWeights(text_encoder)
         if what == LORA:
-            preset, learned = DREAMBOOTH_LORA, LowRank(rank, alpha or None, text_encoder, all_layers)
+            preset, learned = DREAMBOOTH_LORA, LowRank(rank, options.alpha or None, text_encoder, options.all_layers)
         training = Training(
-            "DreamBooth",
-            "loras",
-            name,
-            token,
-            learned,
-            pictures,
-            (instance_prompt.strip(),),
-            settings_of(lr or preset.lr, prior_weight, schedule),
-            size,
-            precision,
-            gradient_checkpointing,
-            resume,
-            class_prompt.strip(),
-            class_images,
-            own_class,
+            kind="DreamBooth",
+            folder="loras",
+            name=name,
+            token=token,
+            learned=learned,
+            references=pictures,
+            prompts=(instance_prompt.strip(),),
+            settings=options.settings(
+                steps=steps, lr=lr or preset.lr, seed=seed, batch=preset.batch, prior_weight=prior_weight
+            ),
+            options=options,
+            class_prompt=class_prompt.strip(),
+            class_images=class_images,
+            own_class=own_class,
         )
         made = train(model, clip, vae, training, running_node(cls))
         knowing = learned_model(model, clip, learned, made.state)

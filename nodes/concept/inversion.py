@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..shared.inputs import aliases, running_node
+from .options import DEFAULTS, TrainingOptions
 from .training import (
     Training,
     checked_token,
@@ -12,7 +13,6 @@ from .training import (
     model_inputs,
     name_input,
     reference_inputs,
-    settings_of,
     train,
     training_inputs,
     training_outputs,
@@ -24,7 +24,7 @@ class LearnConceptTextualInversion(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shared = training_inputs(steps=1000, batch=4, lr=5e-4, lr_words="Learning rate of AdamW; 5e-4 as published.")
+        shared = training_inputs(steps=1000, lr=5e-4, lr_words="Learning rate of AdamW; 5e-4 as published.")
         return io.Schema(
             node_id="LearnConceptTextualInversion",
             display_name="Learn Concept (Textual Inversion)",
@@ -78,17 +78,15 @@ class LearnConceptTextualInversion(io.ComfyNode):
         token: str,
         initial_word: str,
         name: str,
-        vectors: int = 1,
-        templates: str = "",
-        lr: float = 5e-4,
-        size: int = 0,
-        precision: str = "auto",
-        gradient_checkpointing: bool = True,
-        resume: bool = True,
+        vectors: int,
+        templates: str,
+        steps: int,
+        lr: float,
+        seed: int,
+        options: TrainingOptions = DEFAULTS,
         images=None,
         masks=None,
         references=None,
-        **schedule,
     ) -> io.NodeOutput:
         from ...blending.regions import lines
         from ...concepts.files import concept_name
@@ -96,6 +94,7 @@ class LearnConceptTextualInversion(io.ComfyNode):
         from ...hosts.comfy.learner.learner import check_learnable, learned_model
         from ...protocols.learner import TokenVectors
 
+        options.check_for(lora=False)
         pictures = gathered(images, masks, references)
         name = concept_name(name)
         check_learnable(model, clip, vae)
@@ -104,18 +103,17 @@ class LearnConceptTextualInversion(io.ComfyNode):
             raise ValueError("initial_word is empty: give a word for what the subject is, such as 'dog'")
         learned = TokenVectors(token, initial_word.strip(), vectors)
         training = Training(
-            "Textual Inversion",
-            "embeddings",
-            name,
-            token,
-            learned,
-            pictures,
-            prompts_for(token, lines(templates) or TEMPLATES),
-            settings_of(lr or TEXTUAL_INVERSION.lr, 0.0, schedule),
-            size,
-            precision,
-            gradient_checkpointing,
-            resume,
+            kind="Textual Inversion",
+            folder="embeddings",
+            name=name,
+            token=token,
+            learned=learned,
+            references=pictures,
+            prompts=prompts_for(token, lines(templates) or TEMPLATES),
+            settings=options.settings(
+                steps=steps, lr=lr or TEXTUAL_INVERSION.lr, seed=seed, batch=TEXTUAL_INVERSION.batch
+            ),
+            options=options,
         )
         made = train(model, clip, vae, training, running_node(cls))
         knowing = learned_model(model, clip, learned, made.state)[1]

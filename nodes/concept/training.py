@@ -20,9 +20,10 @@ from torch import Tensor
 from ...images.masks import plain_mask
 from ..shared import folders  # noqa: F401  (registers output/concepts)
 from ..shared.convert import split_alpha, to_bchw, to_bhwc
-from ..shared.inputs import aliases, dial
-from ..shared.sockets import ConceptReferencesIO
+from ..shared.inputs import aliases
+from ..shared.sockets import ConceptReferencesIO, TrainingOptionsIO
 from ..swap.invert import say
+from .options import TrainingOptions
 
 if TYPE_CHECKING:
     from ...concepts.class_pictures import ClassPictures, Kept
@@ -202,7 +203,7 @@ def name_input(default: str, place: str) -> Any:
     )
 
 
-def training_inputs(*, steps: int, batch: int, lr: float, lr_words: str) -> list[Any]:
+def training_inputs(*, steps: int, lr: float, lr_words: str) -> list[Any]:
     """Inputs of a training; the defaults are a preset's."""
     return [
         io.Int.Input(
@@ -213,15 +214,6 @@ def training_inputs(*, steps: int, batch: int, lr: float, lr_words: str) -> list
             tooltip="Updates. With resume on, a finished training goes on when this is raised.",
         ),
         io.Float.Input("lr", default=lr, min=0.0, max=10.0, step=1e-6, round=1e-9, tooltip=lr_words),
-        io.Int.Input(
-            "size",
-            default=0,
-            min=0,
-            max=8192,
-            step=8,
-            tooltip="Side of the pictures in pixels; others than squares get its area. 0 for what the MODEL "
-            "was trained at (512, SD 2.1 768, SDXL 1024).",
-        ),
         # Not drawn anew for each run: an unbroken and a resumed training have one seed.
         io.Int.Input(
             "seed",
@@ -231,62 +223,8 @@ def training_inputs(*, steps: int, batch: int, lr: float, lr_words: str) -> list
             control_after_generate=False,
             tooltip="The same seed and settings give the same concept.",
         ),
-        io.Int.Input(
-            "preview_every",
-            default=100,
-            min=0,
-            max=1_000_000,
-            tooltip="Steps between pictures of the concept as it is then; 0 for one at the end alone.",
-        ),
-        io.Int.Input(
-            "checkpoint_every",
-            default=100,
-            min=0,
-            max=1_000_000,
-            tooltip="Steps between checkpoints in output/concepts, which is how many a power cut costs at "
-            "most; 0 for one at the end alone.",
-        ),
-        io.Boolean.Input(
-            "resume",
-            default=True,
-            tooltip="On: goes on from the checkpoint of this name, if there is one. Off: begins anew.",
-        ),
-        io.Combo.Input(
-            "precision",
-            options=["auto", "fp32", "bf16", "fp16"],
-            default="auto",
-            tooltip="Of the arithmetic; what is trained stays in fp32. auto: bf16 or fp16 on a GPU that is "
-            "fast at it, else fp32.",
-        ),
-        io.Boolean.Input(
-            "gradient_checkpointing",
-            default=True,
-            tooltip="Much less memory, about a third more time; the result is the same.",
-        ),
-        dial(io.Int.Input("batch", default=batch, min=1, max=64, tooltip="References at a time.")),
-        dial(
-            io.Int.Input(
-                "accumulation",
-                default=1,
-                min=1,
-                max=1024,
-                tooltip="Passes that make one update: a larger batch without its memory.",
-            )
-        ),
-        dial(
-            io.Float.Input(
-                "min_snr",
-                default=0.0,
-                min=0.0,
-                max=100.0,
-                step=0.5,
-                tooltip="γ of the min-SNR weighting of noise levels (Hang et al. 2023: 5); 0 for none.",
-            )
-        ),
-        dial(
-            io.Boolean.Input(
-                "flip", default=False, tooltip="Mirror references by chance. Not for subjects with a left and a right."
-            )
+        TrainingOptionsIO.Input(
+            "options", optional=True, tooltip="Concept Training Options: memory, batch, checkpoints and the like."
         ),
     ]
 
@@ -303,12 +241,12 @@ def checked_token(clip: Any, token: str) -> str:
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """A concept's training as a node asks for it.
 
     kind: its name in reports and checkpoints. folder: ComfyUI's for the result, "loras" or "embeddings".
-    size 0: the MODEL's own. class_images: how many pictures of the class are made. own_class: pictures of it that the
+    class_images: how many pictures of the class are made. own_class: pictures of it that the
     user gives instead, [3, H, W] in -1..1 each.
     """
 
@@ -320,10 +258,7 @@ class Training:
     references: tuple[Reference, ...]
     prompts: tuple[str, ...]
     settings: TrainSettings
-    size: int
-    precision: str
-    checkpointing: bool
-    resume: bool
+    options: TrainingOptions
     class_prompt: str = ""
     class_images: int = 0
     own_class: tuple[Tensor, ...] = ()
@@ -340,16 +275,6 @@ class Trained:
     report: str
 
 
-def settings_of(lr: float, prior_weight: float, given: dict[str, Any]) -> TrainSettings:
-    """The core's settings from a node's inputs; 0 of min_snr is none."""
-    from ...concepts.settings import TrainSettings
-
-    names = ("steps", "batch", "accumulation", "seed", "checkpoint_every", "preview_every", "flip")
-    return TrainSettings(
-        lr=lr, prior_weight=prior_weight, min_snr=given["min_snr"] or None, **{name: given[name] for name in names}
-    )
-
-
 def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | None) -> Trained:
     """Learns the concept and writes its file. MODEL, CLIP and VAE stay as they are.
 
@@ -364,8 +289,8 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
     from ...images.plot import loss_plot
 
     settings, prior = training.settings, training.settings.prior_weight > 0
-    size = training.size or native_size(model)
-    precision = trained_precision(training.precision, model.load_device)
+    size = training.options.size or native_size(model)
+    precision = trained_precision(training.options.precision, model.load_device)
     checkpoint = _Checkpoint(training)
     progress = _Progress(training.class_images if prior and not training.own_class else 0, settings.steps, node_id)
     with open_learner(
@@ -374,7 +299,7 @@ def train(model: Any, clip: Any, vae: Any, training: Training, node_id: str | No
         vae,
         training.learned,
         precision=precision,
-        checkpointing=training.checkpointing,
+        checkpointing=training.options.gradient_checkpointing,
         batch=settings.batch * (2 if prior else 1),
         size=size,
         seed=settings.seed,
@@ -536,7 +461,9 @@ class _Checkpoint:
                 on_step=progress.step,
             )
 
-        found = [path for path in (self.running, self.finished) if path.exists()] if self.training.resume else []
+        found = (
+            [path for path in (self.running, self.finished) if path.exists()] if self.training.options.resume else []
+        )
         if not found:
             return run(None)
         try:

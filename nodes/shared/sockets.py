@@ -32,5 +32,8 @@ SwapSettingsIO = io.Custom("SWAP_SETTINGS")
 SwapLayersIO = io.Custom("SWAP_LAYERS")
 """An `attention_swap.settings.Where`."""
 
+TrainingOptionsIO = io.Custom("CONCEPT_TRAINING_OPTIONS")
+"""A `nodes.concept.options.TrainingOptions`."""
+
 ConceptReferencesIO = io.Custom("CONCEPT_REFERENCES")
 """A tuple of `nodes.concept_training.Reference`."""

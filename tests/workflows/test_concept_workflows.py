@@ -29,9 +29,11 @@ from .conftest import (
 SUBJECT = concepts.CONCEPTS[0].subject
 DEMO = {"concept_dreambooth_swap", "concept_inversion_swap", "concept_load_swap"}
 FEW: dict[str, dict[str, Any]] = {
-    name: {"steps": 3, "batch": 1, "preview_every": 2, "class_images": 1}
-    for name in ("LearnConceptDreamBooth", "LearnConceptTextualInversion")
-} | {"ConceptScore": {"samples": 2, "steps": 3}}
+    "LearnConceptDreamBooth": {"steps": 3, "class_images": 1},
+    "LearnConceptTextualInversion": {"steps": 3},
+    "ConceptTrainingOptions": {"batch": 1, "preview_every": 2},
+    "ConceptScore": {"samples": 2, "steps": 3},
+}
 
 pytestmark = needs_text_model
 
@@ -112,7 +114,7 @@ def test_the_score_that_is_switched_off_runs_when_it_is_switched_on(server: Comf
             node["mode"] = 0
     prompt = ui_to_api(workflow, server.object_info())
     patch(prompt, FEW)
-    kept = {"ConceptScore", "CLIPGuideLoader", "LearnConceptDreamBooth", "DemoModelLoader", "DemoSubject"}
+    kept = {"ConceptScore", "CLIPGuideLoader", "LearnConceptDreamBooth", "ConceptTrainingOptions", "DemoModelLoader", "DemoSubject"}
     prompt = {number: node for number, node in prompt.items() if node["class_type"] in kept}
     outputs = server.run(prompt, timeout=600)
     said = "".join(outputs[titled(prompt, "Concept Score")]["text"])

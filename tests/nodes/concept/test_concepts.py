@@ -25,14 +25,11 @@ from ..conftest import SOURCE, checksum
 
 pytestmark = pytest.mark.needs_comfy
 
-FEW = dict(
-    steps=3,
-    lr=1e-3,
+OPTIONS = dict(
     batch=1,
     accumulation=1,
     min_snr=0.0,
     flip=False,
-    seed=0,
     checkpoint_every=1,
     preview_every=0,
     size=0,
@@ -40,6 +37,7 @@ FEW = dict(
     gradient_checkpointing=False,
     resume=True,
 )
+FEW = dict(OPTIONS, steps=3, lr=1e-3, seed=0)
 DREAMBOOTH = dict(
     FEW,
     instance_prompt="a sks star",
@@ -52,6 +50,16 @@ DREAMBOOTH = dict(
     class_images=2,
 )
 INVERSION = dict(FEW, token="sks", initial_word="star", vectors=2, templates="a {}\na {} on a sky background", batch=2)
+
+
+def with_options(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a learning node: those of Concept Training Options go through such a node."""
+    from blendswap.nodes.concept.options import ConceptTrainingOptions
+
+    names = {each.id for each in ConceptTrainingOptions.define_schema().inputs}
+    options = {name: value for name, value in inputs.items() if name in names}
+    rest = {name: value for name, value in inputs.items() if name not in names}
+    return {**rest, "options": ConceptTrainingOptions.execute(**options).args[0]}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +76,7 @@ def dreambooth(kit, pictures):
 
     def run(name: str, **changes: Any) -> tuple:
         inputs = dict(DREAMBOOTH, model=kit.model, clip=kit.clip, vae=kit.vae, images=pictures, name=name)
-        return kit.run(LearnConceptDreamBooth, **{**inputs, **changes})
+        return kit.run(LearnConceptDreamBooth, **with_options({**inputs, **changes}))
 
     return run
 
@@ -80,7 +88,7 @@ def inversion(kit, pictures):
 
     def run(name: str, **changes: Any) -> tuple:
         inputs = dict(INVERSION, model=kit.model, clip=kit.clip, vae=kit.vae, images=pictures, name=name)
-        return kit.run(LearnConceptTextualInversion, **{**inputs, **changes})
+        return kit.run(LearnConceptTextualInversion, **with_options({**inputs, **changes}))
 
     return run
 
@@ -524,7 +532,7 @@ def test_a_training_whose_server_was_killed_goes_on_to_the_same_weights(comfy_pa
 
     def prompt(name: str) -> dict:
         inputs = dict(
-            DREAMBOOTH,
+            {name: value for name, value in DREAMBOOTH.items() if name not in OPTIONS},
             steps=steps,
             prior_weight=1.0,
             name=name,
@@ -532,13 +540,13 @@ def test_a_training_whose_server_was_killed_goes_on_to_the_same_weights(comfy_pa
             clip=["1", 1],
             vae=["1", 2],
             images=["2", 0],
-            alpha=0.0,
-            all_layers=False,
+            options=["4", 0],
         )
         return {
             "1": {"class_type": "DemoModelLoader", "inputs": {}},
             "2": {"class_type": "DemoSubject", "inputs": {"subject": "flower", "count": 3, "seed": 0}},
             "3": {"class_type": "LearnConceptDreamBooth", "inputs": inputs},
+            "4": {"class_type": "ConceptTrainingOptions", "inputs": dict(OPTIONS, alpha=0.0, all_layers=False)},
         }
 
     base = tmp_path / "base"
@@ -560,3 +568,20 @@ def test_a_training_whose_server_was_killed_goes_on_to_the_same_weights(comfy_pa
     one, two = (load_file(base / "models" / "loras" / f"{name}.safetensors") for name in ("killed", "unbroken"))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"alpha": 2.0}, {"all_layers": True}])
+def test_an_option_of_a_lora_is_refused_where_none_is_trained(dreambooth, inversion, changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"{name} of the options.*only a LoRA has"):
+        dreambooth("no_lora", what="full", **changes)
+    with pytest.raises(ValueError, match=f"{name} of the options.*only a LoRA has"):
+        inversion("no_lora", **changes)
+
+
+def test_without_options_a_training_has_the_defaults_of_the_node(kit, pictures):
+    from blendswap.nodes.concept.options import DEFAULTS, ConceptTrainingOptions
+
+    schema = {each.id: each.default for each in ConceptTrainingOptions.define_schema().inputs}
+    assert ConceptTrainingOptions.execute(**schema).args[0] == DEFAULTS
+    assert DEFAULTS.settings(steps=1, lr=1.0, seed=0, batch=4).batch == 4
