@@ -465,9 +465,7 @@ def demo(options: argparse.Namespace, extra: list[str]) -> int:
             say("Starting a ComfyUI server ...")
             with _server(comfy, base, python, env=environment) as server:
                 say(f"It runs at {server.url}.")
-                code = _child(
-                    [python, "-m", "blendswap.tools.showcase.edits", "--server", server.url, "--out", out, *extra]
-                )
+                code = _child([python, "-m", "blendswap.tools.showcase", "--server", server.url, "--out", out, *extra])
         finally:
             if code and log.exists():
                 shutil.copy(log, out / "server.log")

@@ -105,9 +105,9 @@ def main(arguments: list[str] | None = None) -> None:
         default="demo",
         help="which of the demo CLIPs ranks; demo has guided the candidates",
     )
-    parser.add_argument("--saved", type=Path, default=Path("bench_output/candidates.npz"))
+    parser.add_argument("--saved", type=Path, help="file of the candidates (default candidates.npz in --out)")
     options = parser.read(arguments)
-    pictures = candidates(options.cases, options.candidates, options.saved)
+    pictures = candidates(options.cases, options.candidates, options.saved or options.out / "candidates.npz")
     guide = demo_guide("demo")
     scorer = guide if options.scorer == "demo" else demo_guide(options.scorer)
     chosen = cases(options.cases)

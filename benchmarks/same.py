@@ -40,7 +40,7 @@ from PIL import Image
 from ..run import SetupError, comfy_version, find_comfyui, pages_environment
 from ..tools.check import without_names
 from ..tools.server import PACK, ComfyServer, ServerDied, ServerError, start_server
-from ..tools.showcase.edits import say
+from ..tools.showcase.common import say
 from ..tools.workflow import ui_to_api
 from .options import Parser
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from .server import ComfyServer, ServerDied, ServerError, start_server
-from .showcase import edits
+from .showcase import common as showcase
 from .workflow import WorkflowError
 
 Prompt = dict[str, dict[str, Any]]
@@ -121,7 +121,7 @@ def run_checks(comfy: Path, python: Path, environment: Mapping[str, str], out: P
             check.rows.append(Row("the server", "", "", error=str(error)))
     text = report(facts, check.rows)
     out.write_text(text, encoding="utf-8")
-    edits.say(f"\n{text}\nThis is in {out}, to be attached to a report: it holds no path and no name of yours.")
+    showcase.say(f"\n{text}\nThis is in {out}, to be attached to a report: it holds no path and no name of yours.")
     return 1 if any(row.error for row in check.rows) else 0
 
 
@@ -156,7 +156,7 @@ class _Check:
                 self._cases(server, cases, ["default"], "off")
         reference = {row.what: made for row, made in self.pictures.items() if row.dtype == "fp32"}
         if on_gpu:
-            edits.say("On the CPU, to compare with:")
+            showcase.say("On the CPU, to compare with:")
             before = list(self.rows)
             with self._server("cpu", "--cpu") as server:
                 self._cases(server, cases, ["fp32"], "CPU")
@@ -198,7 +198,7 @@ class _Check:
                         case.workflow,
                         dtype,
                         mode,
-                        lambda case=case, dtype=dtype: quick(edits.load_workflow(case.workflow, info), dtype),
+                        lambda case=case, dtype=dtype: quick(showcase.load_workflow(case.workflow, info), dtype),
                     )
                 )
 
@@ -221,7 +221,7 @@ class _Check:
         self.rows.append(row)
         if made:
             self.pictures[row] = made
-        edits.say("  " + "  ".join(cell for cell in row.cells() if cell) + (f"  {row.error}" if row.error else ""))
+        showcase.say("  " + "  ".join(cell for cell in row.cells() if cell) + (f"  {row.error}" if row.error else ""))
 
     def _published(self, server: ComfyServer, mode: str) -> None:
         info = server.object_info()
@@ -291,13 +291,13 @@ def _computing_in(prompt: Prompt, dtype: str) -> Prompt:
 def published(kind: str, name: str, info: Mapping[str, Any]) -> Prompt:
     """A shipped workflow on a file of the user's."""
     if kind in ("SD", "SDXL"):
-        prompt = edits.load_workflow("blend_latent", info)
+        prompt = showcase.load_workflow("blend_latent", info)
         size = 512 if kind == "SD" else 1024
         loader = next(node for node in prompt.values() if node["class_type"] == "DemoModelLoader")
         loader |= {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}}
         changes = {"CLIPBlendSampler": {"resolution": size, "window": "off", "gradient": "direct", "cfg": 4.0}}
     else:
-        prompt = edits.load_workflow("blend_replace_object", info)
+        prompt = showcase.load_workflow("blend_replace_object", info)
         changes = {
             "ADM": {
                 "GuidedDiffusionLoader": {"checkpoint": name},
@@ -317,9 +317,9 @@ def _run(server: ComfyServer, prompt: Prompt) -> Pictures:
     for number, images in outputs.items():
         title = prompt[number]["_meta"]["title"]
         pngs = [image for image in images.get("images", ()) if image["filename"].endswith(".png")]
-        if title in (edits.SOURCE, edits.MASK, edits.RESULT):
-            mode = "L" if title == edits.MASK else "RGB"
-            made[title] = [edits.to_array(server.fetch_image(image), mode) for image in pngs]
+        if title in (showcase.SOURCE, showcase.MASK, showcase.RESULT):
+            mode = "L" if title == showcase.MASK else "RGB"
+            made[title] = [showcase.to_array(server.fetch_image(image), mode) for image in pngs]
     return made
 
 
@@ -328,11 +328,11 @@ def _run(server: ComfyServer, prompt: Prompt) -> Pictures:
 
 def judged(row: Row, made: Pictures) -> Row:
     """The row with what is wrong with the pictures: a background that moved, a region that did not."""
-    if edits.MASK not in made or edits.RESULT not in made:
+    if showcase.MASK not in made or showcase.RESULT not in made:
         return row
-    source, mask = made[edits.SOURCE][0], made[edits.MASK][0] > 0
-    for result in made[edits.RESULT]:
-        largest, identical = edits.background(source, result, mask)
+    source, mask = made[showcase.SOURCE][0], made[showcase.MASK][0] > 0
+    for result in made[showcase.RESULT]:
+        largest, identical = showcase.background(source, result, mask)
         if largest:
             words = f"the background changed by up to {largest} of 255, {identical:.2%} of it is identical"
             return dataclasses.replace(row, error=words)
@@ -343,8 +343,8 @@ def judged(row: Row, made: Pictures) -> Row:
 
 def compared_with(row: Row, made: Pictures, reference: Pictures) -> Row:
     """The row with how far its result is from the CPU's; see `TOLERANCE`."""
-    mask = reference[edits.MASK][0] > 0
-    pairs = zip(made[edits.RESULT], reference[edits.RESULT], strict=True)
+    mask = reference[showcase.MASK][0] > 0
+    pairs = zip(made[showcase.RESULT], reference[showcase.RESULT], strict=True)
     difference = max(float(np.abs(one[mask].astype(int) - other[mask]).mean()) for one, other in pairs)
     limit = TOLERANCE.get(row.dtype, max(TOLERANCE.values()))
     error = f"differs from the CPU's picture by {difference:.1f} of 255, above {limit:g}" if difference > limit else ""

@@ -12,11 +12,11 @@ from PIL import Image
 
 from blendswap.demo import files
 from blendswap.tools.server import ComfyServer
-from blendswap.tools.showcase import edits
+from blendswap.tools.showcase import common as showcase
 from blendswap.tools.workflow import ui_to_api
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = sorted(path.stem for path in edits.WORKFLOWS.glob("*.json"))
+NAMES = sorted(path.stem for path in showcase.WORKFLOWS.glob("*.json"))
 FEW = {"steps": 4}
 QUICK = {
     "CLIPBlendSampler": {"steps": 4, "start": 1, "candidates": 2, "batch_size": 2, "resolution": 0},
@@ -53,7 +53,7 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((edits.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((showcase.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def patch(prompt: dict[str, Any], changes: dict[str, dict[str, Any]]) -> None:
@@ -84,7 +84,7 @@ def titled(prompt: dict[str, Any], title: str) -> str:
 
 
 def arrays(server: ComfyServer, run: tuple[dict, dict], title: str, mode: str = "RGB") -> list[np.ndarray]:
-    return [edits.to_array(png, mode) for png in edits.pictures(server, *run, title)]
+    return [showcase.to_array(png, mode) for png in showcase.pictures(server, *run, title)]
 
 
 def text(run: tuple[dict, dict], title: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from blendswap.demo import world
 from blendswap.demo.subjects import SUBJECTS
 from blendswap.tools.server import ComfyServer
-from blendswap.tools.showcase import concepts, edits
+from blendswap.tools.showcase import common as showcase, concepts
 
 from .conftest import (
     NAMES,
@@ -71,9 +71,9 @@ def test_prompts_say_what_the_scene_shows_with_the_concept_in_the_objects_place(
 def test_a_subject_is_learned_swapped_in_and_the_rest_of_the_picture_stays(any_server: ComfyServer, what, said):
     few = {**FEW["LearnConceptDreamBooth"], "what": what, "name": f"demo_{what}"}
     run = run_quickly(any_server, "concept_dreambooth_swap", {**FEW, "LearnConceptDreamBooth": few})
-    source, mask = arrays(any_server, run, edits.SOURCE)[0], arrays(any_server, run, edits.MASK, "L")[0]
+    source, mask = arrays(any_server, run, showcase.SOURCE)[0], arrays(any_server, run, showcase.MASK, "L")[0]
     assert (source == world.draw(scene_of("concept_dreambooth_swap"))).all()
-    assert_edited(source, mask, arrays(any_server, run, edits.RESULT))
+    assert_edited(source, mask, arrays(any_server, run, showcase.RESULT))
     assert len(arrays(any_server, run, "Learning")) == 2
     assert arrays(any_server, run, "Losses")[0].std() > 1
     assert "identical 100.00%" in text(run, "Edit Report")
@@ -91,14 +91,14 @@ def test_a_subject_is_learned_swapped_in_and_the_rest_of_the_picture_stays(any_s
 def assert_loads(server: ComfyServer, lora: str, learned: tuple[dict, dict]) -> None:
     """concept_load_swap, with the file just written, gives the picture of the run that wrote it."""
     run = run_quickly(server, "concept_load_swap", {"LoraLoader": {"lora_name": lora}})
-    one, two = (arrays(server, each, edits.RESULT)[0].astype(int) for each in (learned, run))
+    one, two = (arrays(server, each, showcase.RESULT)[0].astype(int) for each in (learned, run))
     assert abs(one - two).max() <= 1
 
 
 def test_a_word_is_learned_and_swapped_in(any_server: ComfyServer):
     run = run_quickly(any_server, "concept_inversion_swap", FEW)
-    source, mask = arrays(any_server, run, edits.SOURCE)[0], arrays(any_server, run, edits.MASK, "L")[0]
-    assert_edited(source, mask, arrays(any_server, run, edits.RESULT))
+    source, mask = arrays(any_server, run, showcase.SOURCE)[0], arrays(any_server, run, showcase.MASK, "L")[0]
+    assert_edited(source, mask, arrays(any_server, run, showcase.RESULT))
     assert node_of(run[0], "SwapPrompts")["inputs"]["target_clip"][0] == next(
         number for number, node in run[0].items() if node["class_type"] == "LearnConceptTextualInversion"
     )
@@ -135,8 +135,8 @@ def test_the_workflow_for_stable_diffusion_learns_from_pictures_of_any_size(serv
     loader = node_of(prompt, "CheckpointLoaderSimple")
     loader.update(class_type="DemoModelLoader", inputs={})
     run = prompt, server.run(prompt, timeout=600)
-    source, mask = edits.to_array(photograph.read_bytes()), arrays(server, run, edits.MASK, "L")[0]
-    assert_edited(source, mask, arrays(server, run, edits.RESULT))
+    source, mask = showcase.to_array(photograph.read_bytes()), arrays(server, run, showcase.MASK, "L")[0]
+    assert_edited(source, mask, arrays(server, run, showcase.RESULT))
     report = "".join(run[1][titled(prompt, "Learn Concept (DreamBooth)")]["text"])
     assert "3 references" in report and "prior: 1 pictures of 'a star'" in report
 
@@ -164,7 +164,7 @@ def test_source_and_inversion_run_on_the_model_that_knows_no_concept(server: Com
 
 def test_the_demo_asks_for_a_subject_that_the_workflow_learns(server: ComfyServer):
     for concept in concepts.CONCEPTS:
-        prompt = concepts.prepare(concept, server.object_info())
+        prompt = concept.graph(server.object_info())
         assert node_of(prompt, "DemoSubject")["inputs"]["subject"] == concept.subject
         assert node_of(prompt, "LearnConceptDreamBooth")["inputs"]["instance_prompt"] in concept.prompt
         assert concept.prompt == node_of(prompt, "SwapPrompts")["inputs"]["target_prompt"]

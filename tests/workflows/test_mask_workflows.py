@@ -6,15 +6,15 @@ import re
 
 import numpy as np
 
-from blendswap.tools.showcase import edits
+from blendswap.tools.showcase import common as showcase
 
 from .conftest import arrays, assert_edited, run_quickly, text, titled
 
 
 def test_a_large_picture_is_edited_in_a_window_with_a_soft_mask_of_comfyuis_own_nodes(any_server):
     run = run_quickly(any_server, "blend_large_picture")
-    source, mask = arrays(any_server, run, edits.SOURCE)[0], arrays(any_server, run, edits.MASK, "L")[0]
-    result = arrays(any_server, run, edits.RESULT)[0]
+    source, mask = arrays(any_server, run, showcase.SOURCE)[0], arrays(any_server, run, showcase.MASK, "L")[0]
+    result = arrays(any_server, run, showcase.RESULT)[0]
     assert source.shape == result.shape == (128, 128, 3)
     assert len(np.unique(mask)) > 4
     assert_edited(source, mask, [result])
@@ -26,9 +26,9 @@ def test_a_large_picture_is_edited_in_a_window_with_a_soft_mask_of_comfyuis_own_
 
 def test_a_tiny_mask_is_edited_in_a_window_and_in_place_where_it_shrinks(any_server):
     run = run_quickly(any_server, "blend_tiny_mask")
-    source, mask = arrays(any_server, run, edits.SOURCE)[0], arrays(any_server, run, edits.MASK, "L")[0]
+    source, mask = arrays(any_server, run, showcase.SOURCE)[0], arrays(any_server, run, showcase.MASK, "L")[0]
     assert (mask > 0).sum() == 64
-    result, in_place = (arrays(any_server, run, title)[0] for title in (edits.RESULT, "Result: in place"))
+    result, in_place = (arrays(any_server, run, title)[0] for title in (showcase.RESULT, "Result: in place"))
     assert_edited(source, mask, [result, in_place])
     assert (result != in_place).any()
     assert "of 64×64, worked at 64×64, enlarged 4 times" in text(run, "What was run")

@@ -12,7 +12,7 @@ import pytest
 
 from blendswap.demo import world
 from blendswap.tools.server import ComfyServer
-from blendswap.tools.showcase import edits
+from blendswap.tools.showcase import common as showcase
 
 from .conftest import (
     NAMES,
@@ -75,10 +75,10 @@ def test_prompts_say_what_the_scene_shows_and_differ_in_its_words_alone():
 @pytest.mark.parametrize("name", ["swap_real_image", "swap_two_subjects"])
 def test_a_swap_changes_what_is_in_the_mask_and_nothing_else(any_server, name):
     run = run_quickly(any_server, name)
-    source, mask = arrays(any_server, run, edits.SOURCE)[0], arrays(any_server, run, edits.MASK, "L")[0]
+    source, mask = arrays(any_server, run, showcase.SOURCE)[0], arrays(any_server, run, showcase.MASK, "L")[0]
     scene = scene_of(node_of(run[0], "DemoScene")["inputs"])
     assert (source == world.draw(scene)).all()
-    assert_edited(source, mask, arrays(any_server, run, edits.RESULT))
+    assert_edited(source, mask, arrays(any_server, run, showcase.RESULT))
     for index in range(len(scene.things)):
         assert mask[world.object_mask(scene, index)].all()
     assert "identical 100.00%" in text(run, "Edit Report")
@@ -96,8 +96,8 @@ def test_each_of_two_subjects_is_asked_for_by_words_of_its_prompts(server):
 
 def test_what_covers_a_subject_stays_as_it_is(server):
     run = run_quickly(server, "swap_occluded")
-    source, mask = arrays(server, run, edits.SOURCE)[0], arrays(server, run, edits.MASK, "L")[0]
-    result = arrays(server, run, edits.RESULT)[0]
+    source, mask = arrays(server, run, showcase.SOURCE)[0], arrays(server, run, showcase.MASK, "L")[0]
+    result = arrays(server, run, showcase.RESULT)[0]
     scenes = [scene_of(node["inputs"]) for node in run[0].values() if node["class_type"] == "DemoScene"]
     behind, front = (world.object_mask(scene) for scene in scenes)
     assert (behind & front).any()
@@ -109,13 +109,13 @@ def test_what_covers_a_subject_stays_as_it_is(server):
 def test_a_made_up_source_is_followed_and_the_same_prompt_gives_it_back(server):
     run = run_quickly(server, "swap_synthetic")
     source, result, plain = (
-        arrays(server, run, title)[0] for title in (edits.SOURCE, edits.RESULT, "Result: without a swap")
+        arrays(server, run, title)[0] for title in (showcase.SOURCE, showcase.RESULT, "Result: without a swap")
     )
     assert (result != source).any() and (result != plain).any()
     same = {"SwapPrompts": {"target_prompt": node_of(run[0], "SwapPrompts")["inputs"]["source_prompt"]}}
     run = run_quickly(server, "swap_synthetic", same)
-    assert distance(arrays(server, run, edits.SOURCE)[0], source) == 0
-    assert distance(arrays(server, run, edits.RESULT)[0], source) < 0.5
+    assert distance(arrays(server, run, showcase.SOURCE)[0], source) == 0
+    assert distance(arrays(server, run, showcase.RESULT)[0], source) < 0.5
 
 
 def test_a_stock_sampler_gives_the_picture_back_with_null_text_and_not_without(any_server):
@@ -146,7 +146,7 @@ def test_a_sweep_lists_every_combination_and_marks_one(server):
     rows = re.findall(r"^M (\d+), \w+ (\d+) ", table, re.M)
     assert rows == [("0", "0"), ("0", "20"), ("50", "0"), ("50", "20")]
     assert table.count("<- best") == 1
-    sheet = arrays(server, run, edits.RESULT)[0]
+    sheet = arrays(server, run, showcase.RESULT)[0]
     assert sheet.shape[0] > 2 * world.SIZE and sheet.shape[1] > 2 * world.SIZE
 
 
@@ -189,9 +189,9 @@ def test_the_workflow_for_stable_diffusion_swaps_in_a_photograph_of_any_size(any
         )
     )
     run = prompt, any_server.run(prompt, timeout=600)
-    source, mask = edits.to_array(photograph.read_bytes()), arrays(any_server, run, edits.MASK, "L")[0]
+    source, mask = showcase.to_array(photograph.read_bytes()), arrays(any_server, run, showcase.MASK, "L")[0]
     assert (mask > 0).sum() == 16 * 20
-    assert_edited(source, mask, arrays(any_server, run, edits.RESULT))
+    assert_edited(source, mask, arrays(any_server, run, showcase.RESULT))
     assert "identical 100.00%" in text(run, "Edit Report")
 
 
@@ -200,7 +200,7 @@ def test_the_workflow_for_stable_diffusion_makes_sister_pictures(server):
         quick_prompt(server, "swap_synthetic_sd", {"EmptyLatentImage": {"width": 128, "height": 128}})
     )
     run = prompt, server.run(prompt, timeout=600)
-    source, result = arrays(server, run, edits.SOURCE)[0], arrays(server, run, edits.RESULT)[0]
+    source, result = arrays(server, run, showcase.SOURCE)[0], arrays(server, run, showcase.RESULT)[0]
     assert source.shape == result.shape == (world.SIZE, world.SIZE, 3)
     assert (source != result).any()
 

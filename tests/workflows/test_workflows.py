@@ -17,7 +17,7 @@ from PIL import Image
 from blendswap.demo import files, world
 from blendswap.run import PREFERRED
 from blendswap.tools.server import ComfyServer
-from blendswap.tools.showcase import edits
+from blendswap.tools.showcase import common as showcase
 from blendswap.tools.workflow import DOWNLOADS, SHOWN_ONLY, stamp, ui_to_api
 
 from .conftest import (
@@ -212,8 +212,8 @@ def test_the_comparison_shows_the_source_and_the_result_where_comfyui_has_it(ser
         assert "Before and after" not in {node["_meta"]["title"] for node in run_of[0].values()}
         return
     shown = run_of[1][titled(run_of[0], "Before and after")]
-    for key, title in (("a_images", edits.SOURCE), ("b_images", edits.RESULT)):
-        (picture,) = [edits.to_array(server.fetch_image(info)) for info in shown[key]]
+    for key, title in (("a_images", showcase.SOURCE), ("b_images", showcase.RESULT)):
+        (picture,) = [showcase.to_array(server.fetch_image(info)) for info in shown[key]]
         assert (picture == arrays(server, run_of, title)[0]).all()
 
 
@@ -229,8 +229,8 @@ def test_the_comparison_shows_the_source_and_the_result_where_comfyui_has_it(ser
 )
 def test_the_masked_region_changes_and_nothing_else(any_server, name):
     run = run_quickly(any_server, name)
-    source, mask = arrays(any_server, run, edits.SOURCE)[0], arrays(any_server, run, edits.MASK, "L")[0]
-    assert_edited(source, mask, arrays(any_server, run, edits.RESULT))
+    source, mask = arrays(any_server, run, showcase.SOURCE)[0], arrays(any_server, run, showcase.MASK, "L")[0]
+    assert_edited(source, mask, arrays(any_server, run, showcase.RESULT))
     assert "identical 100.00%" in text(run, "Edit Report")
     scene = next(inputs["inputs"] for inputs in run[0].values() if inputs["class_type"] == "DemoScene")
     drawn = world.draw(next(itertools.islice(world.scenes(2_000_000 + scene["seed"], scene["objects"]), 1)))
@@ -239,11 +239,11 @@ def test_the_masked_region_changes_and_nothing_else(any_server, name):
 
 def test_candidates_are_listed_and_the_best_is_the_one_that_is_reported(server):
     run = run_quickly(server, "blend_candidates_report", {"CLIPBlendSampler": {"candidates": 3}})
-    source, mask = arrays(server, run, edits.SOURCE)[0], arrays(server, run, edits.MASK, "L")[0]
+    source, mask = arrays(server, run, showcase.SOURCE)[0], arrays(server, run, showcase.MASK, "L")[0]
     candidates = arrays(server, run, "All candidates, best first")
     assert len(candidates) == 3
     assert_edited(source, mask, candidates)
-    assert (arrays(server, run, edits.RESULT)[0] == candidates[0]).all()
+    assert (arrays(server, run, showcase.RESULT)[0] == candidates[0]).all()
     rows = re.findall(r"^ +(\d+) +(\d+) +(-?[\d.]+) +(-?[\d.]+) +(-?[\d.]+)$", text(run, "Scores"), re.M)
     assert [row[0] for row in rows] == ["1", "2", "3"]
     assert sorted(row[1] for row in rows) == ["1", "2", "3"]
@@ -257,7 +257,7 @@ def test_candidates_are_listed_and_the_best_is_the_one_that_is_reported(server):
 @needs_lpips
 def test_the_baseline_differs_from_the_method_by_its_dials_alone_and_keeps_the_background_too(server):
     run = run_quickly(server, "blend_baseline")
-    source, mask = arrays(server, run, edits.SOURCE)[0], arrays(server, run, edits.MASK, "L")[0]
+    source, mask = arrays(server, run, showcase.SOURCE)[0], arrays(server, run, showcase.MASK, "L")[0]
     method, baseline = (arrays(server, run, f"Result: {which}")[0] for which in ("method", "baseline"))
     assert_edited(source, mask, [method, baseline])
     assert (method != baseline).any()
@@ -319,10 +319,10 @@ def published_weights(spec: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def assert_photograph_edited(server: ComfyServer, run: tuple[dict, dict], photograph: Path) -> None:
-    source = edits.to_array(photograph.read_bytes())
-    mask = arrays(server, run, edits.MASK, "L")[0]
+    source = showcase.to_array(photograph.read_bytes())
+    mask = arrays(server, run, showcase.MASK, "L")[0]
     assert (mask > 0).sum() == 16 * 20
-    assert_edited(source, mask, arrays(server, run, edits.RESULT))
+    assert_edited(source, mask, arrays(server, run, showcase.RESULT))
     assert len(arrays(server, run, "All candidates, best first")) == 2
     assert "identical 100.00%" in text(run, "Edit Report")
 

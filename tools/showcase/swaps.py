@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ...demo import world
-from ..server import ComfyServer
-from . import edits
+from . import common
 
 UNMASKED, WORD, LAYOUT = "Swap without a mask", "Word map", "Layout"
 """Titles of the nodes that the demo adds to the workflow."""
@@ -35,6 +32,11 @@ class OnScene:
     scene: int
 
     latent = True
+    picked = 0
+
+    @property
+    def seed(self) -> int:
+        return self.scene
 
     @property
     def words(self) -> str:
@@ -67,38 +69,76 @@ class Swap(OnScene):
     lambdas: Mapping[str, float] = dataclasses.field(default_factory=dict)
     workflow: str = "swap_real_image"
 
-    panels = ("source", "mask", "result", "unmasked", "word", "layout")
+    titles: ClassVar[Mapping[str, str]] = {
+        "source": common.SOURCE,
+        "mask": common.MASK,
+        "result": common.RESULT,
+        "unmasked": UNMASKED,
+        "word": WORD,
+        "layout": LAYOUT,
+    }
     kind = "swap"
 
-    def run(
-        self, server: ComfyServer, object_info: Mapping[str, Any], stem: Path, on_progress: Callable[[int, int], None]
-    ) -> dict[str, Any]:
-        """Runs the swap, writes its pictures beside `stem`, and returns its entry of report.json."""
-        prompt = prepare(self, object_info)
-        start = time.monotonic()
-        outputs = server.run(prompt, lambda _, value, maximum: on_progress(value, maximum))
-        seconds = time.monotonic() - start
-        titles = (edits.SOURCE, edits.MASK, edits.RESULT, UNMASKED, WORD, LAYOUT)
-        saved = {
-            name: edits.pictures(server, prompt, outputs, title)[0]
-            for name, title in zip(self.panels, titles, strict=True)
+    def graph(self, object_info: Mapping[str, Any]) -> dict[str, Any]:
+        """The workflow with the inputs patched, and with nodes for the pictures that it does not make by itself."""
+        prompt = common.load_workflow(self.workflow, object_info)
+        patches = {
+            "DemoScene": {"seed": self.scene, "objects": 1, "object": 1},
+            "SwapPrompts": {"source_prompt": self.source_prompt, "target_prompt": self.prompt},
+            "GrowMask": {"expand": self.room},
+            "SwapSettings": self.lambdas,
         }
-        for name, png in saved.items():
-            stem.with_name(f"{stem.name}_{name}.png").write_bytes(png)
-        source, result, unmasked = (edits.to_array(saved[name]) for name in ("source", "result", "unmasked"))
-        mask = edits.to_array(saved["mask"], "L") > 0
-        largest, identical = edits.background(source, result, mask)
+        for node in prompt.values():
+            node["inputs"].update(patches.get(node["class_type"], {}))
+        found = {node["class_type"]: (number, node["inputs"]) for number, node in prompt.items()}
+        sampler, capture = found["AttentionSwapSampler"][1], found["AttentionCapture"][1]
+
+        def add(number: str, kind: str, title: str, inputs: dict[str, Any]) -> None:
+            prompt[number] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+
+        def save(number: str, title: str) -> None:
+            add(
+                f"{number}_saved", "SaveImage", title, {"images": [number, 0], "filename_prefix": f"BlendSwap/{number}"}
+            )
+
+        free = {name: value for name, value in sampler.items() if name not in ("mask", "image")}
+        add("unmasked", "AttentionSwapSampler", "Without a mask", free)
+        prompt["unmasked_saved"] = {
+            "class_type": "SaveImage",
+            "_meta": {"title": UNMASKED},
+            "inputs": {"images": ["unmasked", 1], "filename_prefix": "BlendSwap/unmasked"},
+        }
+        shared = {
+            name: capture[name]
+            for name in ("model", "positive", "negative", "inversion", "seed", "steps", "cfg", "scheduler")
+        }
+        shared["vae"] = sampler["vae"]
+        add(
+            "word",
+            "WordMaps",
+            "Word Maps",
+            {
+                **shared,
+                "tokens": sampler["tokens"],
+                "prompt": "",
+                "words": self.drawn.things[0].shape,
+                "threshold": 0.0,
+                "min_size": 0,
+                "max_size": 0,
+                "start": 0.0,
+                "end": 1.0,
+            },
+        )
+        save("word", WORD)
+        add("layout", "AttentionSVD", "Attention SVD", {**shared, "components": 3, "grid": world.SIZE})
+        save("layout", LAYOUT)
+        return prompt
+
+    def judge(self, panels: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, Any]:
         return {
-            "name": self.name,
-            "kind": self.kind,
-            "prompt": self.prompt,
-            "seed": self.scene,
-            "seconds": round(seconds, 1),
-            "background_max_abs": largest,
-            "background_identical": identical,
-            "judge": edits.verdict(result, mask, self.subject),
-            "pose_iou": round(pose_iou(self.drawn, result), 3),
-            "background_psnr": psnr(source, unmasked, ~mask),
+            "judge": common.verdict(panels["result"], mask, self.subject),
+            "pose_iou": round(pose_iou(self.drawn, panels["result"]), 3),
+            "background_psnr": psnr(panels["source"], panels["unmasked"], ~mask),
         }
 
 
@@ -116,60 +156,6 @@ SWAPS = (
         lambdas={"self_map": 10, "cross_map": 20, "self_output": 5},
     ),
 )
-
-
-def prepare(swap: Swap, object_info: Mapping[str, Any]) -> dict[str, Any]:
-    """The swap as a prompt of ComfyUI's API: its workflow with the inputs patched, and its pictures' nodes."""
-    prompt = edits.load_workflow(swap.workflow, object_info)
-    patches = {
-        "DemoScene": {"seed": swap.scene, "objects": 1, "object": 1},
-        "SwapPrompts": {"source_prompt": swap.source_prompt, "target_prompt": swap.prompt},
-        "GrowMask": {"expand": swap.room},
-        "SwapSettings": swap.lambdas,
-    }
-    for node in prompt.values():
-        node["inputs"].update(patches.get(node["class_type"], {}))
-    found = {node["class_type"]: (number, node["inputs"]) for number, node in prompt.items()}
-    sampler, capture = found["AttentionSwapSampler"][1], found["AttentionCapture"][1]
-
-    def add(number: str, kind: str, title: str, inputs: dict[str, Any]) -> None:
-        prompt[number] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
-
-    def save(number: str, title: str) -> None:
-        add(f"{number}_saved", "SaveImage", title, {"images": [number, 0], "filename_prefix": f"BlendSwap/{number}"})
-
-    free = {name: value for name, value in sampler.items() if name not in ("mask", "image")}
-    add("unmasked", "AttentionSwapSampler", "Without a mask", free)
-    prompt["unmasked_saved"] = {
-        "class_type": "SaveImage",
-        "_meta": {"title": UNMASKED},
-        "inputs": {"images": ["unmasked", 1], "filename_prefix": "BlendSwap/unmasked"},
-    }
-    shared = {
-        name: capture[name]
-        for name in ("model", "positive", "negative", "inversion", "seed", "steps", "cfg", "scheduler")
-    }
-    shared["vae"] = sampler["vae"]
-    add(
-        "word",
-        "WordMaps",
-        "Word Maps",
-        {
-            **shared,
-            "tokens": sampler["tokens"],
-            "prompt": "",
-            "words": swap.drawn.things[0].shape,
-            "threshold": 0.0,
-            "min_size": 0,
-            "max_size": 0,
-            "start": 0.0,
-            "end": 1.0,
-        },
-    )
-    save("word", WORD)
-    add("layout", "AttentionSVD", "Attention SVD", {**shared, "components": 3, "grid": world.SIZE})
-    save("layout", LAYOUT)
-    return prompt
 
 
 def pose_iou(scene: world.Scene, result: np.ndarray, wanted: np.ndarray | None = None) -> float:

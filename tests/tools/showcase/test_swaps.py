@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from blendswap.demo import files, world
-from blendswap.tools.showcase import edits, swaps
+from blendswap.tools.showcase import common, swaps
+from blendswap.tools.showcase.__main__ import run_all
 
 needs_models = pytest.mark.skipif(
     not (files.JUDGE.is_file() and (files.TEXT / "model_index.json").is_file()),
@@ -20,7 +21,7 @@ needs_models = pytest.mark.skipif(
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = edits.load_workflow
+    load = common.load_workflow
 
     def quick(name, object_info):
         prompt = load(name, object_info)
@@ -29,15 +30,15 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
                 node["inputs"]["steps"] = 4
         return prompt
 
-    monkeypatch.setattr(edits, "load_workflow", quick)
+    monkeypatch.setattr(common, "load_workflow", quick)
 
 
 def test_swaps_are_of_the_first_unseen_scenes_and_ask_for_another_subject_in_the_same_surroundings():
     assert [swap.scene for swap in swaps.SWAPS] == [0, 1, 2]
     for swap in swaps.SWAPS:
-        thing, asked = swap.drawn.things[0], edits.asked_for(swap.prompt)
+        thing, asked = swap.drawn.things[0], common.asked_for(swap.prompt)
         assert swap.source_prompt == swap.drawn.caption()
-        assert asked != edits.asked_for(swap.source_prompt)
+        assert asked != common.asked_for(swap.source_prompt)
         assert swap.prompt.endswith(f"on a {swap.drawn.ground.caption()} background")
         assert thing.caption() not in swap.prompt
 
@@ -68,7 +69,7 @@ def test_a_background_is_compared_where_it_is_asked_for():
 @pytest.mark.usefixtures("few_steps")
 def test_a_swap_leaves_pictures_and_figures_in_the_report(server, tmp_path, capsys):
     swap = swaps.SWAPS[0]
-    assert edits.run_all(server, [swap], tmp_path) == 0
+    assert run_all(server, [swap], tmp_path) == 0
     (entry,) = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["edits"]
     assert set(entry) == {
         "name",
@@ -90,7 +91,7 @@ def test_a_swap_leaves_pictures_and_figures_in_the_report(server, tmp_path, caps
     assert "pose IoU" in capsys.readouterr().out
 
     pictures = {
-        name: np.asarray(Image.open(tmp_path / f"01_{swap.name}_{name}.png").convert("RGB")) for name in swap.panels
+        name: np.asarray(Image.open(tmp_path / f"01_{swap.name}_{name}.png").convert("RGB")) for name in swap.titles
     }
     source, mask = pictures["source"], pictures["mask"][..., 0] > 0
     assert (source == world.draw(swap.drawn)).all()
@@ -99,4 +100,4 @@ def test_a_swap_leaves_pictures_and_figures_in_the_report(server, tmp_path, caps
     assert (pictures["unmasked"][~mask] != source[~mask]).any()
     assert pictures["layout"].std() > 1 and pictures["word"].std() > 1
     with Image.open(tmp_path / "overview.png") as sheet:
-        assert sheet.width > len(swap.panels) * 4 * world.SIZE
+        assert sheet.width > len(swap.titles) * 4 * world.SIZE
