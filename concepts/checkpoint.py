@@ -31,6 +31,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written."""
 
 
+class UnusableCheckpoint(ValueError):
+    """A checkpoint that no training can go on from: damaged, or of another kind."""
+
+
+class CheckpointMismatch(UnusableCheckpoint):
+    """A checkpoint that belongs to another training than the one that would go on from it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A training after a step.
@@ -84,13 +92,13 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
 def read(path: Path) -> Checkpoint:
     """What `write` wrote; the tensors on the CPU.
 
-    Raises ValueError, naming the file, for one that is damaged or of another kind.
+    Raises UnusableCheckpoint, naming the file, for one that is damaged or of another kind.
     """
     cure = "Delete it, or choose another name, to begin anew."
     try:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a checkpoint of a concept's training. {cure}")
+            raise UnusableCheckpoint(f"{path} is not a checkpoint of a concept's training. {cure}")
         parts: dict[str, dict[str, Tensor]] = {"parameter": {}, **{moment: {} for moment in MOMENTS}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -106,18 +114,18 @@ def read(path: Path) -> Checkpoint:
             tensors["probe"],
         )
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"The checkpoint {path} is damaged ({error}). {cure}") from error
+        raise UnusableCheckpoint(f"The checkpoint {path} is damaged ({error}). {cure}") from error
     if any(parts[moment].keys() != parameters.keys() for moment in MOMENTS):
-        raise ValueError(f"The checkpoint {path} is damaged (parameters without their moments). {cure}")
+        raise UnusableCheckpoint(f"The checkpoint {path} is damaged (parameters without their moments). {cure}")
     if len(found.losses) != found.step or not all(torch.isfinite(tensor).all() for tensor in parameters.values()):
-        raise ValueError(f"The checkpoint {path} is damaged (its values do not fit together). {cure}")
+        raise UnusableCheckpoint(f"The checkpoint {path} is damaged (its values do not fit together). {cure}")
     return found
 
 
 def check_same(
     path: Path, found: Checkpoint, identity: Mapping[str, Any], shapes: Mapping[str, torch.Size], probe: Tensor
 ) -> None:
-    """Raises ValueError, saying what differs, where a checkpoint is of another training than the one described.
+    """Raises CheckpointMismatch, saying what differs, where a checkpoint is of another training than the one described.
 
     identity, probe: as in `Checkpoint`. shapes: of the parameters.
     """
@@ -128,11 +136,11 @@ def check_same(
         if found.identity.get(name) != identity.get(name)
     ]
     if differing:
-        raise ValueError(f"The checkpoint {path} was made with other settings: {'; '.join(differing)}. {cure}")
+        raise CheckpointMismatch(f"The checkpoint {path} was made with other settings: {'; '.join(differing)}. {cure}")
     if {name: tensor.shape for name, tensor in found.parameters.items()} != dict(shapes):
-        raise ValueError(f"The checkpoint {path} is of a model of another kind: its parameters differ. {cure}")
+        raise CheckpointMismatch(f"The checkpoint {path} is of a model of another kind: its parameters differ. {cure}")
     if not same_answer(found.probe, probe):
-        raise ValueError(
+        raise CheckpointMismatch(
             f"The checkpoint {path} belongs to another base model or precision: it answered differently. {cure}"
         )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..protocols.learner import Learner, Text, TokenVectors
-from .checkpoint import MOMENTS, Checkpoint, CheckpointError, check_same, read, write
+from .checkpoint import MOMENTS, Checkpoint, CheckpointError, CheckpointMismatch, check_same, read, write
 from .class_pictures import ClassPictures
 from .loss import masked_error, min_snr_weight, noised, target
 from .references import PreparedReferences, buckets, fit, nearest_bucket
@@ -237,12 +237,12 @@ class _Training:
     def read(self, path: Path) -> Checkpoint:
         """A checkpoint to go on from.
 
-        Raises ValueError where it is damaged, or another training's.
+        Raises UnusableCheckpoint where it is damaged, or another training's.
         """
         found = read(path)
         check_same(path, found, self.identity, {name: p.shape for name, p in self.parameters.items()}, self.probe)
         if found.step > self.settings.steps:
-            raise ValueError(
+            raise CheckpointMismatch(
                 f"The checkpoint {path} has {found.step} steps behind it, more than the {self.settings.steps} "
                 "asked for: raise steps, or delete the checkpoint or choose another name to begin anew."
             )

@@ -233,7 +233,6 @@ def _axis(count: int, cells: int, device: torch.device, keys: bool = False) -> T
     return _weights(count, cells, keys).to(device)
 
 
-@functools.lru_cache(64)
 def _weights(count: int, cells: int, keys: bool) -> Tensor:
     """Linear, antialiased: rows sum to one, or with `keys` columns do."""
     rows = F.interpolate(torch.eye(count)[None, None], size=(count, cells), mode="bilinear", antialias=True)[0, 0].T

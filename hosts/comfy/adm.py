@@ -25,7 +25,9 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from ...models.adm.network import DEFAULT_HEAD_CHANNELS, TRAINING_STEPS, GuidedDiffusionUNet, load_guided_diffusion
+from ...models.adm.config import DEFAULT_HEAD_CHANNELS
+from ...models.adm.loading import load_guided_diffusion
+from ...models.adm.network import TRAINING_STEPS, GuidedDiffusionUNet
 
 log = logging.getLogger(__name__)
 

@@ -188,14 +188,20 @@ def native_size(model: Any) -> int:
     return 768 if v_prediction and isinstance(network.model_config, comfy.supported_models.SD20) else 512
 
 
-def latent_shape(model: Any, vae: Any, height: int, width: int) -> torch.Size:
-    """[C, h, w] of the latent of a picture of `height` × `width` pixels."""
+def check_vae(model: Any, vae: Any) -> None:
+    """Raise UnsupportedModel where the VAE's latents are of other channels than the MODEL's."""
     channels = model.get_model_object("latent_format").latent_channels
     if channels != vae.latent_channels:
         raise UnsupportedModel(
             f"The MODEL works on latents of {channels} channels, the VAE makes {vae.latent_channels}: connect the VAE "
             "that belongs to the MODEL."
         )
+
+
+def latent_shape(model: Any, vae: Any, height: int, width: int) -> torch.Size:
+    """[C, h, w] of the latent of a picture of `height` × `width` pixels; UnsupportedModel as from `check_vae`."""
+    check_vae(model, vae)
+    channels = model.get_model_object("latent_format").latent_channels
     return torch.Size([channels, height // _downscale(vae), width // _downscale(vae)])
 
 

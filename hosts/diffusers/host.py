@@ -51,7 +51,7 @@ class DiffusersHost:
     def from_prior(cls, path: str | Path, *, class_label: int = 0, device: torch.device | str = "cpu") -> DiffusersHost:
         """A pixel-space prior (see `adm.load_guided_diffusion` for the files); `class_label` is for
         class-conditional ones alone."""
-        from ...models.adm.network import load_guided_diffusion
+        from ...models.adm.loading import load_guided_diffusion
 
         prior = load_guided_diffusion(path, dtype=torch.float32).to(device)
         if prior.num_classes and not 0 <= class_label < prior.num_classes:

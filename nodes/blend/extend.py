@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
-from ..shared.convert import split_alpha
+from ..shared.convert import check_image
 from ..shared.inputs import aliases
 
 SIDES = ("left", "right", "top", "bottom")
@@ -55,7 +55,7 @@ class ExtendCanvas(io.ComfyNode):
     ) -> io.NodeOutput:
         from ...blending.extend import extend_canvas
 
-        split_alpha(image)  # refuses what is no picture
+        check_image(image)
         extended = extend_canvas(image, left, right, top, bottom, fill)
         return io.NodeOutput(
             extended.picture,

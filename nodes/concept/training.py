@@ -446,6 +446,7 @@ class _Checkpoint:
         progress: _Progress,
     ) -> LearnResult:
         """Trains, from the checkpoint where one is to be resumed; those that are there stay until a new one is."""
+        from ...concepts.checkpoint import UnusableCheckpoint
         from ...concepts.trainer import learn
 
         def run(source: Path | None) -> LearnResult:
@@ -468,9 +469,7 @@ class _Checkpoint:
             return run(None)
         try:
             return run(found[0])
-        except ValueError as error:
-            if str(found[0]) not in str(error):
-                raise
+        except UnusableCheckpoint as error:
             if found[0] == self.running:
                 raise ValueError(f"{error} Or switch resume off, which begins anew.") from error
         self.said.append("begun anew: the finished training of this name had other settings, references or base model")

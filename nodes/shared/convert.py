@@ -15,12 +15,8 @@ from ...images.seams import match_border
 logger = logging.getLogger(__name__)
 
 
-def split_alpha(image: Tensor, name: str = "image") -> tuple[Tensor, Tensor | None]:
-    """`image` [B, H, W, 1, 3 or 4] as (colours [B, H, W, 3], alpha [B, H, W, 1] or None); grey becomes RGB.
-
-    Raises:
-        ValueError: not a picture's shape, no pixel, or NaN.
-    """
+def check_image(image: Tensor, name: str = "image") -> None:
+    """Raise ValueError for what is no IMAGE [B, H, W, 1, 3 or 4]: another shape, no pixel, or NaN."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or image.numel() == 0:
         raise ValueError(
             f"{name} has the shape {tuple(image.shape)}; a picture is [batch, height, width, channels] with "
@@ -28,6 +24,14 @@ def split_alpha(image: Tensor, name: str = "image") -> tuple[Tensor, Tensor | No
         )
     if not torch.isfinite(image).all():
         raise ValueError(f"{name} holds NaN or infinite values: check the node that made it.")
+
+
+def split_alpha(image: Tensor, name: str = "image") -> tuple[Tensor, Tensor | None]:
+    """`image` [B, H, W, 1, 3 or 4] as (colours [B, H, W, 3], alpha [B, H, W, 1] or None); grey becomes RGB.
+
+    Raises ValueError as `check_image` does.
+    """
+    check_image(image, name)
     if image.shape[-1] == 1:
         return image.expand(-1, -1, -1, 3), None
     if image.shape[-1] == 4:

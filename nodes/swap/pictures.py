@@ -333,7 +333,7 @@ class _Source:
 
     def __init__(self, model, positive, negative, inversion, latent, vae, seed, steps, cfg, scheduler) -> None:
         from ...hosts.comfy.attention import check_text_model
-        from ...hosts.comfy.host import latent_shape
+        from ...hosts.comfy.host import check_vae
 
         check_text_model(model)
         self.model, self.positive, self.vae, self.seed = model, positive, vae, seed
@@ -346,7 +346,7 @@ class _Source:
             self.noise, self.steps = self.source[0], len(self.source[1]) - 1
         self.negative = negative_for(negative, positive, self.cfg, inversion)
         if vae is not None:
-            latent_shape(model, vae, *(side * PIXELS_PER_CELL for side in self.noise.shape[-2:]))
+            check_vae(model, vae)
         height, width = self.noise.shape[-2:]
         self.size = (height * PIXELS_PER_CELL, width * PIXELS_PER_CELL)
         self.picture: torch.Tensor | None = None

@@ -93,12 +93,12 @@ class Target:
         Raises ValueError for a MODEL of another family, or that no swap works on.
         """
         from ...hosts.comfy.attention import check_text_model
-        from ...hosts.comfy.host import latent_shape
+        from ...hosts.comfy.host import check_vae
 
         check_text_model(model)
         check_family(model, attention.capture)
         if vae is not None:
-            latent_shape(model, vae, *attention.capture.noise.shape[-2:])  # refuses a VAE of another kind
+            check_vae(model, vae)
         negative = attention.negative if negative is None else negative
         return cls(
             model, attention, positive, negative, cfg or attention.capture.cfg, vae, tokens, tuple(subjects or ())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 from comfy_api.latest import io, ui
@@ -342,8 +341,3 @@ class SwapLayers(io.ComfyNode):
         return io.NodeOutput(
             Where(HALVES[halves], places, first, None if last < 0 else last, 0.0, min_tokens, max_tokens or None)
         )
-
-
-def with_lambdas(settings: Settings, lambdas: dict[str, float | Steps | None]) -> Settings:
-    """`settings` with the λ's that are given."""
-    return dataclasses.replace(settings, **{name: value for name, value in lambdas.items() if value is not None})

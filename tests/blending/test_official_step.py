@@ -18,7 +18,9 @@ from blendswap.blending.guidance import Guidance
 from blendswap.blending.regions import Region
 from blendswap.blending.settings import BlendSettings, preset_settings
 from blendswap.diffusion.schedule import Schedule
-from blendswap.models.adm.network import GuidedDiffusionUNet, convert_adm_weights, read_adm_config
+from blendswap.models.adm.config import read_adm_config
+from blendswap.models.adm.convert import convert_adm_weights
+from blendswap.models.adm.network import GuidedDiffusionUNet
 from blendswap.protocols.diffusion import Prediction
 
 HERE = Path(__file__).parent

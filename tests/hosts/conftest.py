@@ -50,7 +50,7 @@ def pixel_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a pixel-space prior with learned variance, 16 × 16 pixels."""
     from safetensors.torch import save_file
 
-    from blendswap.models.adm import network as adm
+    from blendswap.models.adm.network import GuidedDiffusionUNet
 
     config = {
         "_class_name": "UNet2DModel",
@@ -66,6 +66,6 @@ def pixel_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     folder = tmp_path_factory.mktemp("prior")
     torch.manual_seed(1)
-    save_file(adm.GuidedDiffusionUNet(config).unet.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    save_file(GuidedDiffusionUNet(config).unet.state_dict(), folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

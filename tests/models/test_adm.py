@@ -14,7 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blendswap.models.adm import network as adm
+from blendswap.models.adm.config import read_adm_config
+from blendswap.models.adm.convert import convert_adm_weights
+from blendswap.models.adm.loading import load_guided_diffusion
+from blendswap.models.adm.network import GuidedDiffusionUNet
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "adm_reference.json").read_text(encoding="utf-8"))
 
@@ -121,8 +124,8 @@ def small_weights() -> dict[str, torch.Tensor]:
     return published_weights(SMALL)
 
 
-def load(path: Path, spec: dict = SMALL, **kwargs) -> adm.GuidedDiffusionUNet:
-    return adm.load_guided_diffusion(path, head_channels=spec["head_channels"], image_size=spec["image_size"], **kwargs)
+def load(path: Path, spec: dict = SMALL, **kwargs) -> GuidedDiffusionUNet:
+    return load_guided_diffusion(path, head_channels=spec["head_channels"], image_size=spec["image_size"], **kwargs)
 
 
 # The published network ------------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ def test_gives_the_published_networks_numbers(case: dict, tmp_path: Path) -> Non
 @CASES
 def test_reads_the_configuration_from_the_weights(case: dict) -> None:
     spec = case["spec"]
-    config = adm.read_adm_config(
+    config = read_adm_config(
         published_weights(spec), head_channels=spec["head_channels"], image_size=spec["image_size"]
     )
     assert config["block_out_channels"] == tuple(int(spec["channels"] * m) for m in spec["multipliers"])
@@ -173,10 +176,10 @@ def test_knows_the_published_sizes(multipliers, attention_levels, classes, size)
         "scale_shift": True,
     }
     weights = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(spec).items()}
-    config = adm.read_adm_config(weights)
+    config = read_adm_config(weights)
     with torch.device("meta"):
-        network = adm.GuidedDiffusionUNet(config)
-    network.unet.load_state_dict(adm.convert_adm_weights(weights, config), strict=True, assign=True)
+        network = GuidedDiffusionUNet(config)
+    network.unet.load_state_dict(convert_adm_weights(weights, config), strict=True, assign=True)
     assert (network.image_size, network.size_multiple) == (size, 2 ** (len(multipliers) - 1))
     assert network.learned_variance and network.num_classes == (classes or None)
     assert sum(p.numel() for p in network.parameters()) == sum(w.numel() for w in weights.values())
@@ -186,7 +189,7 @@ def test_a_wrong_head_width_changes_the_result(small_weights, tmp_path: Path) ->
     torch.save(small_weights, tmp_path / "a.pt")
     case = REFERENCE["cases"][0]
     x, t, _ = reference_input(case)
-    wrong = adm.load_guided_diffusion(tmp_path / "a.pt", head_channels=64, image_size=32)
+    wrong = load_guided_diffusion(tmp_path / "a.pt", head_channels=64, image_size=32)
     with torch.no_grad():
         eps, _ = wrong(x, t)
     got = eps.flatten()[:: case["stride"]][:8]
@@ -195,18 +198,18 @@ def test_a_wrong_head_width_changes_the_result(small_weights, tmp_path: Path) ->
 
 def test_head_width_that_does_not_divide_is_named(small_weights) -> None:
     with pytest.raises(ValueError, match="head_channels 48 does not divide"):
-        adm.read_adm_config(small_weights, head_channels=48, image_size=32)
+        read_adm_config(small_weights, head_channels=48, image_size=32)
 
 
 def test_unreadable_image_size_asks_for_the_dial(small_weights) -> None:
     with pytest.raises(ValueError, match="set image_size"):
-        adm.read_adm_config(small_weights, head_channels=32)
+        read_adm_config(small_weights, head_channels=32)
 
 
 def test_super_resolution_checkpoint_is_refused(small_weights) -> None:
     weights = small_weights | {"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}
     with pytest.raises(ValueError, match="super-resolution"):
-        adm.read_adm_config(weights, head_channels=32, image_size=32)
+        read_adm_config(weights, head_channels=32, image_size=32)
 
 
 @pytest.mark.parametrize(("channels", "multipliers"), [(192, (1, 2, 3, 4)), (256, (1, 1, 2, 3, 4))])
@@ -223,7 +226,7 @@ def test_published_checkpoints_with_another_attention_are_refused(channels, mult
     }
     weights = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(spec).items()}
     with pytest.raises(ValueError, match="not supported"):
-        adm.read_adm_config(weights)
+        read_adm_config(weights)
 
 
 # Files ----------------------------------------------------------------------------------------------------
@@ -275,9 +278,9 @@ def unshuffled_config() -> dict:
     }
 
 
-def make_folder(folder: Path, config: dict) -> adm.GuidedDiffusionUNet:
+def make_folder(folder: Path, config: dict) -> GuidedDiffusionUNet:
     torch.manual_seed(0)
-    network = adm.GuidedDiffusionUNet(config)
+    network = GuidedDiffusionUNet(config)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(network.unet.state_dict(), folder / "diffusion_pytorch_model.safetensors")
@@ -287,7 +290,7 @@ def make_folder(folder: Path, config: dict) -> adm.GuidedDiffusionUNet:
 @torch.no_grad()
 def test_diffusers_folder_with_pixel_unshuffle(tmp_path: Path) -> None:
     made = make_folder(tmp_path / "prior", unshuffled_config())
-    network = adm.load_guided_diffusion(tmp_path / "prior")
+    network = load_guided_diffusion(tmp_path / "prior")
     assert (network.image_size, network.size_multiple, network.learned_variance) == (32, 4, True)
     assert network.betas[[0, -1]].tolist() == pytest.approx([2e-4, 0.01])
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([10, 900])
@@ -304,14 +307,14 @@ def test_single_safetensors_file_with_its_config_in_the_metadata(tmp_path: Path)
     made = make_folder(tmp_path / "prior", unshuffled_config())
     file = tmp_path / "prior.safetensors"
     save_file(made.unet.state_dict(), file, metadata={"config": json.dumps(unshuffled_config())})
-    assert adm.load_guided_diffusion(file).size_multiple == 4
-    assert adm.load_guided_diffusion(file, image_size=64).image_size == 64
+    assert load_guided_diffusion(file).size_multiple == 4
+    assert load_guided_diffusion(file, image_size=64).image_size == 64
 
 
 def test_image_size_of_a_config_is_in_pixels_of_the_picture(tmp_path: Path) -> None:
     # UNet2DModel's own sample_size may be what the network sees: pixels after unshuffling.
     make_folder(tmp_path / "prior", unshuffled_config() | {"sample_size": 16, "image_size": 32})
-    assert adm.load_guided_diffusion(tmp_path / "prior").image_size == 32
+    assert load_guided_diffusion(tmp_path / "prior").image_size == 32
 
 
 def test_weights_of_an_early_diffusers_version(tmp_path: Path) -> None:
@@ -321,13 +324,13 @@ def test_weights_of_an_early_diffusers_version(tmp_path: Path) -> None:
     for new, name in old.items():
         weights = {key.replace(f".{new}.", f".{name}."): value for key, value in weights.items()}
     save_file(weights, tmp_path / "prior" / "diffusion_pytorch_model.safetensors")
-    network = adm.load_guided_diffusion(tmp_path / "prior")
+    network = load_guided_diffusion(tmp_path / "prior")
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), made.parameters(), strict=True))
 
 
 def test_a_picture_of_a_size_the_network_cannot_take(tmp_path: Path) -> None:
     make_folder(tmp_path / "prior", unshuffled_config())
-    network = adm.load_guided_diffusion(tmp_path / "prior")
+    network = load_guided_diffusion(tmp_path / "prior")
     with pytest.raises(ValueError, match=r"multiples of 4 pixels.*got 30 × 32"):
         network(torch.zeros(1, 3, 32, 30), torch.tensor([5]))
 
@@ -460,4 +463,4 @@ def test_a_folder_whose_config_is_not_ours(tmp_path: Path, change: dict, message
     make_folder(tmp_path / "prior", unshuffled_config())
     (tmp_path / "prior" / "config.json").write_text(json.dumps(unshuffled_config() | change), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        adm.load_guided_diffusion(tmp_path / "prior")
+        load_guided_diffusion(tmp_path / "prior")

@@ -79,7 +79,7 @@ def read_checkpoint(path: Path) -> object:
 
 
 def read_adm(path: Path) -> object:
-    from blendswap.models.adm.network import read_weights
+    from blendswap.models.adm.loading import read_weights
 
     return read_weights(path)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ....protocols.learner import DTYPES, Learned, LowRank, Prediction
-from ..host import UnsupportedModel, check_model, latent_shape, needs_conditioning
+from ..host import UnsupportedModel, check_model, check_vae, needs_conditioning
 from .text import encoders_of
 
 METHOD, MODELS = "Concept learning", "SD 1.x, SD 2.x or SDXL"
@@ -42,7 +42,7 @@ def check_learnable(model: Any, clip: Any, vae: Any) -> None:
         )
     prediction_of(model)
     encoders_of(clip)
-    latent_shape(model, vae, 64, 64)  # says so where the VAE is another model's
+    check_vae(model, vae)
     for part, network in (("MODEL", unet), ("CLIP", clip.cond_stage_model)):
         for name, weight in network.named_parameters():
             kind = quantisation(weight)

@@ -39,12 +39,18 @@ NO_DATA = torch.device("meta")
 
 @dataclasses.dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a training takes on the device: the model's weights, what is trained, and what a step keeps."""
+    """Bytes that a training takes on the device: the model's weights, what is trained, and what a step keeps.
+
+    batch, size, precision, checkpointing: what it was reckoned for.
+    """
 
     weights: int
     trained: int
     activations: int
-    settings: str
+    batch: int
+    size: int
+    precision: Precision
+    checkpointing: bool
 
     @property
     def bytes(self) -> int:
@@ -54,7 +60,11 @@ class MemoryNeed:
         """For the user, before the start."""
         parts = (("weights", self.weights), ("trained", self.trained), ("activations", self.activations))
         listed = ", ".join(f"{name} {_size(count)}" for name, count in parts)
-        return f"Learning needs about {_size(self.bytes)} of memory ({listed}) with {self.settings}."
+        settings = (
+            f"batch {self.batch}, {self.size}×{self.size} pixels, {self.precision}, gradient checkpointing "
+            f"{'on' if self.checkpointing else 'off'}"
+        )
+        return f"Learning needs about {_size(self.bytes)} of memory ({listed}) with {settings}."
 
 
 def memory_needed(
@@ -98,10 +108,9 @@ def memory_needed(
             weights += _cast_bytes(module, DTYPES[precision])
         else:
             weights += _frozen_bytes(module, DTYPES[precision], is_dynamic(patcher))
-    settings = (
-        f"batch {batch}, {size}×{size} pixels, {precision}, gradient checkpointing {'on' if checkpointing else 'off'}"
+    return MemoryNeed(
+        weights, numbers * TRAINED_BYTES, int(activations * MARGIN), batch, size, precision, checkpointing
     )
-    return MemoryNeed(weights, numbers * TRAINED_BYTES, int(activations * MARGIN), settings)
 
 
 def check_memory(need: MemoryNeed, device: torch.device, learned: Learned) -> None:
@@ -112,9 +121,9 @@ def check_memory(need: MemoryNeed, device: torch.device, learned: Learned) -> No
     cures = ["a smaller size", "batch 1"]
     if isinstance(learned, FullWeights):
         cures.insert(0, "LoRA instead of full weights")
-    if need.settings.endswith("off"):
+    if not need.checkpointing:
         cures.insert(0, "gradient checkpointing")
-    if "fp32" in need.settings:
+    if need.precision == "fp32":
         cures.append("precision bf16")
     raise torch.OutOfMemoryError(
         f"{need.words()} {device} has {_size(total)} in all. Choose {', '.join(cures[:-1])} or {cures[-1]}."

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blendswap.models.adm import network as adm
+from blendswap.models.adm.loading import load_guided_diffusion
+from blendswap.models.adm.network import GuidedDiffusionUNet
 
 pytestmark = pytest.mark.needs_comfy
 
@@ -36,7 +37,7 @@ CLASSES = PLAIN | {"num_class_embeds": 10}
 def make_prior(folder: Path, config: dict = PLAIN) -> Path:
     """A folder with a tiny network, made-up weights that depend on nothing but the configuration."""
     torch.manual_seed(0)
-    network = adm.GuidedDiffusionUNet(config)
+    network = GuidedDiffusionUNet(config)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(network.unet.state_dict(), folder / "diffusion_pytorch_model.safetensors")
@@ -85,7 +86,7 @@ def ksample(model, seed: int = 5, batch: int = 1, size: int = 16, cfg: float = 1
     return samples.clone(), noise
 
 
-def ddim_by_hand(network: adm.GuidedDiffusionUNet, noise: torch.Tensor, labels=None) -> torch.Tensor:
+def ddim_by_hand(network: GuidedDiffusionUNet, noise: torch.Tensor, labels=None) -> torch.Tensor:
     """DDIM with η = 0 over timesteps 999, 666, 333 and then the clean estimate, ᾱ from β linear in
     1e-4..0.02."""
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
@@ -113,13 +114,13 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_stock_ksampler_is_ddim_on_the_same_weights(prior: Path, sampler: str) -> None:
     samples, noise = ksample(load(prior), batch=2, sampler=sampler)
     assert samples.isfinite().all()
-    assert difference(samples, ddim_by_hand(adm.load_guided_diffusion(prior), noise)) < 1e-4
+    assert difference(samples, ddim_by_hand(load_guided_diffusion(prior), noise)) < 1e-4
 
 
 def test_a_v_predicting_prior_samples_as_by_hand(tmp_path: Path) -> None:
     folder = make_prior(tmp_path / "by_v", PLAIN | {"prediction_type": "v_prediction"})
     samples, noise = ksample(load(folder), batch=2)
-    assert difference(samples, ddim_by_hand(adm.load_guided_diffusion(folder), noise)) < 1e-4
+    assert difference(samples, ddim_by_hand(load_guided_diffusion(folder), noise)) < 1e-4
     assert difference(samples, ksample(load(make_prior(tmp_path / "by_eps")), batch=2)[0]) > 0.01
 
 
@@ -149,7 +150,7 @@ def test_an_unshuffled_prior_samples_at_another_size(tmp_path: Path) -> None:
     model = load(folder)
     assert (model.model.image_size, model.model.size_multiple, model.model.learned_variance) == (32, 4, False)
     samples, noise = ksample(model, size=24)
-    assert difference(samples, ddim_by_hand(adm.load_guided_diffusion(folder), noise)) < 1e-4
+    assert difference(samples, ddim_by_hand(load_guided_diffusion(folder), noise)) < 1e-4
 
 
 def test_a_size_the_network_cannot_take_is_named(prior: Path) -> None:
@@ -217,7 +218,7 @@ def test_half_precision_weights_are_cast_where_the_device_cannot_compute_in_them
     assert model.model.get_dtype() == dtype
     assert model.model.manual_cast_dtype == torch.float32
     samples, noise = ksample(model)
-    rounded = adm.load_guided_diffusion(classes, dtype=dtype).float()
+    rounded = load_guided_diffusion(classes, dtype=dtype).float()
     assert difference(samples, ddim_by_hand(rounded, noise, torch.tensor([3]))) < 1e-3
 
 
@@ -249,7 +250,7 @@ def test_raw_variance_is_handed_to_whoever_asks(prior: Path, collector) -> None:
     with torch.no_grad():
         model.apply_model(x, sigma, transformer_options={"blendswap_variance": got})
         vp = x / (1 + sigma**2).sqrt().reshape(2, 1, 1, 1)
-        _, expected = adm.load_guided_diffusion(prior)(vp, torch.tensor([100, 900]))
+        _, expected = load_guided_diffusion(prior)(vp, torch.tensor([100, 900]))
     assert len(got) == 1 and torch.allclose(got[0], expected, atol=1e-5)
 
 
@@ -265,7 +266,7 @@ def test_variance_reaches_a_collector_through_a_guider(prior: Path) -> None:
 
 def test_a_fixed_class_is_the_one_asked_for(classes: Path) -> None:
     samples, noise = ksample(load(classes, class_label=7))
-    network = adm.load_guided_diffusion(classes)
+    network = load_guided_diffusion(classes)
     assert difference(samples, ddim_by_hand(network, noise, torch.tensor([7]))) < 1e-4
     assert difference(samples, ddim_by_hand(network, noise, torch.tensor([0]))) > 1e-3
 
@@ -277,7 +278,7 @@ def test_random_classes_repeat_with_the_noise_in_every_batch_size(classes: Path)
     assert set(labels.tolist()) == set(range(10))
     assert labels[7:9].equal(model.model.class_labels(noise[7:9]))
     samples, noise = ksample(model, batch=3, cfg=4.0)
-    expected = ddim_by_hand(adm.load_guided_diffusion(classes), noise, model.model.class_labels(noise))
+    expected = ddim_by_hand(load_guided_diffusion(classes), noise, model.model.class_labels(noise))
     assert difference(samples, expected) < 1e-4
 
 
