@@ -26,7 +26,7 @@ from .layout import LayerInfo, Layout, Needs, probe, steps_text
 from .local_blend import blend_layers
 from .settings import BRANCHES, SwapSettings
 from .steps import StepReport, check_finite
-from .swap import Recorder, Tape
+from .tape import Recorder, Tape
 
 logger = logging.getLogger(__name__)
 

@@ -241,3 +241,12 @@ def steps_text(steps: Iterable[int]) -> str:
             runs.append(f"{start + 1}" if start == one else f"{start + 1} to {one + 1}")
             start = following
     return ("step " if len(ordered) == 1 else "steps ") + ", ".join(runs)
+
+
+def layers_named(layout: Layout, kind: str, indices: Iterable[int]) -> list[str]:
+    """Names of layers, as users read them."""
+    if kind == "features":
+        return [f"decoder block {index}" for index in sorted(indices)]
+    part = "cross" if kind == "cross_map" else "self"
+    infos = {info.layer.index: info for info in layout.of(part)}
+    return [infos[index].layer.name for index in sorted(indices) if isinstance(infos.get(index), LayerInfo)]

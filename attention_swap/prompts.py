@@ -7,8 +7,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from .alignment.tokens import Alignment, TokenisedPrompt, align
-from .alignment.words import joined, key
+from .alignment.align import Alignment, align
+from .alignment.words import TokenisedPrompt, joined, key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..protocols.text import Branch
-from .alignment.tokens import Alignment
+from .alignment.align import Alignment
 from .capture import Capture
-from .layout import Layout, steps_text
+from .layout import Layout, layers_named, steps_text
 from .settings import Plan
-from .swap import Region, Touched, layers_named, planned
+from .swapper import Region, SwapStats, planned
 
 KINDS = {
     "self_output": "self outputs (φ)",
@@ -88,7 +88,7 @@ class SwapReport:
 def swap_report(
     capture: Capture,
     regions: Sequence[Region],
-    touched: Touched,
+    stats: SwapStats,
     halves: Sequence[Branch],
     alignment: Alignment | None,
     kept: Sequence[float],
@@ -103,11 +103,11 @@ def swap_report(
     """
     layout, steps = capture.layout, capture.steps
     expected = planned(regions)
-    if expected and not touched.calls:
-        raise RuntimeError(_why_nothing(touched.seen, touched.passed))
+    if expected and not stats.calls:
+        raise RuntimeError(_why_nothing(stats.seen, stats.passed))
     kinds = {}
     for name in KINDS:
-        calls = {key: count for key, count in touched.calls.items() if key[0] == name}
+        calls = {key: count for key, count in stats.calls.items() if key[0] == name}
         if calls:
             kinds[name] = KindReport(
                 len(calls),
@@ -115,17 +115,17 @@ def swap_report(
                 tuple(sorted({key[1] for key in calls})),
                 tuple(layers_named(layout, name, {key[2] for key in calls})),
             )
-    changed = {(step, PARTS[name], index, branch) for name, step, index, branch in touched.calls}
+    changed = {(step, PARTS[name], index, branch) for name, step, index, branch in stats.calls}
     skipped = [_missed(expected - changed)] if expected - changed else []
     skipped += _left_out(regions[0].plan, layout, halves)
-    if touched.passed:
+    if stats.passed:
         skipped.append(
-            f"{touched.passed} calls of further passes within a step (regional conditioning, another pack's guidance) "
+            f"{stats.passed} calls of further passes within a step (regional conditioning, another pack's guidance) "
             "were left as they are"
         )
     said = list(notes)
-    if touched.reweighted:
-        said.append(f"word weights scaled the target's own maps in {touched.reweighted} more calls")
+    if stats.reweighted:
+        said.append(f"word weights scaled the target's own maps in {stats.reweighted} more calls")
     attention = {key for key in changed if key[1] != "feature"}
     return SwapReport(
         steps,

@@ -17,14 +17,14 @@ from torch import Tensor
 from ..diffusion.ddim import ddim_step, from_level
 from ..images.masks import resize_mask
 from ..protocols.text import Branch, TextHost
-from .alignment.tokens import Alignment
+from .alignment.align import Alignment
 from .capture import Capture, SourceRun, branches_of, evaluate, size_text
 from .layout import Needs, naming_channels, steps_text
 from .local_blend import WordBlend, blend, blend_layers
 from .report import SwapReport, swap_report
 from .settings import LAMBDAS, PRESETS, Plan, Steps, SwapSettings
 from .steps import StepReport, check_finite
-from .swap import Region, Swapper, Together, planned
+from .swapper import AttentionSwapController, PairedController, Region, planned
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def attention_swap(
 ) -> SwapResult:
     """Samples the target from the capture's noise, taking from the source what `settings` say.
 
-    host: the target's model and prompts. alignment: of the prompts (`tokens.align`), for cross-attention, word weights
+    host: the target's model and prompts. alignment: of the prompts (`align.align`), for cross-attention, word weights
         and a local blend by words.
     source_host: the source's model and prompts, for a replay; may be built on the same network.
     mask: as a subject's. The picture changes inside of it alone; with `outside`, outside of it alone.
@@ -119,7 +119,7 @@ def attention_swap(
     report = swap_report(
         capture,
         run.regions,
-        run.swapper.touched,
+        run.swapper.stats,
         branches_of(host),
         alignment,
         run.kept,
@@ -142,7 +142,7 @@ def _step_together(run: _Run, x: Tensor, index: int, null: Tensor | None) -> tup
     Returns what `SourceRun.advance` does of the source, without its x0, and the target's x0.
     """
     z = run.source.before(index)
-    handler = Together(run.source.recorder, run.swapper)
+    handler = PairedController(run.source.recorder, run.swapper)
     handler.step = index
     with run.both.attention(handler), naming_channels(x):
         made = run.both.guided(torch.cat([z, x]), run.source.levels[index], null)
@@ -159,7 +159,7 @@ class _Run:
     regions: list[Region]
     source: SourceRun
     both: TextHost | None  # source and target in the same passes, where they can be
-    swapper: Swapper
+    swapper: AttentionSwapController
     words: WordBlend | None
     held: Tensor | None  # union of the subjects' masks, [1 or B, 1, h, w]
     free: bool  # whether some subject may change everything
@@ -236,7 +236,7 @@ def _prepare(
     held = [own for own in masks if own is not None]
     both = _together(host, source_host, capture)
     source = SourceRun(capture, source_host, needs, together=both is not None)
-    swapper = Swapper(regions, source.tape, capture.layout, alignment, words)
+    swapper = AttentionSwapController(regions, source.tape, capture.layout, alignment, words)
     union = torch.stack([own.expand(batch, -1, -1, -1) for own in held]).amax(0) if held else None
     free = any(own is None for own in masks) and not settings.local_blend
     return _Run(capture, regions, source, both, swapper, words, union, free, limit, notes)

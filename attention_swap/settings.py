@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..protocols.text import Branch, Place
-from .alignment.tokens import ALIGNMENTS
+from .alignment.align import ALIGNMENTS
 from .layout import Key, LayerInfo, Layout, Needs, What
 
 BRANCHES: tuple[Branch, ...] = ("cond", "uncond")

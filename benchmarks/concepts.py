@@ -42,7 +42,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention_swap.alignment.tokens import TokenisedPrompt, align, from_transformers
+from ..attention_swap.alignment.align import align
+from ..attention_swap.alignment.tokenizers import from_transformers
+from ..attention_swap.alignment.words import TokenisedPrompt
 from ..attention_swap.capture import capture
 from ..attention_swap.inversion.inversion import InvertSettings, invert
 from ..attention_swap.sampler import Subject as Replaced, attention_swap

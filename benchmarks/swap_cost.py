@@ -28,12 +28,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..attention_swap.alignment.tokens import Alignment, align, from_transformers
+from ..attention_swap.alignment.align import Alignment, align
+from ..attention_swap.alignment.tokenizers import from_transformers
 from ..attention_swap.capture import Capture, capture
 from ..attention_swap.inversion.inversion import Inversion
+from ..attention_swap.rows import branch_rows
 from ..attention_swap.sampler import attention_swap
 from ..attention_swap.settings import PRESETS, Plan, SwapSettings
-from ..attention_swap.swap import branch_rows
 from ..demo import files
 from ..diffusion.ddim import ddim_step
 from ..diffusion.sigmas import ddim_grid

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention_swap.alignment.tokens import align, from_transformers
+from ..attention_swap.alignment.align import align
+from ..attention_swap.alignment.tokenizers import from_transformers
 from ..attention_swap.capture import Capture, capture
 from ..attention_swap.inversion.inversion import InvertSettings, invert
 from ..attention_swap.inversion.null_text import NullTextSettings

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 import regex
 
+EMBEDDING = "embedding:"
+"""What stands before an embedding's name in a prompt, as ComfyUI reads it."""
 _WORD_END = "</w>"
 _SPECIAL = regex.compile(r"<\|.*\|>")
 _ALONE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{So}\p{ExtPict}ー]")
@@ -29,6 +31,24 @@ class Word:
 
     text: str
     positions: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenisedPrompt:
+    """A prompt as its text encoder sees it.
+
+    `ids` has one entry for every position of the text embedding, specials and padding included; vectors that stand for
+    no vocabulary entry have a name instead. `words` are in order. `chunk` is how many positions the encoder sees
+    at once, each with a start, an end and padding of its own (77 for CLIP).
+    """
+
+    ids: tuple[int | str, ...]
+    words: tuple[Word, ...]
+    chunk: int = 77
+
+    def occurrences(self, phrase: str) -> list[tuple[int, ...]]:
+        """Indices into `words` of each place where the words of `phrase` stand one after another."""
+        return occurrences(self.words, phrase)
 
 
 def key(text: str) -> str:
@@ -58,6 +78,38 @@ def joined(texts: Sequence[str]) -> str:
 
 def _is_alone(cluster: str) -> bool:
     return _ALONE.match(cluster) is not None
+
+
+def occurrences(words: Sequence[Word], phrase: str) -> list[tuple[int, ...]]:
+    """Find the indices into `words` of each place where the words of `phrase` stand one after another."""
+    wanted = key(phrase)
+    stripped = wanted.strip(",.;:!?\"'()“”‘’«»「」『』、。…")
+    keys = [key(word.text) for word in words]
+    for one in (wanted, stripped, EMBEDDING + stripped) if stripped else ():
+        found, start = [], 0
+        while start < len(words):
+            text, end = "", start
+            while end < len(words) and len(text) < len(one):
+                text += keys[end]
+                end += 1
+            if text == one:
+                found.append(tuple(range(start, end)))
+                start = end
+            else:
+                start += 1
+        if found:
+            return found
+    return _covering(keys, stripped) if without_spaces(stripped) else []
+
+
+def _covering(keys: Sequence[str], wanted: str) -> list[tuple[int, ...]]:
+    """Indices of the words that hold `wanted` at each place: in a script without spaces, tokens may keep characters
+    together that are words of their own."""
+    owners = [index for index, one in enumerate(keys) for _ in one]
+    whole, found, at = "".join(keys), [], -1
+    while (at := whole.find(wanted, at + 1)) >= 0:
+        found.append(tuple(dict.fromkeys(owners[at : at + len(wanted)])))
+    return found
 
 
 class WordReader:

@@ -13,8 +13,8 @@ from ...protocols.text import AttentionCall, FeatureCall, TextHost
 from ..capture import Noise, OnStep, SourceRun, capture
 from ..inversion.inversion import Inversion
 from ..layout import Layout, Needs
+from ..rows import branch_rows
 from ..steps import StepReport
-from ..swap import branch_rows
 
 
 class Watcher:

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...protocols.text import AttentionCall
-from ..alignment.tokens import TokenisedPrompt, Word
-from ..alignment.words import is_word
+from ..alignment.words import TokenisedPrompt, Word, is_word
 from ..layout import LayerInfo, Layout
 from ..local_blend import blend_layers, word_map
 from .watch import Watcher

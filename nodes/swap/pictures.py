@@ -17,7 +17,7 @@ from .run import Progress, as_latent
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ...attention_swap.alignment.tokens import TokenisedPrompt
+    from ...attention_swap.alignment.words import TokenisedPrompt
     from ...attention_swap.inversion.inversion import Inversion
     from ...attention_swap.layout import Layout
     from ...attention_swap.pictures.watch import Watcher

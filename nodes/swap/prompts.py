@@ -11,7 +11,7 @@ from ..shared.inputs import aliases
 from ..shared.sockets import SwapTokensIO
 
 if TYPE_CHECKING:
-    from ...attention_swap.alignment.tokens import TokenisedPrompt
+    from ...attention_swap.alignment.words import TokenisedPrompt
 
 ENCODERS = {"l", "g", "h"}
 """ComfyUI's names of the text encoders of SD 1.x, SDXL and SD 2.x."""
@@ -124,7 +124,7 @@ def encoded(clip: Any, prompt: str) -> tuple[Any, TokenisedPrompt, list[str]]:
     SDXL's two encoders put the same words at the same positions, so one of them tells for both.
     Raises ValueError for a CLIP that is not Stable Diffusion's.
     """
-    from ...attention_swap.alignment.tokens import embeddings_in, from_comfy
+    from ...attention_swap.alignment.tokenizers import embeddings_in, from_comfy
 
     tokens = clip.tokenize(prompt, return_word_ids=True)
     tokenizers = [one for one in vars(clip.tokenizer).values() if hasattr(one, "inv_vocab")]

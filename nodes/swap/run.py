@@ -12,7 +12,7 @@ from torch import Tensor
 from ..shared.frame import Frame
 
 if TYPE_CHECKING:
-    from ...attention_swap.alignment.tokens import Alignment
+    from ...attention_swap.alignment.align import Alignment
     from ...attention_swap.capture import Capture
     from ...attention_swap.prompts import PromptPair
     from ...attention_swap.sampler import Subject, SwapResult

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blendswap.attention_swap.alignment.tokens import Alignment, align, from_transformers
+from blendswap.attention_swap.alignment.align import Alignment, align
+from blendswap.attention_swap.alignment.tokenizers import from_transformers
 from blendswap.attention_swap.capture import Capture, capture
 from blendswap.attention_swap.inversion.inversion import Inversion, InvertSettings, ddim_inversion, invert
 from blendswap.attention_swap.inversion.null_text import NullTextSettings, optimise_null_text

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blendswap.attention_swap.alignment.tokens import Alignment, align, from_transformers
+from blendswap.attention_swap.alignment.align import Alignment, align
+from blendswap.attention_swap.alignment.tokenizers import from_transformers
 from blendswap.attention_swap.capture import Capture, capture
 from blendswap.attention_swap.inversion.inversion import InvertSettings, invert
 from blendswap.attention_swap.sampler import Subject, SwapResult, attention_swap
 from blendswap.attention_swap.settings import PRESETS, Steps, SwapSettings, Where, preset_settings
-from blendswap.attention_swap.swap import Tape
+from blendswap.attention_swap.tape import Tape
 from blendswap.demo.files import TEXT
 from blendswap.diffusion.sigmas import ddim_grid
 from blendswap.hosts.diffusers.text import DiffusersTextHost

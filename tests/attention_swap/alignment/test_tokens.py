@@ -7,14 +7,9 @@ import functools
 import pytest
 import torch
 
-from blendswap.attention_swap.alignment.tokens import (
-    Alignment,
-    TokenisedPrompt,
-    Word,
-    align,
-    from_comfy,
-    from_transformers,
-)
+from blendswap.attention_swap.alignment.align import Alignment, align
+from blendswap.attention_swap.alignment.tokenizers import from_comfy, from_transformers
+from blendswap.attention_swap.alignment.words import TokenisedPrompt, Word
 from blendswap.demo.files import TEXT
 
 SOURCE = "a red star on a blue sky background"

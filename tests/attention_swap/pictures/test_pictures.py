@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blendswap.attention_swap.alignment.tokens import TokenisedPrompt, Word
+from blendswap.attention_swap.alignment.words import TokenisedPrompt, Word
 from blendswap.attention_swap.inversion.inversion import Inversion
 from blendswap.attention_swap.layout import LayerInfo, Layout
 from blendswap.attention_swap.local_blend import region
@@ -202,7 +202,7 @@ def test_signs_are_fixed_and_do_not_change_from_step_to_step() -> None:
 def prompt() -> TokenisedPrompt:
     from transformers import CLIPTokenizer
 
-    from blendswap.attention_swap.alignment.tokens import from_transformers
+    from blendswap.attention_swap.alignment.tokenizers import from_transformers
 
     return from_transformers(CLIPTokenizer.from_pretrained(TEXT / "tokenizer"), PROMPT)
 

@@ -97,7 +97,7 @@ def run_objects() -> list[Any]:
     from comfy.samplers import CFGGuider
 
     from blendswap.attention_swap.capture import SourceRun
-    from blendswap.attention_swap.swap import Recorder
+    from blendswap.attention_swap.tape import Recorder
     from blendswap.hosts.comfy.attention import AttentionAccess
     from blendswap.hosts.comfy.host import ComfyHost
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blendswap.attention_swap.alignment.tokens import Alignment
+from blendswap.attention_swap.alignment.align import Alignment
 from blendswap.attention_swap.layout import FeatureInfo, LayerInfo, Layout, Needs
+from blendswap.attention_swap.rows import branch_rows
 from blendswap.attention_swap.settings import SwapSettings
-from blendswap.attention_swap.swap import Recorder, Region, Swapper, Tape, branch_rows
+from blendswap.attention_swap.swapper import AttentionSwapController, Region
+from blendswap.attention_swap.tape import Recorder, Tape
 from blendswap.protocols.text import AttentionCall, FeatureCall, Layer
 
 HEADS, WIDTH, SIZE, TEXT = 2, 8, (4, 6), 5
@@ -68,7 +70,7 @@ def alignment(alphas=None, weights=None, mapper=None) -> Alignment:
 
 def swapped(
     settings: SwapSettings, source, target, words: Alignment | None = None, regions=None
-) -> tuple[Tensor, Swapper]:
+) -> tuple[Tensor, AttentionSwapController]:
     """The target call's output with what `settings` take from the source call."""
     plan = settings.plan(LAYOUT, 1)
     regions = regions or [Region(plan)]
@@ -76,7 +78,7 @@ def swapped(
     for region in regions:
         needs |= region.plan.needs()
     tape = Tape()
-    recorder, swapper = Recorder(needs, tape, LAYOUT), Swapper(regions, tape, LAYOUT, words)
+    recorder, swapper = Recorder(needs, tape, LAYOUT), AttentionSwapController(regions, tape, LAYOUT, words)
     if isinstance(target, FeatureCall):
         recorder.feature(source)
         return swapper.feature(target), swapper
@@ -117,7 +119,7 @@ def test_a_swapped_output_is_the_sources_and_computes_no_attention() -> None:
     made, swapper = swapped(only(self_output=1.0), source, target)
     torch.testing.assert_close(made, plain(source))
     assert target.attend.asked == []
-    assert swapper.touched.calls == {("self_output", 0, 0, "cond"): N, ("self_output", 0, 0, "uncond"): N}
+    assert swapper.stats.calls == {("self_output", 0, 0, "cond"): N, ("self_output", 0, 0, "uncond"): N}
 
 
 def test_a_swapped_output_in_one_half_computes_the_other_half_alone() -> None:
@@ -168,7 +170,7 @@ def test_words_are_scaled_where_no_map_is_swapped_too() -> None:
     made, swapper = swapped(only(), make_call(CROSS, 0), target, words)
     expected = applied(maps(target.q, target.k) * words.weights, target.v)
     torch.testing.assert_close(made, torch.cat([plain(target)[:2], expected[2:]]))
-    assert swapper.touched.reweighted == 1 and swapper.active
+    assert swapper.stats.reweighted == 1 and swapper.active
 
 
 def test_prompts_of_different_lengths_go_together() -> None:
@@ -200,8 +202,8 @@ def test_regions_share_the_tokens_by_their_masks() -> None:
     share = inside.flatten(2).transpose(1, 2)
     expected = share * applied(maps(source.q, source.k), target.v) + (1 - share) * plain(source)
     torch.testing.assert_close(made, expected)
-    assert swapper.touched.calls["self_map", 0, 0, "cond"] == 18
-    assert swapper.touched.calls["self_output", 0, 0, "cond"] == 12
+    assert swapper.stats.calls["self_map", 0, 0, "cond"] == 18
+    assert swapper.stats.calls["self_output", 0, 0, "cond"] == 12
 
 
 def test_features_are_replaced_by_branch() -> None:
@@ -220,9 +222,9 @@ def test_a_second_pass_within_a_step_is_left_alone_and_counted() -> None:
     recorder.attention(source)
     recorder.attention(again)
     assert recorder.passed == 1 and torch.equal(tape.get((0, "self", 0, "cond", "q"), source.q), source.q[2:])
-    swapper = Swapper([Region(plan)], tape, LAYOUT)
+    swapper = AttentionSwapController([Region(plan)], tape, LAYOUT)
     torch.testing.assert_close(swapper.attention(again), plain(again))
-    assert swapper.touched.passed == 1 and not swapper.touched.calls
+    assert swapper.stats.passed == 1 and not swapper.stats.calls
 
 
 def test_what_is_on_a_tape_stays_and_has_memory_of_its_own() -> None:
@@ -246,7 +248,7 @@ def test_what_is_on_a_tape_stays_and_has_memory_of_its_own() -> None:
     ],
 )
 def test_a_model_with_other_layers_is_refused(change: dict, message: str) -> None:
-    swapper = Swapper([Region(only().plan(LAYOUT, 1))], Tape(), LAYOUT)
+    swapper = AttentionSwapController([Region(only().plan(LAYOUT, 1))], Tape(), LAYOUT)
     with pytest.raises(ValueError, match=message):
         swapper.attention(dataclasses.replace(make_call(SELF, 0), **change))
 
@@ -254,7 +256,9 @@ def test_a_model_with_other_layers_is_refused(change: dict, message: str) -> Non
 def test_merged_tokens_are_refused_by_name() -> None:
     call = make_call(SELF, 0)
     with pytest.raises(ValueError, match=r"runs on 12 tokens instead of 24.*ToMe, HyperTile"):
-        Swapper([Region(only().plan(LAYOUT, 1))], Tape(), LAYOUT).attention(dataclasses.replace(call, q=call.q[:, :12]))
+        AttentionSwapController([Region(only().plan(LAYOUT, 1))], Tape(), LAYOUT).attention(
+            dataclasses.replace(call, q=call.q[:, :12])
+        )
 
 
 def test_another_batch_than_the_sources_is_refused() -> None:
@@ -288,6 +292,6 @@ def test_no_map_of_all_tokens_is_ever_made(dials: dict) -> None:
     plan, tape = only(**dials).plan(layout, 1), Tape()
     with Largest() as seen:
         Recorder(plan.needs(), tape, layout).attention(calls[0])
-        made = Swapper([Region(plan)], tape, layout).attention(calls[1])
+        made = AttentionSwapController([Region(plan)], tape, layout).attention(calls[1])
     assert made.shape == calls[1].q.shape
     assert seen.most <= 3 * calls[1].q.numel() < count * count / 8
