@@ -114,7 +114,14 @@ def test_the_score_that_is_switched_off_runs_when_it_is_switched_on(server: Comf
             node["mode"] = 0
     prompt = ui_to_api(workflow, server.object_info())
     patch(prompt, FEW)
-    kept = {"ConceptScore", "CLIPGuideLoader", "LearnConceptDreamBooth", "ConceptTrainingOptions", "DemoModelLoader", "DemoSubject"}
+    kept = {
+        "ConceptScore",
+        "CLIPGuideLoader",
+        "LearnConceptDreamBooth",
+        "ConceptTrainingOptions",
+        "DemoModelLoader",
+        "DemoSubject",
+    }
     prompt = {number: node for number, node in prompt.items() if node["class_type"] in kept}
     outputs = server.run(prompt, timeout=600)
     said = "".join(outputs[titled(prompt, "Concept Score")]["text"])
