@@ -64,7 +64,6 @@ def speed_variants(model: str, side: int = 1) -> dict[str, Variant]:
         "full": METHOD,
         "direct": change(METHOD, gradient="direct"),
         **{f"every_{n}": change(METHOD, schedule=GuideSchedule(every=n)) for n in (2, 4)},
-        **{curve: change(METHOD, schedule=GuideSchedule(curve=curve)) for curve in ("early", "falling")},
         "first_half": change(METHOD, schedule=GuideSchedule(end=0.5)),
     }
     if model == "text":

@@ -38,7 +38,7 @@ READERS = [
         "models/guided_diffusion/folder/weights.safetensors",
     ),
     ("invert", "LoadInversion", "file", "people/face.safetensors", "output/inversions/people/face.safetensors"),
-    ("blend", "CLIPBlendSampler", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
+    ("settings", "BlendSettings", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
     ("report", "EditReport", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
     ("invert", "NullTextInvert", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
     ("sweep", "AttentionSwapSweep", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
