@@ -4,7 +4,7 @@
     python run.py bench controls speed [--cases 24] [--candidates 4] [--model prior|text] [--side 1] [--only WAYS]
 
 "regions": scenes with two objects, both replaced, in one pass or by one run per mask, the second on the first one's
-result. "speed": the full method against `direct`, guidance at every n-th step, curves of its weight, for the text model
+result. "speed": the full method against `direct`, guidance at every n-th step, for the text model
 the decoding of a window, and in pictures of several scenes (--side) the crop around the mask. The judge that counts
 successes took no part. Times are seconds of processor time, so that other work on the machine does not count, each in
 units of the first way; the ways take turns case by case.

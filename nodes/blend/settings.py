@@ -61,7 +61,8 @@ class Method:
         dials: dict[str, Any] = vars(self.settings) | {"guidance": guidance, "schedule": schedule or PAPER.schedule}
         if self.preset != CUSTOM:
             return preset_settings(self.preset, dials)
-        return Settings(**(dials | {"steps": steps, "start": start}))
+        dials |= {"steps": steps, "start": start}
+        return Settings(**dials)
 
     def augmentations(self) -> ExtendingAugmentations:
         """Those that go with it where none are connected."""
