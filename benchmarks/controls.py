@@ -4,7 +4,7 @@
     python run.py bench controls speed [--cases 24] [--candidates 4] [--model prior|text] [--side 1] [--only WAYS]
 
 "regions": scenes with two objects, both replaced, in one pass or by one run per mask, the second on the first one's
-result. "speed": the full method against `direct`, guidance at every n-th step, curves of its weight, for the text model
+result. "speed": the full method against `direct`, guidance at every n-th step, for the text model
 the decoding of a window, and in pictures of several scenes (--side) the crop around the mask. The judge that counts
 successes took no part. Times are seconds of processor time, so that other work on the machine does not count, each in
 units of the first way; the ways take turns case by case.
@@ -64,7 +64,6 @@ def speed_variants(model: str, side: int = 1) -> dict[str, Variant]:
         "full": METHOD,
         "direct": change(METHOD, gradient="direct"),
         **{f"every_{n}": change(METHOD, schedule=GuideSchedule(every=n)) for n in (2, 4)},
-        **{curve: change(METHOD, schedule=GuideSchedule(curve=curve)) for curve in ("early", "falling")},
         "first_half": change(METHOD, schedule=GuideSchedule(end=0.5)),
     }
     if model == "text":

@@ -71,7 +71,6 @@ def draw(number: int) -> Case:
         "seed": int(rng.integers(2**62)),
         "candidates": int(rng.integers(1, 3)),
         "batch_size": int(rng.integers(1, 3)),
-        "preset": "custom",
         "guidance": float(rng.choice([0.0, 120.0, 1000.0])),
         "steps": steps,
         "start": int(rng.integers(steps)),
@@ -210,6 +209,7 @@ def edit(case: Case, image: Tensor, mask: Tensor) -> Tensor:
     """The results of the case through the sampler node, as ComfyUI runs it."""
     from ..blending.augment import ExtendingAugmentations
     from ..nodes.blend.sampler import CLIPBlendSampler
+    from ..nodes.blend.settings import BlendFraming, BlendSettings
 
     if case.model == "latent":
         model, vae, text = Parts.latent()
@@ -217,6 +217,11 @@ def edit(case: Case, image: Tensor, mask: Tensor) -> Tensor:
     else:
         (model, vae), inputs = Parts.prior(case.model), case.inputs
     with torch.inference_mode():
+        for socket, node in (("settings", BlendSettings), ("framing", BlendFraming)):
+            names = inputs.keys() & {one.id for one in node.define_schema().inputs}
+            dials = {name: inputs[name] for name in names}
+            rest = {name: value for name, value in inputs.items() if name not in names}
+            inputs = {**rest, socket: node.execute(**dials).args[0]}
         return CLIPBlendSampler.execute(
             model=model,
             vae=vae,

@@ -11,7 +11,7 @@ BENCHMARKS = {
     "background kept",
     "concept_cost": "time and peak memory of a training step, against a plain loop and ComfyUI's own node",
     "concepts": "does a model learn a subject from five pictures, and does a swap then show it",
-    "controls": "several regions in one pass; direct, every-n, curves and window: time against success",
+    "controls": "several regions in one pass; direct, every-n and window: time against success",
     "cost": "time and peak memory of a guided step, in units of a plain forward pass",
     "edits": "does it edit, and does it keep: success on the demo world by method and by baseline",
     "fuzz": "random edits of every size, mask and kind of picture: nothing outside the mask changes, nothing crashes",

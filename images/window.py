@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from skimage.measure import label, regionprops
 from torch import Tensor
 
 from .masks import SMALL, editable, width_of
@@ -160,6 +159,9 @@ def _wanted(mask: Tensor, mode: str, context: float, size: int) -> bool:
 
 def _parts(mask: Tensor) -> list[Any]:
     """The connected parts of `mask` [1, 1, H, W], with their values, as scikit-image describes regions."""
+    # Late: it is slow to import, and the nodes' inputs need `MODES`.
+    from skimage.measure import label, regionprops
+
     values = mask[0, 0].float().cpu().numpy()
     return regionprops(label(values > 0, connectivity=2), intensity_image=values)
 

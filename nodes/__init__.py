@@ -17,6 +17,7 @@ class BlendSwapExtension(ComfyExtension):
         from .blend.rank import RankCandidates
         from .blend.report import EditReport
         from .blend.sampler import CLIPBlendSampler
+        from .blend.settings import BlendFraming, BlendSettings
         from .concept.dreambooth import LearnConceptDreamBooth
         from .concept.inversion import LearnConceptTextualInversion
         from .concept.options import ConceptTrainingOptions
@@ -38,6 +39,8 @@ class BlendSwapExtension(ComfyExtension):
             DemoScene,
             ExtendingAugment,
             CLIPBlendSampler,
+            BlendSettings,
+            BlendFraming,
             CombineCLIPGuides,
             BlendRegion,
             GuideSchedule,

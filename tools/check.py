@@ -295,19 +295,31 @@ def published(kind: str, name: str, info: Mapping[str, Any]) -> Prompt:
         size = 512 if kind == "SD" else 1024
         loader = next(node for node in prompt.values() if node["class_type"] == "DemoModelLoader")
         loader |= {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}}
-        changes = {"CLIPBlendSampler": {"resolution": size, "window": "off", "gradient": "direct", "cfg": 4.0}}
+        changes = {"CLIPBlendSampler": {"cfg": 4.0}}
+        framing, settings = {"resolution": size, "window": "off"}, {"gradient": "direct"}
     else:
         prompt = showcase.load_workflow("blend_replace_object", info)
         changes = {
-            "ADM": {
-                "GuidedDiffusionLoader": {"checkpoint": name},
-                "CLIPBlendSampler": {"window": "off", "clamp": False},
-            },
+            "ADM": {"GuidedDiffusionLoader": {"checkpoint": name}},
             "CLIP": {"CLIPGuideLoader": {"clip_name": name}},
         }[kind]
+        framing, settings = ({"window": "off"}, {"clamp": False}) if kind == "ADM" else ({}, {})
     for node in prompt.values():
         node["inputs"] |= changes.get(node["class_type"], {})
+    for socket, kind_of_node, dials in (("framing", "BlendFraming", framing), ("settings", "BlendSettings", settings)):
+        if dials:
+            _set_beside(prompt, info, socket, kind_of_node, dials)
     return prompt
+
+
+def _set_beside(prompt: Prompt, info: Mapping[str, Any], socket: str, kind: str, dials: Mapping[str, Any]) -> None:
+    """Sets dials of the node of `kind` at the sampler's `socket`, which is connected where there is none."""
+    sampler = next(node["inputs"] for node in prompt.values() if node["class_type"] == "CLIPBlendSampler")
+    if socket not in sampler:
+        defaults = {name: spec[1]["default"] for name, spec in info[kind]["input"]["required"].items()}
+        prompt[socket] = {"class_type": kind, "inputs": defaults, "_meta": {"title": kind}}
+        sampler[socket] = [socket, 0]
+    prompt[sampler[socket][0]]["inputs"] |= dials
 
 
 def _run(server: ComfyServer, prompt: Prompt) -> Pictures:

@@ -321,7 +321,7 @@ def refuse_partial_load(patcher: Any) -> None:
         raise torch.OutOfMemoryError(
             f"A gradient needs the whole MODEL on the device ({patcher.model_size() / 2**30:.1f} GiB), but only "
             f"{patcher.loaded_size() / 2**30:.1f} GiB of it fit beside the rest. Lower batch_size or resolution, "
-            "choose what needs no gradient through the MODEL (CLIPBlendSampler: gradient direct; NullTextInvert: "
+            "choose what needs no gradient through the MODEL (BlendSettings: gradient direct; NullTextInvert: "
             "another method than null_text), or start ComfyUI without --lowvram and --novram."
         )
 

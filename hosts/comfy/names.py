@@ -243,7 +243,7 @@ CALLS: tuple[Name, ...] = (
     _call(
         f"{_MANAGEMENT}.soft_empty_cache",
         "",
-        "nodes.blend.sampler comfy.learner.learner",
+        "nodes.blend.job comfy.learner.learner",
         "after something large is let go",
     ),
     _call(f"{_MANAGEMENT}.get_free_memory", "dev", "nodes.swap.capture", "the bound of a tape"),
@@ -397,7 +397,7 @@ CALLS: tuple[Name, ...] = (
     _call(
         "latent_preview.prepare_callback",
         "model, steps",
-        "nodes.blend.sampler nodes.swap.invert nodes.swap.run",
+        "nodes.blend.job nodes.swap.invert nodes.swap.run",
         "progress and live previews",
     ),
     _call(
@@ -424,7 +424,7 @@ CALLS: tuple[Name, ...] = (
     _call(
         "comfy.sd.VAE.spacial_compression_encode",
         "",
-        "nodes.blend.sampler nodes.blend.guider nodes.swap.invert",
+        "nodes.blend.job nodes.blend.guider nodes.swap.invert",
         "what it cuts a picture's sides to",
     ),
     _call(
@@ -610,7 +610,7 @@ ATTRIBUTES: tuple[Name, ...] = (
     # VAE
     _attribute(
         "comfy.sd.VAE.patcher",
-        "nodes.blend.sampler nodes.blend.blend_guider comfy.host comfy.learner.learner nodes.blend.guider",
+        "nodes.blend.job nodes.blend.blend_guider comfy.host comfy.learner.learner",
         "loads it",
     ),
     _attribute(

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..shared.convert import mask_for, to_bchw
 from ..shared.frame import Frame, exact_background
-from ..shared.inputs import aliases, dial, match_border_input, text_conditioning
-from ..shared.sockets import AugmentIO, ClipGuideIO
-from .guides import GUARDS_NOTHING, RegionRequest, masks_for, patchers_of, steering_inputs, text_guard_input, told
+from ..shared.inputs import aliases, match_border_input
+from ..shared.sockets import AugmentIO, BlendSettingsIO, ClipGuideIO
+from .guides import RegionRequest, place, steering_inputs, text_guard_input
+from .job import Job, models_for, regions_on
+from .settings import PAPER, Framing, Method
 
 if TYPE_CHECKING:
     from ...blending.augment import ExtendingAugmentations
+    from ...blending.guidance import Guidance
     from ...blending.schedule import GuideSchedule
-    from ...hosts.comfy.guide import ComfyGuide
+    from ...blending.settings import BlendSettings as Settings
+    from .blend_guider import BlendGuider
 
 logger = logging.getLogger(__name__)
 
@@ -55,60 +58,32 @@ class CLIPBlendGuider(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "guidance",
-                    default=1000.0,
+                    default=PAPER.guidance,
                     min=0.0,
                     max=100000.0,
                     step=10.0,
                     tooltip="Weight of the CLIP loss, the same for any number of steps. The demo models want "
                     "about 120.",
                 ),
-                dial(
-                    io.Float.Input(
-                        "range_weight",
-                        default=50.0,
-                        min=0.0,
-                        max=100000.0,
-                        step=1.0,
-                        tooltip="Weight of the loss that keeps the estimate's values in range.",
-                    )
-                ),
-                dial(
-                    io.Combo.Input(
-                        "distance",
-                        options=["cosine", "spherical"],
-                        default="cosine",
-                        tooltip="CLIP distance: cosine as in the paper, squared spherical as published.",
-                    )
-                ),
-                dial(
-                    io.Combo.Input(
-                        "gradient",
-                        options=["through_model", "direct"],
-                        default="through_model",
-                        tooltip="through_model differentiates through the MODEL (exact; about twice the "
-                        "time and much more memory), direct does not.",
-                    )
-                ),
-                dial(
-                    io.Float.Input(
-                        "cfg",
-                        default=4.0,
-                        min=0.0,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="Classifier-free guidance, for a MODEL that takes text.",
-                    )
+                io.Float.Input(
+                    "cfg",
+                    default=4.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance, for a MODEL that takes text.",
                 ),
                 AugmentIO.Input("augment", optional=True, tooltip="ExtendingAugment. Without it: 16 copies."),
                 io.Conditioning.Input("positive", optional=True, tooltip="For a MODEL that takes text."),
                 io.Conditioning.Input("negative", optional=True, tooltip="For a MODEL that takes text."),
                 *steering_inputs(),
-                io.Vae.Input(
-                    "guide_vae",
-                    optional=True,
-                    tooltip="A small VAE of the same family (taesd, taesdxl) that CLIP looks through.",
-                ),
                 text_guard_input(),
+                BlendSettingsIO.Input(
+                    "settings",
+                    optional=True,
+                    tooltip="BlendSettings. The sampler, blend and background_level are those of SamplerCustomAdvanced "
+                    "here.",
+                ),
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For SamplerCustomAdvanced.")],
         )
@@ -116,87 +91,80 @@ class CLIPBlendGuider(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        vae,
-        image,
-        mask,
-        clip_guide: ComfyGuide,
+        image: torch.Tensor,
+        mask: torch.Tensor,
         prompt: str,
         guidance: float,
-        range_weight: float = 50.0,
-        distance: str = "cosine",
-        gradient: str = "through_model",
-        cfg: float = 4.0,
         augment: ExtendingAugmentations | None = None,
-        positive=None,
-        negative=None,
         negative_prompt: str = "",
-        guide_image=None,
+        guide_image: torch.Tensor | None = None,
         regions: tuple[RegionRequest, ...] = (),
         schedule: GuideSchedule | None = None,
-        guide_vae=None,
         text_guard: float = 0.0,
+        settings: Method | None = None,
+        **models: Any,
     ) -> io.NodeOutput:
-        from ...blending.augment import ExtendingAugmentations
-        from ...blending.guidance import Guidance
-        from ...blending.schedule import GuideSchedule
-        from ...blending.settings import BlendSettings
-        from ...blending.shrink import shrink_for
-        from ...hosts.comfy import guide as comfy_guide, host as comfy_host
-        from . import blend_guider as comfy_guider
-
-        comfy_host.check_model(model)
-        positive, negative, unused = text_conditioning(model, positive, negative, cfg)
-        if unused:
-            logger.warning("CLIPBlendGuider: %s.", unused)
+        """models: the inputs that `models_for` takes, but for a scorer."""
+        method = settings or Method()
+        notes = [*method.notes(), *_unused(method.settings)]
         if len(image) != 1:
             raise ValueError(
                 f"image holds {len(image)} pictures; a GUIDER edits one. Take one with ImageFromBatch, or use "
                 "CLIPBlendSampler, which edits a batch one by one."
             )
-        if guide_vae is not None:
-            comfy_guide.check_guide_vae(vae, guide_vae)
-        settings = BlendSettings(
-            guidance=guidance,
-            range_weight=range_weight,
-            distance=distance,
-            gradient=gradient,
-            schedule=schedule or GuideSchedule(),
+        job = Job(
+            models_for(notes, method.guide_vae, **models),
+            (RegionRequest(mask, prompt, negative_prompt, guide_image=guide_image), *regions),
+            method.settings_for(guidance, schedule),
+            Framing(match_border=False),
+            augment or method.augmentations(),
+            method.perceptual(),
+            text_guard,
         )
-        augment = augment or ExtendingAugmentations()
-        requests = (RegionRequest(mask, prompt, negative_prompt, guide_image=guide_image), *regions)
-        if text_guard > 0 and not any(request.prompt.strip() for request in requests):
-            logger.warning("CLIPBlendGuider: %s.", GUARDS_NOTHING)
-        frame = _frame(image, model, vae)
-        # A GUIDER outlives this call's inference mode, and its tensors take part in gradients.
-        with torch.inference_mode(False), torch.no_grad():
-            source = to_bchw(frame.view(image.clone())).clone()
-            masks = [frame.cut(one).clone() for one in masks_for(image, requests)]
-        if not any(one.any() for one in masks):
-            raise ValueError(
-                "mask marks nothing of what the VAE keeps of the picture: paint the region to change white."
-            )
-
-        def guidance_of_run(device: torch.device, seeds: Sequence[int]) -> Guidance:
-            made = []
-            for request, own in zip(requests, masks, strict=True):
-                region = request.region(clip_guide, own.to(device), text_guard)
-                made.append(dataclasses.replace(region, shrink=shrink_for(own, "auto")))
-            for line in told(made, range(len(made))):
-                logger.info("CLIPBlendGuider: %s", line)
-            return Guidance(settings, tuple(made), source.to(device), augment, augment.generators(seeds))
-
-        guider = comfy_guider.BlendGuider(
-            model,
-            vae,
-            source,
-            guidance_of_run,
-            [*patchers_of(requests, clip_guide), *([guide_vae.patcher] if guide_vae is not None else [])],
-            comfy_guide.host_with_guide_vae(guide_vae),
-        )
-        guider.set_conds(positive, negative)
-        guider.set_cfg(1.0 if negative is None else cfg)
+        if job.settings.clamp and job.models.latent:
+            raise ValueError("clamp is on in settings, but latents have no picture's range; switch it off.")
+        notes += job.notes()
+        for note in notes:
+            logger.warning("CLIPBlendGuider: %s.", note)
+        guider = _guider(job, image)
+        guider.set_conds(job.models.positive, job.models.negative)
+        guider.set_cfg(1.0 if job.models.negative is None else job.models.cfg)
         return io.NodeOutput(guider)
+
+
+def _unused(settings: Settings) -> list[str]:
+    """What of the settings SamplerCustomAdvanced decides on instead."""
+    names = [
+        name for name in ("sampler", "blend", "background_level") if getattr(settings, name) != getattr(PAPER, name)
+    ]
+    return [f"not used of settings, as SAMPLER and SIGMAS decide on it: {', '.join(names)}"] if names else []
+
+
+def _guider(job: Job, image: torch.Tensor) -> BlendGuider:
+    """The guider of a job for `image` [1, H, W, C]; ValueError where the masks mark nothing of it."""
+    from ...blending.guidance import Guidance
+    from ...hosts.comfy.guide import host_with_guide_vae
+    from .blend_guider import BlendGuider
+
+    models = job.models
+    frame = _frame(image, models.model, models.vae)
+    # A GUIDER outlives this call's inference mode, and its tensors take part in gradients.
+    with torch.inference_mode(False), torch.no_grad():
+        source = to_bchw(frame.view(image.clone())).clone()
+        placed = [one.with_mask(frame.cut(one.mask).clone()) for one in place(image, job.requests)]
+    if not any(one.mask.any() for one in placed):
+        raise ValueError("mask marks nothing of what the VAE keeps of the picture: paint the region to change white.")
+
+    def guidance_of_run(device: torch.device, seeds: Sequence[int]) -> Guidance:
+        regions, lines = regions_on(job, placed, device)
+        for line in lines:
+            logger.info("CLIPBlendGuider: %s", line)
+        perceptual = job.perceptual.to(device) if job.perceptual is not None else None
+        generators = job.augment.generators(seeds)
+        return Guidance(job.settings, regions, source.to(device), job.augment, generators, perceptual)
+
+    host = host_with_guide_vae(models.guide_vae)
+    return BlendGuider(models.model, models.vae, source, guidance_of_run, job.patchers(job.requests), host)
 
 
 def _frame(image: torch.Tensor, model, vae) -> Frame:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ...hosts.comfy.guide import ComfyGuide
 
 MOST_GUIDES = 4
-CURVES = ("constant", "early", "falling")
 GUARDS_NOTHING = "text_guard does nothing: no region has a prompt that could be written"
 
 
@@ -51,9 +50,7 @@ def steering_inputs() -> list[Any]:
         BlendRegionsIO.Input(
             "regions", optional=True, tooltip="Further regions, edited in the same pass (BlendRegion)."
         ),
-        GuideScheduleIO.Input(
-            "schedule", optional=True, tooltip="At which steps CLIP guides, and how strongly (GuideSchedule)."
-        ),
+        GuideScheduleIO.Input("schedule", optional=True, tooltip="At which steps CLIP guides (GuideSchedule)."),
     ]
 
 
@@ -113,15 +110,30 @@ class RegionRequest:
         return Region(mask, terms_for(guide, self.prompt, self.negative_prompt, picture, text_guard), self.strength)
 
 
-def masks_for(
-    image: torch.Tensor, requests: Sequence[RegionRequest], said: list[str] | None = None
-) -> list[torch.Tensor]:
-    """The masks of `requests`, [B, 1, H, W] each, for `image` [B, H, W, C]; errors, and what is added to `said`, name
-    the region (1 is the node's own)."""
-    return [
-        mask_for(image, request.mask, "mask" if number == 1 else f"mask of region {number}", said)
+@dataclasses.dataclass(frozen=True)
+class PlacedRegion:
+    """A request with its mask [B, 1, H, W] for a picture; `number` counts from 1, which is the node's own region."""
+
+    number: int
+    request: RegionRequest
+    mask: torch.Tensor
+
+    def with_mask(self, mask: torch.Tensor) -> PlacedRegion:
+        return dataclasses.replace(self, mask=mask)
+
+
+def place(
+    image: torch.Tensor, requests: Sequence[RegionRequest], notes: list[str] | None = None
+) -> tuple[PlacedRegion, ...]:
+    """The requests on `image` [B, H, W, C]; errors, and what is added to `notes`, name the region."""
+    return tuple(
+        PlacedRegion(
+            number,
+            request,
+            mask_for(image, request.mask, "mask" if number == 1 else f"mask of region {number}", notes),
+        )
         for number, request in enumerate(requests, start=1)
-    ]
+    )
 
 
 def patchers_of(requests: Sequence[RegionRequest], default: ComfyGuide) -> list:
@@ -131,12 +143,12 @@ def patchers_of(requests: Sequence[RegionRequest], default: ComfyGuide) -> list:
 
 
 def told(regions: Sequence[Region], numbers: Iterable[int]) -> list[str]:
-    """Lines for a report: what steers where, with what weight. numbers: the regions' in the node's list, from 0."""
+    """Lines for a report: what steers where, with what weight."""
     lines = []
     for number, region in zip(numbers, regions, strict=True):
         share = f"{(region.mask > 0).float().mean().item():.1%} of the canvas, strength {region.strength:g}"
         terms = "; ".join(str(term) for term in region.terms) or "nothing steers"
-        lines.append(f"region {number + 1} ({share}): {terms}")
+        lines.append(f"region {number} ({share}): {terms}")
     return lines
 
 
@@ -257,7 +269,7 @@ class BlendRegion(io.ComfyNode):
 
 
 class GuideSchedule(io.ComfyNode):
-    """When CLIP guides during a run, and how strongly."""
+    """When CLIP guides during a run."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -267,8 +279,8 @@ class GuideSchedule(io.ComfyNode):
             category="BlendSwap/blend",
             **aliases("guidance schedule", "start end step", "clip guidance"),
             description=(
-                "At which steps of a run CLIP guides, and with what factor of the guidance weight. The first steps "
-                "decide on shape and layout, the last on detail; steps that are not guided cost half or less."
+                "At which steps of a run CLIP guides. The first steps decide on shape and layout, the last on detail; "
+                "steps that are not guided cost half or less."
             ),
             inputs=[
                 io.Float.Input(
@@ -288,13 +300,6 @@ class GuideSchedule(io.ComfyNode):
                     tooltip="Fraction of the run at which it stops. Above start.",
                 ),
                 io.Int.Input("every", default=1, min=1, max=1000, tooltip="At every n-th step only."),
-                io.Combo.Input(
-                    "curve",
-                    options=list(CURVES),
-                    default="constant",
-                    tooltip="Factor of the guidance between start and end. early: 3 in the first third, then "
-                    "1. falling: from 2 to 0.",
-                ),
             ],
             outputs=[
                 GuideScheduleIO.Output(
@@ -304,7 +309,7 @@ class GuideSchedule(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, start: float, end: float, every: int, curve: str) -> io.NodeOutput:
+    def execute(cls, start: float, end: float, every: int) -> io.NodeOutput:
         from ...blending.schedule import GuideSchedule as Schedule
 
-        return io.NodeOutput(Schedule(start, end, every, curve))
+        return io.NodeOutput(Schedule(start, end, every))

@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 from torch.nn import functional as F
 
 from ..shared.inputs import aliases
+from .settings import context_input, resolution_input, shrink_input, window_input
 
 
 class ShrinkingMask(io.ComfyNode):
@@ -25,28 +26,12 @@ class ShrinkingMask(io.ComfyNode):
             ),
             inputs=[
                 io.Mask.Input("mask", tooltip="White is changed. The first of a batch is shown."),
-                io.Combo.Input(
-                    "shrink",
-                    options=["off", "auto", "on"],
-                    default="auto",
-                    tooltip="As at CLIPBlendSampler. auto: only a mask that is narrow enough shrinks.",
+                shrink_input("As at BlendFraming. auto: only a mask that is narrow enough shrinks."),
+                resolution_input(
+                    "Working size of the picture's shorter side, as the sampler's summary tells it. 0: the mask's own."
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=8,
-                    tooltip="Working size of the picture's shorter side, as the sampler's summary tells it. 0: the "
-                    "mask's own.",
-                ),
-                io.Combo.Input(
-                    "window",
-                    options=["off", "auto", "on"],
-                    default="auto",
-                    tooltip="As at CLIPBlendSampler; the masks are shown in the window. auto needs a resolution.",
-                ),
-                io.Float.Input("context", default=0.5, min=0.0, max=16.0, step=0.05, tooltip="As at CLIPBlendSampler."),
+                window_input("As at BlendFraming; the masks are shown in the window. auto needs a resolution."),
+                context_input("As at BlendFraming."),
                 io.Int.Input("frames", default=10, min=1, max=64, tooltip="Moments of the run that are shown."),
             ],
             outputs=[

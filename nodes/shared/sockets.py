@@ -9,7 +9,13 @@ AugmentIO = io.Custom("AUGMENT")
 """A `blending.augment.ExtendingAugmentations`."""
 
 BlendRegionsIO = io.Custom("BLEND_REGIONS")
-"""A tuple of `nodes.guides.RegionRequest`."""
+"""A tuple of `nodes.blend.guides.RegionRequest`."""
+
+BlendSettingsIO = io.Custom("BLEND_SETTINGS")
+"""A `nodes.blend.settings.Method`."""
+
+BlendFramingIO = io.Custom("BLEND_FRAMING")
+"""A `nodes.blend.settings.Framing`."""
 
 GuideScheduleIO = io.Custom("GUIDE_SCHEDULE")
 """A `blending.schedule.GuideSchedule`."""

@@ -1,4 +1,4 @@
-"""When guidance acts: ends, rhythm and curve."""
+"""When guidance acts: ends and rhythm."""
 
 from __future__ import annotations
 
@@ -27,16 +27,6 @@ def test_every_nth_step_is_counted_from_the_start() -> None:
     assert [number for number, factor in enumerate(factors(total=7, start=0.1, every=3)) if factor] == [1, 4]
 
 
-def test_early_pushes_in_the_first_third_of_what_is_guided() -> None:
-    assert factors(curve="early") == [3.0] * 4 + [1.0] * 8
-    assert factors(start=0.5, curve="early") == [0.0] * 6 + [3.0] * 2 + [1.0] * 4
-
-
-def test_falling_begins_with_twice_the_weight_and_goes_towards_none() -> None:
-    curve = factors(curve="falling")
-    assert curve[0] == 2.0 and curve == sorted(curve, reverse=True) and 0 < curve[-1] < 0.2
-
-
 @pytest.mark.parametrize(
     ("dials", "message"),
     [
@@ -44,7 +34,6 @@ def test_falling_begins_with_twice_the_weight_and_goes_towards_none() -> None:
         ({"end": 1.5}, "end is 1.5"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end <= 1"),
         ({"every": 0}, "every is 0; .* needs n of 1 or more"),
-        ({"curve": "wavy"}, "curve is 'wavy'; choose one of constant, "),
     ],
 )
 def test_a_setting_out_of_range_is_named_with_its_cure(dials: dict, message: str) -> None:

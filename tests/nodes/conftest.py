@@ -116,6 +116,19 @@ def half_mask(size: int = 64) -> torch.Tensor:
     return mask
 
 
+def in_their_nodes(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of CLIPBlendSampler or CLIPBlendGuider, where those of BlendSettings and BlendFraming stand among them."""
+    from blendswap.nodes.blend.settings import BlendFraming, BlendSettings
+
+    own = dict(inputs)
+    for socket, node in (("settings", BlendSettings), ("framing", BlendFraming)):
+        names = {one.id for one in node.define_schema().inputs}
+        dials = {name: own.pop(name) for name in names & own.keys()}
+        if dials:
+            own[socket] = node.execute(**dials).args[0]
+    return own
+
+
 @pytest.fixture
 def interrupted(comfy, monkeypatch) -> Callable[[], AbstractContextManager]:
     """A context in which ComfyUI is told to interrupt at the second guided step, and has to."""

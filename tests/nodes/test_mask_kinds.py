@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
+from .conftest import in_their_nodes
+
 pytestmark = pytest.mark.needs_comfy
 
 
@@ -33,13 +35,12 @@ def sample(parts):
             seed=7,
             candidates=1,
             batch_size=4,
-            preset="custom",
             guidance=300.0,
             steps=3,
             start=1,
             augment=ExtendingAugmentations(copies=2),
         )
-        return run(CLIPBlendSampler, image=image, mask=mask, **{**inputs, **changes})
+        return run(CLIPBlendSampler, image=image, mask=mask, **in_their_nodes({**inputs, **changes}))
 
     return made
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in showcase.WORKFLOWS.glob("*.json"))
 FEW = {"steps": 4}
 QUICK = {
-    "CLIPBlendSampler": {"steps": 4, "start": 1, "candidates": 2, "batch_size": 2, "resolution": 0},
+    "CLIPBlendSampler": {"steps": 4, "start": 1, "candidates": 2, "batch_size": 2},
+    "BlendFraming": {"resolution": 0},
     "ExtendingAugment": {"copies": 2},
     "NullTextInvert": FEW,
     "AttentionCapture": FEW,

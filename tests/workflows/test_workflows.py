@@ -261,9 +261,13 @@ def test_the_baseline_differs_from_the_method_by_its_dials_alone_and_keeps_the_b
     method, baseline = (arrays(server, run, f"Result: {which}")[0] for which in ("method", "baseline"))
     assert_edited(source, mask, [method, baseline])
     assert (method != baseline).any()
-    samplers = [node["inputs"] for node in run[0].values() if node["class_type"] == "CLIPBlendSampler"]
-    differing = {key for key in samplers[0] if samplers[0][key] != samplers[1][key]}
-    assert differing == {"blend", "background_weight", "lpips"}
+
+    def differing(kind: str) -> set[str]:
+        one, other = (node["inputs"] for node in run[0].values() if node["class_type"] == kind)
+        return {key for key in one if one[key] != other[key]}
+
+    assert differing("CLIPBlendSampler") == {"settings"}
+    assert differing("BlendSettings") == {"blend", "background_weight", "lpips"}
     for which in ("method", "baseline"):
         assert re.search(r"LPIPS [\d.]+ \(.*demo", text(run, f"Edit Report: {which}"))
 

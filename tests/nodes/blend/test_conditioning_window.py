@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from ..conftest import in_their_nodes
+
 pytestmark = pytest.mark.needs_comfy
 
 LEFT, TOP, SIDE = 40, 24, 64
@@ -53,7 +55,6 @@ def edit(kit, parts):
             seed=7,
             candidates=1,
             batch_size=1,
-            preset="custom",
             guidance=30.0,
             steps=4,
             start=1,
@@ -64,7 +65,7 @@ def edit(kit, parts):
             match_border=False,
             window=window,
         )
-        images, _, _, summary = run(CLIPBlendSampler, image=image, mask=mask, **{**inputs, **changes})
+        images, _, _, summary = run(CLIPBlendSampler, image=image, mask=mask, **in_their_nodes({**inputs, **changes}))
         return images, summary
 
     return made

@@ -7,6 +7,8 @@ import torch
 
 from blendswap.demo import world
 
+from ..conftest import in_their_nodes
+
 pytestmark = pytest.mark.needs_comfy
 
 SEED = 3
@@ -44,7 +46,7 @@ def guider(parts):
             guidance=300.0,
             augment=ExtendingAugmentations(copies=2),
         )
-        return run(CLIPBlendGuider, **{**inputs, **changes})[0]
+        return run(CLIPBlendGuider, **in_their_nodes({**inputs, **changes}))[0]
 
     return make
 
@@ -200,7 +202,7 @@ def test_several_regions_a_negative_and_a_schedule_work_here_too(guider):
     corner = torch.zeros(1, 64, 64)
     corner[:, :12, :12] = 1
     more = run(BlendRegion, mask=corner, prompt="a blue ring", negative_prompt="", strength=1.0)[0]
-    schedule = run(GuideSchedule, start=0.0, end=0.6, every=2, curve="early")[0]
+    schedule = run(GuideSchedule, start=0.0, end=0.6, every=2)[0]
     made = guider(regions=more, negative_prompt="a red circle", schedule=schedule)
     difference = (sampled(made) - source_of(made)).abs().amax(dim=1)
     assert difference[corner == 1].mean() > 0.02

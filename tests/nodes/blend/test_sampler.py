@@ -9,6 +9,8 @@ import torch
 
 from blendswap.demo import world
 
+from ..conftest import in_their_nodes
+
 pytestmark = pytest.mark.needs_comfy
 
 PROMPT = "a blue star"
@@ -26,7 +28,6 @@ def sample(parts):
             seed=7,
             candidates=1,
             batch_size=4,
-            preset="custom",
             guidance=300.0,
             steps=4,
             start=1,
@@ -34,7 +35,7 @@ def sample(parts):
         )
         inputs = {"model": model, "vae": vae, "clip_guide": guide, **dials, **changes}
         with torch.inference_mode():
-            output = CLIPBlendSampler.execute(image=image, mask=mask, prompt=prompt, **inputs)
+            output = CLIPBlendSampler.execute(image=image, mask=mask, prompt=prompt, **in_their_nodes(inputs))
         return output.args
 
     return run

@@ -16,32 +16,32 @@ LPIPS_FILE = "alexnet-owt-7be5be79.pth"
 # Node class by module of blendswap.nodes, its input, a choice, and the file behind it from models/ or output/.
 READERS = [
     (
-        "clip_guide",
+        "blend.clip_guide",
         "CLIPGuideLoader",
         "clip_name",
         "people/face.safetensors",
         "models/clip_guidance/people/face.safetensors",
     ),
-    ("clip_guide", "CLIPGuideLoader", "clip_name", "folder", "models/clip_guidance/folder/deep/tokenizer.json"),
+    ("blend.clip_guide", "CLIPGuideLoader", "clip_name", "folder", "models/clip_guidance/folder/deep/tokenizer.json"),
     (
-        "guided_diffusion",
+        "blend.guided_diffusion",
         "GuidedDiffusionLoader",
         "checkpoint",
         "people/face.pt",
         "models/guided_diffusion/people/face.pt",
     ),
     (
-        "guided_diffusion",
+        "blend.guided_diffusion",
         "GuidedDiffusionLoader",
         "checkpoint",
         "folder",
         "models/guided_diffusion/folder/weights.safetensors",
     ),
-    ("invert", "LoadInversion", "file", "people/face.safetensors", "output/inversions/people/face.safetensors"),
-    ("blend", "CLIPBlendSampler", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
-    ("report", "EditReport", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
-    ("invert", "NullTextInvert", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
-    ("sweep", "AttentionSwapSweep", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
+    ("swap.invert", "LoadInversion", "file", "people/face.safetensors", "output/inversions/people/face.safetensors"),
+    ("blend.settings", "BlendSettings", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
+    ("blend.report", "EditReport", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
+    ("swap.invert", "NullTextInvert", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
+    ("swap.sweep", "AttentionSwapSweep", "lpips", "alex", f"models/lpips/{LPIPS_FILE}"),
 ]
 CHOSEN = [reader for reader in READERS if reader[2] != "lpips"]
 
