@@ -192,7 +192,7 @@ class CLIPBlendGuider(io.ComfyNode):
             source,
             guidance_of_run,
             [*patchers_of(requests, clip_guide), *([guide_vae.patcher] if guide_vae is not None else [])],
-            comfy_guide.host_with_guide_vae(guide_vae),
+            guide_vae,
         )
         guider.set_conds(positive, negative)
         guider.set_cfg(1.0 if negative is None else cfg)

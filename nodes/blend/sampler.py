@@ -710,7 +710,6 @@ class _Job:
         from ...blending.guidance import Guidance
         from ...blending.sampler import CandidateNoise, blended_diffusion
         from ...hosts.comfy import host as comfy_host
-        from ...hosts.comfy.guide import host_with_guide_vae
 
         canvas, requests = part.canvas, [self.requests[number] for number in part.masks]
         height, width = canvas.source.shape[-2:]
@@ -734,7 +733,8 @@ class _Job:
                 losses.append(report.losses)
                 progress.step(report)
 
-            return blended_diffusion(host, guidance, seeds, self.settings, on_step)
+            through = dataclasses.replace(host, guide_vae=self.guide_vae)
+            return blended_diffusion(through, guidance, seeds, self.settings, on_step)
 
         return comfy_host.run(
             self.model,
@@ -747,7 +747,6 @@ class _Job:
             body,
             gradients=bool(guided),
             beside=[*patchers_of(requests, self.guide), *([self.guide_vae.patcher] if self.guide_vae else [])],
-            host=host_with_guide_vae(self.guide_vae),
         )
 
     def _regions(self, part: _Part, device: torch.device) -> tuple[Region, ...]:
