@@ -98,6 +98,7 @@ class TokenWeights:
         map [B, N, M_s] (None where it is not swapped)."""
         chosen = list(positions)
         if source is None:
+            assert own is not None, "a map that is not swapped is the target's own"
             return own * self.weights[chosen, 0].float()
         source = source.unflatten(2, (-1, self.source_length)).sum(2)
         made = source.float() @ self.mapper[:, chosen].float()

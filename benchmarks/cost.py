@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..blending.augment import ExtendingAugmentations
+from ..blending.denoiser import GuidedDenoiser, GuidedEstimate, guided_denoiser
 from ..blending.guidance import Guidance
 from ..blending.regions import Region
-from ..blending.sampler import guided_prediction, plain_prediction
 from ..blending.settings import BlendSettings
 from ..demo import files
 from ..diffusion.schedule import Schedule
@@ -94,26 +94,26 @@ def steps(
     host: DiffusersHost, guide: ClipGuide, x: Tensor, mask: Tensor, source: Tensor, copies: int
 ) -> dict[str, Callable[[], Any]]:
     """One step of x [B, 3, H, W], by the name of its kind: plain, guided, and guided as two forward passes would."""
-    schedule, index, plain = Schedule.respaced(host.train_sigmas, 100), 50, BlendSettings()
+    alpha = Schedule.respaced(host.train_sigmas, 100).alpha(50)
 
-    def forward() -> Any:
-        return plain_prediction(host, plain, schedule, x, index)
-
-    def guided(gradient: str, again: bool = False) -> Tensor:
+    def denoiser(gradient: str) -> GuidedDenoiser:
         settings = BlendSettings(gradient=gradient)
         augment = ExtendingAugmentations(copies=copies)
         target = torch.nn.functional.normalize(torch.ones(guide.embed_dim, device=x.device), dim=0)
         generators = augment.generators(range(len(x)))
         guidance = Guidance(settings, (Region.of(mask, guide, target),), source, augment, generators)
-        if again:
-            forward()
-        return guided_prediction(host, guidance, settings, schedule, x, index)[2]
+        return guided_denoiser(host, guidance, settings)
+
+    def two_forwards() -> GuidedEstimate:
+        denoise = denoiser("through_model")
+        denoise.plain(x, alpha)
+        return denoise.guided(x, alpha)
 
     return {
-        "plain": forward,
-        "ours": lambda: guided("through_model"),
-        "two forwards": lambda: guided("through_model", again=True),
-        "direct": lambda: guided("direct"),
+        "plain": lambda: denoiser("direct").plain(x, alpha),
+        "ours": lambda: denoiser("through_model").guided(x, alpha),
+        "two forwards": two_forwards,
+        "direct": lambda: denoiser("direct").guided(x, alpha),
     }
 
 

@@ -16,7 +16,7 @@ with group norms and attention (Stable Diffusion's own) take statistics of all t
 """
 
 
-def decode_for_guide(host: DiffusionHost, latent: Tensor, mask: Tensor, decode: str) -> Tensor:
+def picture_for_guide(host: DiffusionHost, latent: Tensor, mask: Tensor, decode: str) -> Tensor:
     """`latent` [B, C, h, w] as a picture [B, 3, H, W] in about -1..1; gradients flow.
 
     mask: [1, 1, H, W], where the guide looks.
@@ -25,12 +25,12 @@ def decode_for_guide(host: DiffusionHost, latent: Tensor, mask: Tensor, decode: 
     """
     scale = host.downscale
     if decode == "whole" or scale == 1:
-        return host.decode(latent)
+        return host.decode_for_guide(latent)
     height, width = latent.shape[-2:]
     rows, columns = ((mask[0, 0] > 0).any(dim=axis).nonzero().flatten() for axis in (1, 0))
     top, bottom = _interval(rows, scale, height)
     left, right = _interval(columns, scale, width)
-    picture = host.decode(latent[..., top:bottom, left:right])
+    picture = host.decode_for_guide(latent[..., top:bottom, left:right])
     return F.pad(picture, (left * scale, (width - right) * scale, top * scale, (height - bottom) * scale))
 
 

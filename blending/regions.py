@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..images.masks import editable
 from ..models.clip.combined import CombinedGuide
 from ..models.clip.guide import ClipGuide
 from .shrink import Shrink
@@ -78,6 +79,10 @@ class Region:
         """The mask [1, 1, H, W] of the step at `progress` of the run: 0 is the first step that runs, 1 the last."""
         return self.mask if self.shrink is None else self.shrink.at(self.mask, progress)
 
+    def radius_at(self, progress: float) -> int:
+        """By how many pixels the mask is dilated there."""
+        return 0 if self.shrink is None else self.shrink.radius_at(progress)
+
     def by_guide(self) -> list[tuple[ClipGuide, list[Term]]]:
         """The terms by the CLIP that looks, which then looks once for all of its own."""
         found: dict[int, tuple[ClipGuide, list[Term]]] = {}
@@ -85,6 +90,30 @@ class Region:
             if term.weight != 0:
                 found.setdefault(id(term.guide), (term.guide, []))[1].append(term)
         return list(found.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMasks:
+    """The masks of one step, [1, 1, H, W] each: every region's, and where the picture may change at all."""
+
+    by_region: tuple[Tensor, ...]
+    union: Tensor
+
+
+class MaskSchedule:
+    """The regions' masks over a run, made once for each radius."""
+
+    def __init__(self, regions: Sequence[Region]):
+        self.regions = tuple(regions)
+        self._radii: tuple[int, ...] | None = None
+
+    def at(self, progress: float) -> StepMasks:
+        """For the step at `progress` of the run: 0 is the first step that runs, 1 the last."""
+        radii = tuple(region.radius_at(progress) for region in self.regions)
+        if radii != self._radii:
+            masks = tuple(region.at(progress) for region in self.regions)
+            self._radii, self._masks = radii, StepMasks(masks, editable(masks))
+        return self._masks
 
 
 def terms_for(

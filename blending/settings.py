@@ -45,7 +45,7 @@ class BlendSettings:
             Off in the paper's code. It tames a prior whose estimates overshoot at high noise, as small ones do; the
             range loss is 0 then.
         guide_decode: what of a latent estimate is decoded for CLIP: "whole", or the "window" around the mask (see
-            `decode_for_guide`); the range loss then holds within it.
+            `picture_for_guide`); the range loss then holds within it.
         chunk: copies that CLIP sees at once; 0 for all. Only memory depends on it.
     """
 

@@ -1,6 +1,7 @@
 """DDIM (Song et al. 2021), forwards and backwards, in variance-exploding space x = x0 + σ·n.
 
-There one deterministic step is one Euler step of dx/dσ = (x - x0) / σ (their §4.3).
+There one deterministic step is one Euler step of dx/dσ = (x - x0) / σ (their §4.3). The step that a loss's gradient
+enters is `schedule.guided_ddim_step`, in variance-preserving space.
 """
 
 from __future__ import annotations

@@ -6,9 +6,20 @@ Here x is in variance-preserving space, x_t = sqrt(ᾱ_t)·x0 + sqrt(1-ᾱ_t)·n
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
+
+
+def sigma_of(alpha: float) -> float:
+    """σ in VE space of the level ᾱ."""
+    return math.sqrt((1 - alpha) / alpha)
+
+
+def alpha_of(sigma: float) -> float:
+    """ᾱ of the level σ; the inverse of `sigma_of`."""
+    return 1 / (1 + sigma**2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +55,7 @@ class Schedule:
 
     def sigma(self, index: int) -> float:
         """σ of step `index` in VE space."""
-        alpha = self.alphas_cumprod[index]
-        return float(((1 - alpha) / alpha).sqrt())
+        return sigma_of(float(self.alphas_cumprod[index]))
 
     def alpha(self, index: int) -> float:
         """ᾱ of step `index`; 1 for index -1, the clean picture."""
@@ -95,8 +105,10 @@ def ddpm_step(
     noise: Tensor,
     index: int,
 ) -> Tensor:
-    """One ancestral step x_t → x_{t-1}. A loss's `gradient` ∂L/∂x_t shifts the mean by -Σ·∂L/∂x_t
-    (Dhariwal and Nichol 2021, Algorithm 1). All tensors are [B, C, h, w]."""
+    """One ancestral step x_t → x_{t-1}. All tensors are [B, C, h, w].
+
+    A loss's `gradient` ∂L/∂x_t shifts the mean by -Σ·∂L/∂x_t (Dhariwal and Nichol 2021, Algorithm 1).
+    """
     mean = schedule.posterior_mean(x0, x, index)
     variance = schedule.variance(learned, index)
     if gradient is not None:
@@ -104,10 +116,12 @@ def ddpm_step(
     return mean if index == 0 else mean + variance**0.5 * noise
 
 
-def ddim_step(schedule: Schedule, x: Tensor, x0: Tensor, gradient: Tensor | None, index: int) -> Tensor:
-    """One deterministic step x_t → x_{t-1} (Song et al. 2020, eq. 12, η = 0). A loss's `gradient` ∂L/∂x_t
-    enters the
-    score: ε + sqrt(1-ᾱ)·∂L/∂x_t (Dhariwal and Nichol 2021, Algorithm 2)."""
+def guided_ddim_step(schedule: Schedule, x: Tensor, x0: Tensor, gradient: Tensor | None, index: int) -> Tensor:
+    """One deterministic step x_t → x_{t-1} (Song et al. 2020, eq. 12, η = 0), with a loss's `gradient` ∂L/∂x_t.
+
+    The gradient enters the score: ε + sqrt(1-ᾱ)·∂L/∂x_t (Dhariwal and Nichol 2021, Algorithm 2). Without one it is
+    `ddim.ddim_step`, rounded otherwise: each has the arithmetic of the published code that it is compared with.
+    """
     alpha, before = schedule.alpha(index), schedule.alpha(index - 1)
     eps = (x - x0 * alpha**0.5) / (1 - alpha) ** 0.5
     if gradient is not None:

@@ -52,6 +52,10 @@ class DiffusionHost(Protocol):
         """x0 [B, C, h, w] → picture [B, 3, H, W], about -1..1 and not clamped. Gradients flow."""
         ...
 
+    def decode_for_guide(self, x0: Tensor) -> Tensor:
+        """`decode`, for a guide to look at; a host may have a cheaper decoder for it."""
+        return self.decode(x0)
+
     def predict(self, x: Tensor, sigma: float) -> Prediction:
         """One evaluation of the model at x [B, C, h, w] in VE space. Gradients flow where grad mode is on."""
         ...

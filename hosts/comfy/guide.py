@@ -1,4 +1,4 @@
-"""CLIP guides under ComfyUI's memory management (what a CLIP_GUIDE socket carries), and their decoder."""
+"""CLIP guides under ComfyUI's memory management (what a CLIP_GUIDE socket carries)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.model_patcher
-import torch
-from torch import Tensor
 
 from ...models.clip.combined import CombinedGuide
 from ..gradients import repair_inference_tensors
-from .host import ComfyHost, UnsupportedModel, decoded
+from .host import UnsupportedModel
 
 if TYPE_CHECKING:
     from ...models.clip.guide import ClipGuide
@@ -65,20 +63,3 @@ def check_guide_vae(vae: Any, guide_vae: Any) -> None:
             f"MODEL's VAE has {theirs[0]} channels and {theirs[1]}: connect the small VAE of the same family (taesd "
             "for SD 1.x and 2.x, taesdxl for SDXL), or none."
         )
-
-
-def host_with_guide_vae(guide_vae: Any | None) -> type[ComfyHost]:
-    """The kind of host in which the guide looks through `guide_vae`; the plain one for None.
-
-    What is decoded with gradients is what CLIP looks at, and nothing else.
-    """
-    if guide_vae is None:
-        return ComfyHost
-
-    class GuideVaeHost(ComfyHost):
-        def decode(self, x0: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return super().decode(x0)
-            return decoded(guide_vae, self._model.process_latent_out(x0))
-
-    return GuideVaeHost

@@ -39,7 +39,6 @@ LATENT_DOWNSCALE = 8
 GRADIENT_MEMORY = 4.0
 
 Result = TypeVar("Result")
-Host = TypeVar("Host", bound="ComfyHost")
 
 
 class UnsupportedModel(ValueError):
@@ -48,13 +47,17 @@ class UnsupportedModel(ValueError):
 
 @dataclasses.dataclass
 class ComfyHost:
-    """A ComfyUI MODEL, its conditioning and its VAE during one run. See `DiffusionHost`; made by `run`."""
+    """A ComfyUI MODEL, its conditioning and its VAE during one run. See `DiffusionHost`; made by `run`.
+
+    A guide looks through `guide_vae` where there is one.
+    """
 
     guider: comfy.samplers.CFGGuider
     vae: Any
     extra_args: dict[str, Any]
     device: torch.device
     downscale: int
+    guide_vae: Any | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def _model(self) -> Any:
@@ -71,6 +74,9 @@ class ComfyHost:
 
     def decode(self, x0: Tensor) -> Tensor:
         return decoded(self.vae, self._model.process_latent_out(x0))
+
+    def decode_for_guide(self, x0: Tensor) -> Tensor:
+        return decoded(self.vae if self.guide_vae is None else self.guide_vae, self._model.process_latent_out(x0))
 
     def predict(self, x: Tensor, sigma: float) -> Prediction:
         variance: collections.deque[Tensor] = collections.deque()
@@ -213,11 +219,10 @@ def run(
     cfg: float,
     noise: Tensor,
     seed: int,
-    body: Callable[[Host], Result],
+    body: Callable[[ComfyHost], Result],
     *,
     gradients: bool,
     beside: Sequence[Any] = (),
-    host: type[Host] = ComfyHost,
 ) -> Result:
     """Runs `body(host)` with everything loaded on ComfyUI's device and returns what it returns.
 
@@ -225,7 +230,6 @@ def run(
     noise: [B, C, h, w]; says how large the run is, and draws the class of class-conditional priors.
     gradients: whether `body` differentiates through the model or the VAE.
     beside: further ModelPatchers that must be loaded at the same time.
-    host: the kind of host that `body` gets.
 
     The caller's MODEL and CONDITIONING stay as they are, also after an error or an interrupt.
     """
@@ -252,7 +256,7 @@ def run(
                 refuse_partial_load(private)
             patchers.extend(guider.loaded_models)
             guider.conds = ordinary(guider.conds)
-            results.append(body(host(guider, vae, extra_args, private.load_device, _downscale(vae))))
+            results.append(body(ComfyHost(guider, vae, extra_args, private.load_device, _downscale(vae))))
             return torch.zeros_like(noise)
 
         shape = list(noise.shape)

@@ -326,7 +326,7 @@ CALLS: tuple[Name, ...] = (
     _call(
         f"{_BASE}.process_latent_out",
         "latent",
-        "comfy.guide comfy.host comfy.learner.learner nodes.swap.invert nodes.swap.run",
+        "comfy.host comfy.learner.learner nodes.swap.invert nodes.swap.run",
         "the VAE's scale",
     ),
     _call(

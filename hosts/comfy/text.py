@@ -223,7 +223,11 @@ def run_text(
     for name, given in (("positive", positive), ("negative", negative)):
         if not given:
             raise ValueError(f"{name} is empty: connect the CONDITIONING of a text encode node to it.")
-    return run(model, vae, positive, negative, cfg, noise, seed, body, gradients=gradients, host=ComfyTextHost)
+
+    def with_text(host: ComfyHost) -> Result:
+        return body(ComfyTextHost(host.guider, host.vae, host.extra_args, host.device, host.downscale))
+
+    return run(model, vae, positive, negative, cfg, noise, seed, with_text, gradients=gradients)
 
 
 class _OwnLength(comfy.conds.CONDCrossAttn):

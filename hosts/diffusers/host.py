@@ -99,6 +99,10 @@ class DiffusersHost:
         """See `DiffusionHost.decode`."""
         return x0 if self.vae is None else self.vae.decode(x0 / self.vae.config.scaling_factor).sample
 
+    def decode_for_guide(self, x0: Tensor) -> Tensor:
+        """See `DiffusionHost.decode_for_guide`."""
+        return self.decode(x0)
+
     def predict(self, x: Tensor, sigma: float) -> Prediction:
         """See `DiffusionHost.predict`; σ off the training grid takes the nearest timestep (in log σ)."""
         return self._ask(self.network, x, sigma)

@@ -16,8 +16,9 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...blending.denoiser import GuidedDenoiser, Step, guided_denoiser
 from ...blending.guidance import Guidance
-from ...blending.sampler import guided_estimate
+from ...diffusion.schedule import alpha_of
 from ...hosts.comfy.host import ComfyHost, memory_needed, ordinary, refuse_partial_load
 from ...hosts.gradients import without_copies
 from ...images.masks import latent_mask
@@ -56,11 +57,11 @@ class BlendGuider(comfy.samplers.CFGGuider):
     A sampler that steps towards x̂0 then carries the source, noised to its own level, outside the mask, and ends there
     at the source itself; with fresh noise where the sampler adds some.
 
-    model: a MODEL; a private clone of it runs. vae: decodes for the guide.
+    model: a MODEL; a private clone of it runs. vae: encodes the source, and decodes for the guide.
     source: the picture, [1, 3, H, W] in -1..1, of a size that the VAE divides.
     make_guidance: gives the `Guidance` of a run from its device and one seed per candidate.
     patchers: what must be loaded beside MODEL and VAE.
-    host: the kind of host that the guide looks through.
+    guide_vae: decodes for the guide in the place of `vae`.
     """
 
     def __init__(
@@ -70,11 +71,11 @@ class BlendGuider(comfy.samplers.CFGGuider):
         source: Tensor,
         make_guidance: Callable[[torch.device, Sequence[int]], Guidance],
         patchers: Sequence[Any],
-        host: type[ComfyHost],
+        guide_vae: Any | None = None,
     ):
         super().__init__(model.clone())
         self.vae, self.source, self.make_guidance = vae, source, make_guidance
-        self.patchers, self.host_kind = [vae.patcher, *patchers], host
+        self.patchers, self.guide_vae = [vae.patcher, *patchers], guide_vae
         self.run: _Run | None = None
 
     def set_conds(self, positive: Any, negative: Any) -> None:
@@ -116,23 +117,21 @@ class BlendGuider(comfy.samplers.CFGGuider):
         model_options = model_options or {}
         with torch.inference_mode(False), torch.no_grad():
             x, sigma = x.detach().clone(), float(timestep.max())
-            host = self.host_kind(
+            host = ComfyHost(
                 _Model(self),
                 self.vae,
                 {"model_options": model_options, "seed": seed},
                 x.device,
                 self.vae.downscale_ratio,
+                guide_vae=self.guide_vae,
             )
-            if self.run.guidance is None:
+            run = self.run
+            if run.denoise is None:
                 self._begin(host)
-            guidance, run = self.run.guidance, self.run
-            settings = guidance.settings
-            number, total = place(sigma, model_options["transformer_options"]["sample_sigmas"])
-            progress = number / max(total - 1, 1)
-            x0 = guided_estimate(
-                host, guidance, settings, x.float(), sigma, progress, settings.schedule.factor(number, total)
-            )
-            mask = latent_mask(guidance.at(progress), host.downscale).to(x0)
+            step, alpha = step_at(sigma, model_options["transformer_options"]["sample_sigmas"]), alpha_of(sigma)
+            denoise = dataclasses.replace(run.denoise, host=host)
+            x0 = denoise(x.float() * alpha**0.5, alpha, step).moved(alpha)
+            mask = latent_mask(denoise.guidance.at(step.progress), host.downscale).to(x0)
             return (x0 * mask + run.source * (1 - mask)).to(x.dtype)
 
     def _begin(self, host: ComfyHost) -> None:
@@ -141,8 +140,9 @@ class BlendGuider(comfy.samplers.CFGGuider):
         self.conds = ordinary(self.conds)
         run = self.run
         run.beside = list(self.loaded_models)
-        run.guidance = self.make_guidance(host.device, [run.seed + row for row in range(run.candidates)])
-        run.source = host.encode(run.guidance.source)
+        guidance = self.make_guidance(host.device, [run.seed + row for row in range(run.candidates)])
+        run.denoise = guided_denoiser(host, guidance, guidance.settings)
+        run.source = host.encode(guidance.source)
 
     def check_size(self, noise: Tensor) -> None:
         scale = self.vae.downscale_ratio
@@ -161,16 +161,16 @@ class _Run:
 
     seed: int
     candidates: int
-    guidance: Guidance | None = None
+    denoise: GuidedDenoiser | None = None
     source: Tensor | None = None
     beside: Sequence[Any] = ()
 
 
-def place(sigma: float, sigmas: Tensor) -> tuple[int, int]:
-    """Which step, from 0, of how many `sigma` is in; a sampler may call the model between two of the `sigmas`."""
+def step_at(sigma: float, sigmas: Tensor) -> Step:
+    """The step that `sigma` is in; a sampler may call the model between two of the `sigmas`."""
     total = max(len(sigmas) - 1, 1)
     reached = int((sigmas >= sigma * (1 - 1e-4)).sum()) - 1
-    return min(max(reached, 0), total - 1), total
+    return Step(min(max(reached, 0), total - 1), total)
 
 
 def refuse_sampler(sampler: Any) -> None:

@@ -143,7 +143,6 @@ def _unused(settings: Settings) -> list[str]:
 def _guider(job: Job, image: torch.Tensor) -> BlendGuider:
     """The guider of a job for `image` [1, H, W, C]; ValueError where the masks mark nothing of it."""
     from ...blending.guidance import Guidance
-    from ...hosts.comfy.guide import host_with_guide_vae
     from .blend_guider import BlendGuider
 
     models = job.models
@@ -163,8 +162,7 @@ def _guider(job: Job, image: torch.Tensor) -> BlendGuider:
         generators = job.augment.generators(seeds)
         return Guidance(job.settings, regions, source.to(device), job.augment, generators, perceptual)
 
-    host = host_with_guide_vae(models.guide_vae)
-    return BlendGuider(models.model, models.vae, source, guidance_of_run, job.patchers(job.requests), host)
+    return BlendGuider(models.model, models.vae, source, guidance_of_run, job.patchers(job.requests), models.guide_vae)
 
 
 def _frame(image: torch.Tensor, model, vae) -> Frame:

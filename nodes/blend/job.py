@@ -323,7 +323,6 @@ def _sample(
     from ...blending.guidance import Guidance
     from ...blending.sampler import CandidateNoise, blended_diffusion
     from ...hosts.comfy import host as comfy_host
-    from ...hosts.comfy.guide import host_with_guide_vae
 
     models, settings, canvas = job.models, job.settings, part.canvas
     requests = [region.request for region in part.regions]
@@ -347,7 +346,8 @@ def _sample(
             losses.append(report.losses)
             progress.step(report)
 
-        return blended_diffusion(host, guidance, seeds, settings, on_step)
+        looking = dataclasses.replace(host, guide_vae=models.guide_vae)
+        return blended_diffusion(looking, guidance, seeds, settings, on_step)
 
     return comfy_host.run(
         models.model,
@@ -360,7 +360,6 @@ def _sample(
         body,
         gradients=bool(guided),
         beside=job.patchers(requests),
-        host=host_with_guide_vae(models.guide_vae),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blendswap.blending.augment import ExtendingAugmentations
-from blendswap.blending.guidance import Guidance
+from blendswap.blending.guidance import Guidance, GuidanceGradient
 from blendswap.blending.losses import DISTANCES
 from blendswap.blending.regions import Region
 from blendswap.blending.settings import BlendSettings
@@ -62,16 +62,16 @@ def squared(first: Tensor, second: Tensor) -> Tensor:
     return (first - second).square().flatten(1).sum(dim=1)
 
 
-def assert_same(first, second) -> None:
-    for one, other in zip(first[:2], second[:2], strict=True):
+def assert_same(first: GuidanceGradient, second: GuidanceGradient) -> None:
+    for one, other in ((first.by_seen, second.by_seen), (first.by_estimate, second.by_estimate)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
-    torch.testing.assert_close(first[2]["clip"], second[2]["clip"])
+    torch.testing.assert_close(first.losses["clip"], second.losses["clip"])
 
 
 @pytest.mark.parametrize("distance", ["cosine", "spherical"])
 def test_the_gradient_is_that_of_the_written_out_loss(guide, distance: str) -> None:
     seen, estimate = pictures(2, 1), pictures(2, 2)
-    by_seen, by_estimate, losses = make(guide, distance=distance, guidance=300.0).gradient(seen, estimate)
+    pull = make(guide, distance=distance, guidance=300.0).gradient(seen, estimate)
 
     seen.requires_grad_(), estimate.requires_grad_()
     other = make(guide)
@@ -79,14 +79,14 @@ def test_the_gradient_is_that_of_the_written_out_loss(guide, distance: str) -> N
     clip = DISTANCES[distance](guide.embed_image(views), other.regions[0].terms[0].target).view(6, 2).mean(dim=0)
     ranged = (estimate - estimate.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
     (300 * clip + 50 * ranged).sum().backward()
-    torch.testing.assert_close(losses["clip"], clip.detach())
-    torch.testing.assert_close(losses["range"], ranged.detach())
-    torch.testing.assert_close(by_seen, seen.grad, rtol=1e-4, atol=1e-4 * seen.grad.abs().max().item())
-    torch.testing.assert_close(by_estimate, estimate.grad)
+    torch.testing.assert_close(pull.losses["clip"], clip.detach())
+    torch.testing.assert_close(pull.losses["range"], ranged.detach())
+    torch.testing.assert_close(pull.by_seen, seen.grad, rtol=1e-4, atol=1e-4 * seen.grad.abs().max().item())
+    torch.testing.assert_close(pull.by_estimate, estimate.grad)
 
 
 def test_clip_sees_nothing_outside_the_mask(guide) -> None:
-    by_seen, _, _ = make(guide).gradient(pictures(), pictures())
+    by_seen = make(guide).gradient(pictures(), pictures()).by_seen
     outside = (rectangle() == 0).expand_as(by_seen)
     assert by_seen[outside].abs().max() == 0 and by_seen[~outside].abs().min() >= 0 and by_seen.abs().max() > 0
 
@@ -100,7 +100,8 @@ def test_the_result_does_not_depend_on_the_chunk(guide, chunk: int) -> None:
 def test_a_candidate_has_the_same_gradient_alone_and_in_a_batch(guide) -> None:
     together = make(guide, seeds=(7, 8, 9)).gradient(pictures(3), pictures(3))
     alone = make(guide, seeds=(8,)).gradient(pictures(3)[1:2], pictures(3)[1:2])
-    assert_same(alone, (together[0][1:2], together[1][1:2], {"clip": together[2]["clip"][1:2]}))
+    losses = {"clip": together.losses["clip"][1:2]}
+    assert_same(alone, GuidanceGradient(together.by_seen[1:2], together.by_estimate[1:2], losses))
 
 
 def test_running_out_of_memory_halves_the_chunk_and_changes_nothing_else(guide, caplog) -> None:
@@ -108,11 +109,12 @@ def test_running_out_of_memory_halves_the_chunk_and_changes_nothing_else(guide, 
     plain = [first.gradient(pictures(2, step), pictures(2, step)) for step in range(2)]
     guide.limit = 2 * 2  # two copies of two candidates
     short = make(guide)
+    chunk = short.chunk_size()
     with caplog.at_level(logging.WARNING):
-        tight = [short.gradient(pictures(2, step), pictures(2, step)) for step in range(2)]
+        tight = [short.gradient(pictures(2, step), pictures(2, step), chunk=chunk) for step in range(2)]
     for one, other in zip(tight, plain, strict=True):
         assert_same(one, other)
-    assert short.chunk == 2
+    assert chunk.copies == 2
     # 6, 3, 2: told once each, and not tried again at the next step.
     assert [record.getMessage() for record in caplog.records] == [
         f"Out of memory in the guide; going on with {count} copies at a time." for count in (3, 2)
@@ -138,8 +140,9 @@ def test_the_chunk_is_halved_whatever_words_the_device_has_for_it(guide, monkeyp
 
     monkeypatch.setattr(ShortOfMemory, "embed_image", small_memory)
     short = make(guide)
-    assert_same(short.gradient(pictures(), pictures()), plain)
-    assert short.chunk == 2
+    chunk = short.chunk_size()
+    assert_same(short.gradient(pictures(), pictures(), chunk=chunk), plain)
+    assert chunk.copies == 2
 
 
 def test_other_errors_of_the_guide_come_out_as_they_are(guide, monkeypatch) -> None:
@@ -154,10 +157,10 @@ def test_other_errors_of_the_guide_come_out_as_they_are(guide, monkeypatch) -> N
 def test_the_next_run_tries_the_whole_chunk_again(guide) -> None:
     guide.limit = 4
     guidance = make(guide)
-    guidance.gradient(pictures(), pictures())
-    assert guidance.chunk == 2
-    guidance.begin()
-    assert guidance.chunk == 6
+    chunk = guidance.chunk_size()
+    guidance.gradient(pictures(), pictures(), chunk=chunk)
+    assert chunk.copies == 2
+    assert guidance.chunk_size().copies == 6
 
 
 def test_out_of_memory_with_one_copy_says_what_to_do(guide) -> None:
@@ -177,18 +180,18 @@ def test_what_steers(guide, text, guidance, background_weight, active) -> None:
 
 def test_only_what_is_asked_for_is_computed(guide) -> None:
     made = make(guide, text=False, range_weight=0.0, background_weight=2.0, perceptual=squared)
-    by_seen, by_estimate, losses = made.gradient(pictures(), pictures())
-    assert losses.keys() == {"background"} and by_estimate is None and by_seen.abs().sum() > 0
+    pull = made.gradient(pictures(), pictures())
+    assert pull.losses.keys() == {"background"} and pull.by_estimate is None and pull.by_seen.abs().sum() > 0
 
 
 def test_the_papers_background_loss_is_half_of_mse_and_lpips(guide) -> None:
     made = make(guide, text=False, range_weight=0.0, background_weight=100.0, perceptual=squared)
     seen = pictures()
-    by_seen, _, losses = made.gradient(seen, seen)
+    pull = made.gradient(seen, seen)
     difference = (seen - made.source) * (1 - rectangle())
     count = difference[0].numel()
-    torch.testing.assert_close(losses["background"], difference.square().flatten(1).sum(1) * (1 / count + 1) / 2)
-    torch.testing.assert_close(by_seen, 100 * difference * (1 / count + 1))
+    torch.testing.assert_close(pull.losses["background"], difference.square().flatten(1).sum(1) * (1 / count + 1) / 2)
+    torch.testing.assert_close(pull.by_seen, 100 * difference * (1 / count + 1))
 
 
 def test_the_published_background_loss_compares_with_the_unmasked_source(guide) -> None:
@@ -196,12 +199,12 @@ def test_the_published_background_loss_compares_with_the_unmasked_source(guide) 
         guide, text=False, range_weight=0.0, background_weight=1000.0, background_loss="official", perceptual=squared
     )
     seen = pictures()
-    by_seen, _, losses = made.gradient(seen, seen)
+    pull = made.gradient(seen, seen)
     difference = seen * (1 - rectangle()) - made.source
     count = difference[0].numel()
-    torch.testing.assert_close(losses["background"], difference.square().flatten(1).sum(1) * (10 / count + 1))
+    torch.testing.assert_close(pull.losses["background"], difference.square().flatten(1).sum(1) * (10 / count + 1))
     expected = (10000 / count + 1000) * 2 * difference * (1 - rectangle())
-    torch.testing.assert_close(by_seen, expected)
+    torch.testing.assert_close(pull.by_seen, expected)
 
 
 def test_a_background_loss_without_lpips_is_refused(guide) -> None:

@@ -78,7 +78,7 @@ def make(*regions: Region, seeds=(1, 2), **dials) -> Guidance:
 
 
 def pull(*regions: Region, **dials) -> Tensor:
-    return make(*regions, **dials).gradient(picture(2), picture(2))[0]
+    return make(*regions, **dials).gradient(picture(2), picture(2)).by_seen
 
 
 def same(one: Tensor, other: Tensor) -> None:
@@ -131,7 +131,7 @@ def test_strength_is_a_factor_of_the_guidance(first) -> None:
 
 def test_a_step_can_count_for_more(first) -> None:
     region = Region(box(1, 12), terms_for(first, WORDS[0]))
-    strong = make(region).gradient(picture(2), picture(2), factor=3.0)[0]
+    strong = make(region).gradient(picture(2), picture(2), factor=3.0).by_seen
     same(strong, 3 * pull(region))
 
 
@@ -210,7 +210,7 @@ def test_every_term_is_reported_under_what_it_is(first) -> None:
         "towards 'a red star' (first, +1)",
         "away from 'a blue ring' (first, -0.5)",
     ]
-    losses = make(Region(box(1, 9), terms), Region(box(11, 18), terms[:1])).gradient(picture(2), picture(2))[2]
+    losses = make(Region(box(1, 9), terms), Region(box(11, 18), terms[:1])).gradient(picture(2), picture(2)).losses
     assert list(losses) == [
         "clip: region 1 towards 'a red star' (first, +1)",
         "clip: region 1 away from 'a blue ring' (first, -0.5)",
@@ -258,15 +258,16 @@ def test_running_out_of_memory_in_one_of_several_terms_changes_nothing_but_the_c
     whole = pull(*regions)
     second.limit = 2 * 2
     tight = make(*regions)
-    same(tight.gradient(picture(2), picture(2))[0], whole)
-    assert tight.chunk == 2 and "going on with 2 copies" in caplog.text
+    chunk = tight.chunk_size()
+    same(tight.gradient(picture(2), picture(2), chunk=chunk).by_seen, whole)
+    assert chunk.copies == 2 and "going on with 2 copies" in caplog.text
 
 
 def test_a_candidate_has_the_same_gradient_alone_and_in_a_batch(first, second) -> None:
     guide = CombinedGuide([(first, 1.0), (second, 1.0)])
     regions = [Region(box(1, 12), terms_for(guide, WORDS[0])), Region(box(8, 18), terms_for(first, WORDS[1]))]
     together = pull(*regions, seeds=(7, 8))
-    alone = make(*regions, seeds=(8,)).gradient(picture(2)[1:], picture(2)[1:])[0]
+    alone = make(*regions, seeds=(8,)).gradient(picture(2)[1:], picture(2)[1:]).by_seen
     same(alone, together[1:])
 
 

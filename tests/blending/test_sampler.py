@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blendswap.blending.augment import ExtendingAugmentations
+from blendswap.blending.denoiser import GuidedEstimate, Step, guided_denoiser
 from blendswap.blending.guidance import Guidance
 from blendswap.blending.regions import Region
-from blendswap.blending.sampler import CandidateNoise, Edit, StepReport, blended_diffusion
+from blendswap.blending.sampler import CandidateNoise, StepReport, blended_diffusion
 from blendswap.blending.schedule import GuideSchedule
 from blendswap.blending.settings import BlendSettings
 from blendswap.blending.shrink import Shrink
@@ -71,6 +72,9 @@ class PixelHost:
     def decode(self, x0: Tensor) -> Tensor:
         self.decoded += 1
         return x0
+
+    def decode_for_guide(self, x0: Tensor) -> Tensor:
+        return self.decode(x0)
 
     def predict(self, x: Tensor, sigma: float) -> Prediction:
         timestep = (self.train_sigmas - sigma).abs().argmin().repeat(len(x))
@@ -327,7 +331,7 @@ def test_a_steps_gradient_is_that_of_the_written_out_loss(guide, latent, guided_
     host = LatentHost() if latent else PixelHost(learned_variance=False)
     picture_size, seeds, index, copies = SIZE * host.downscale, (1, 2), 1, 3
     settings = BlendSettings(
-        steps=4, start=1, guidance=300.0, guided_input=guided_input, gradient=gradient, blend=False, chunk=2
+        steps=4, start=2, guidance=300.0, guided_input=guided_input, gradient=gradient, blend=False, chunk=2
     )
     schedule = Schedule.respaced(host.train_sigmas, 4)
     source = host.encode(source_picture(picture_size))
@@ -335,8 +339,9 @@ def test_a_steps_gradient_is_that_of_the_written_out_loss(guide, latent, guided_
 
     def step(text: bool) -> Tensor:
         guidance = make(guide, settings, seeds, text=text, copies=copies, size=picture_size)
-        shared = Edit(host, guidance, settings, schedule, source)
-        return shared.step(x, index, CandidateNoise(seeds, host.device))[0]
+        reports: list[StepReport] = []
+        blended_diffusion(host, guidance, seeds, settings, reports.append)
+        return reports[0].x
 
     # The variance is fixed, so what guidance adds to the mean is the gradient alone.
     got = (step(text=False) - step(text=True)) / schedule.variance(None, index)
@@ -367,14 +372,15 @@ def test_the_gradient_through_the_model_is_the_slope_of_the_loss(guide) -> None:
     noise = torch.randn(2, 1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(8))
     x, direction = schedule.add_noise(source_picture(), noise[0], index), noise[1]
 
-    def step(x: Tensor, text: bool = True) -> tuple[Tensor, float]:
-        shared = Edit(host, make(guide, settings, (1,), text=text), settings, schedule, source_picture())
-        made, _, losses = shared.step(x, index, CandidateNoise((1,), host.device))
-        return made, 300 * losses["clip"].item() if text else 0.0
+    def estimate(x: Tensor) -> GuidedEstimate:
+        denoise = guided_denoiser(host, make(guide, settings, (1,)), settings)
+        return denoise(x, schedule.alpha(index), Step(1, 3))
 
-    gradient = (step(x, text=False)[0] - step(x)[0]) / schedule.variance(None, index)
-    reach = 1e-2
-    slope = (step(x + reach * direction)[1] - step(x - reach * direction)[1]) / (2 * reach)
+    def loss(x: Tensor) -> float:
+        return 300 * estimate(x).losses["clip"].item()
+
+    gradient, reach = estimate(x).gradient, 1e-2
+    slope = (loss(x + reach * direction) - loss(x - reach * direction)) / (2 * reach)
     assert (gradient * direction).sum().item() == pytest.approx(slope, rel=0.02)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blendswap.diffusion.schedule import Schedule, ddim_step, ddpm_step
+from blendswap.diffusion.schedule import Schedule, ddpm_step, guided_ddim_step
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "ddpm_reference.json").read_text(encoding="utf-8"))
 STEPS = pytest.mark.parametrize("step", REFERENCE["steps"], ids=[f"step_{s['step']}" for s in REFERENCE["steps"]])
@@ -77,7 +77,7 @@ def test_ddpm_step_is_the_published_one(schedule: Schedule, step: dict, estimate
 @ESTIMATES
 def test_ddim_step_is_the_published_one(schedule: Schedule, step: dict, estimate: str) -> None:
     index, recorded = step["step"], step[estimate]
-    got = ddim_step(schedule, tensor(step["x"]), tensor(recorded["pred_xstart"]), LOSS_GRADIENT, index)
+    got = guided_ddim_step(schedule, tensor(step["x"]), tensor(recorded["pred_xstart"]), LOSS_GRADIENT, index)
     close(got, recorded["ddim_sample"])
 
 
@@ -86,7 +86,9 @@ def test_no_gradient_is_a_gradient_of_zero(schedule: Schedule, step: dict) -> No
     index, x, x0 = step["step"], tensor(step["x"]), tensor(step["unclipped"]["pred_xstart"])
     zero = torch.zeros_like(x)
     close(ddpm_step(schedule, x, x0, LEARNED, None, zero, index), step["unclipped"]["mean"])
-    torch.testing.assert_close(ddim_step(schedule, x, x0, None, index), ddim_step(schedule, x, x0, zero, index))
+    torch.testing.assert_close(
+        guided_ddim_step(schedule, x, x0, None, index), guided_ddim_step(schedule, x, x0, zero, index)
+    )
 
 
 def test_the_fixed_variance_is_the_lower_bound(schedule: Schedule) -> None:
@@ -100,7 +102,7 @@ def test_the_fixed_variance_is_the_lower_bound(schedule: Schedule) -> None:
 def test_the_last_step_adds_no_noise(schedule: Schedule) -> None:
     x, x0 = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(ddpm_step(schedule, x, x0, None, None, torch.randn_like(x) * 1e3, 0), x0)
-    torch.testing.assert_close(ddim_step(schedule, x, x0, None, 0), x0)
+    torch.testing.assert_close(guided_ddim_step(schedule, x, x0, None, 0), x0)
 
 
 def test_noise_is_added_to_the_level_asked_for(schedule: Schedule) -> None:

@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ def test_the_pretended_device_refuses_float64():
 
 def test_an_edit_needs_no_float64_on_the_device():
     from blendswap.blending.sampler import CandidateNoise
-    from blendswap.diffusion.schedule import Schedule, ddim_step, ddpm_step
+    from blendswap.diffusion.schedule import Schedule, ddpm_step, guided_ddim_step
     from blendswap.images.masks import width_of
 
     with Mps():
@@ -54,7 +55,7 @@ def test_an_edit_needs_no_float64_on_the_device():
         x, x0, learned = (noise.like(torch.Size([3, 8, 8])) for _ in range(3))
         for step in (
             ddpm_step(schedule, x, x0, learned, x0, noise.like(x.shape[1:]), 5),
-            ddim_step(schedule, x, x0, x0, 5),
+            guided_ddim_step(schedule, x, x0, x0, 5),
         ):
             assert type(step) is OnMps
         assert width_of(mask().to(MPS)) == width_of(mask()) == 24
@@ -132,7 +133,7 @@ def noisy() -> torch.Tensor:
 def slope(host, x: torch.Tensor | None = None) -> torch.Tensor:
     with torch.enable_grad():
         leaf = (noisy() if x is None else x).requires_grad_()
-        return torch.autograd.grad(host.decode(host.predict(leaf, 2.0).x0).square().mean(), leaf)[0]
+        return torch.autograd.grad(host.decode_for_guide(host.predict(leaf, 2.0).x0).square().mean(), leaf)[0]
 
 
 def null_slope(host) -> torch.Tensor:
@@ -190,14 +191,11 @@ def refuse_elsewhere(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("through_guide_vae", [False, True])
 def test_a_vae_on_the_cpu_decodes_for_a_model_on_the_device(parts, monkeypatch, through_guide_vae):
     """--cpu-vae, Select VAE Device."""
-    from blendswap.hosts.comfy.guide import host_with_guide_vae
-
     expected = run(parts, slope)
     refuse_elsewhere(parts.vae.first_stage_model, monkeypatch)
-    kind = host_with_guide_vae(parts.vae if through_guide_vae else None)
 
     def there(host):
-        host = kind(host.guider, host.vae, host.extra_args, MPS, host.downscale)
+        host = dataclasses.replace(host, device=MPS, guide_vae=parts.vae if through_guide_vae else None)
         with Mps():
             x = noisy().to(MPS)
             with torch.no_grad():

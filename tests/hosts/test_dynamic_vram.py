@@ -325,7 +325,7 @@ def guided(of: SimpleNamespace) -> torch.Tensor:
     from blendswap.blending.regions import Region, Term
     from blendswap.blending.settings import BlendSettings
     from blendswap.demo import files
-    from blendswap.hosts.comfy.guide import ComfyGuide, host_with_guide_vae
+    from blendswap.hosts.comfy.guide import ComfyGuide
     from blendswap.models.clip.guide import load_clip_guide
     from blendswap.nodes.blend.blend_guider import BlendGuider
 
@@ -341,7 +341,7 @@ def guided(of: SimpleNamespace) -> torch.Tensor:
             region = Region(mask.to(device), (Term(clip, clip.embed_text(["a blue ring"])[0], 1.0),))
             return Guidance(settings, (region,), source.to(device), augment, augment.generators(seeds))
 
-        guider = BlendGuider(of.model, of.vae, source, guidance, guide.patchers, host_with_guide_vae(None))
+        guider = BlendGuider(of.model, of.vae, source, guidance, guide.patchers)
         guider.set_conds(of.positive, of.negative)
         guider.set_cfg(1.0)
         noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))

@@ -137,9 +137,9 @@ def interrupted(comfy, monkeypatch) -> Callable[[], AbstractContextManager]:
     def at_the_second_step():
         import comfy.model_management as management
 
-        from blendswap.blending import sampler as core
+        from blendswap.blending.denoiser import GuidedDenoiser
 
-        calls, real = [], core.guided_prediction
+        calls, real = [], GuidedDenoiser.guided
 
         def interrupting(*arguments):
             calls.append(1)
@@ -148,7 +148,7 @@ def interrupted(comfy, monkeypatch) -> Callable[[], AbstractContextManager]:
             return real(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(core, "guided_prediction", interrupting)
+            patch.setattr(GuidedDenoiser, "guided", interrupting)
             with pytest.raises(management.InterruptProcessingException):
                 yield
         assert len(calls) == 2

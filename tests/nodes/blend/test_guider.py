@@ -141,8 +141,8 @@ def test_schedulers_are_taken_as_they_are(guider, scheduler):
 
 
 def test_euler_is_the_methods_own_ddim_step():
-    """x̂0 moved by the guidance, stepped towards by Euler, is `ddim_step` with the gradient."""
-    from blendswap.diffusion.schedule import Schedule, ddim_step
+    """x̂0 moved by the guidance, stepped towards by Euler, is `guided_ddim_step` with the gradient."""
+    from blendswap.diffusion.schedule import Schedule, guided_ddim_step
 
     generator = torch.Generator().manual_seed(0)
     x, x0, gradient = (torch.randn(1, 3, 4, 4, generator=generator) for _ in range(3))
@@ -152,7 +152,7 @@ def test_euler_is_the_methods_own_ddim_step():
     sigma, following = schedule.sigma(1), schedule.sigma(0)
     ve = x / alpha**0.5
     euler = (ve + (ve - moved) / sigma * (following - sigma)) * before**0.5
-    torch.testing.assert_close(euler, ddim_step(schedule, x, x0, gradient, 1))
+    torch.testing.assert_close(euler, guided_ddim_step(schedule, x, x0, gradient, 1))
 
 
 # What it does ---------------------------------------------------------------------------------------------

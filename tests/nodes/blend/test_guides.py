@@ -175,15 +175,15 @@ def test_a_guide_connected_twice_is_loaded_once(parts):
 
 
 def test_a_schedule_says_which_steps_are_guided(sample, monkeypatch):
-    from blendswap.blending import sampler as core
+    from blendswap.blending.denoiser import GuidedDenoiser
 
-    factors, real = [], core.guided_prediction
+    factors, real = [], GuidedDenoiser.guided
 
     def watched(*arguments):
         factors.append(arguments[-1])
         return real(*arguments)
 
-    monkeypatch.setattr(core, "guided_prediction", watched)
+    monkeypatch.setattr(GuidedDenoiser, "guided", watched)
     mask = box(16, 48)
     sample(mask, "a red star", steps=6, start=0, schedule=schedule(start=0.3, every=2))
     assert factors == [1.0, 1.0]

@@ -189,16 +189,16 @@ def test_a_single_step_runs_and_a_start_beyond_the_steps_is_refused(sample):
 
 
 def test_clamp_keeps_every_estimate_in_the_range_of_a_picture(sample, monkeypatch):
-    from blendswap.blending import sampler as core
+    from blendswap.blending.denoiser import GuidedDenoiser
 
-    estimates, real = [], core.Edit.step
+    estimates, real = [], GuidedDenoiser.__call__
 
     def watched(self, *arguments):
-        outcome = real(self, *arguments)
-        estimates.append(outcome[1].abs().max().item())
-        return outcome
+        estimate = real(self, *arguments)
+        estimates.append(estimate.x0.abs().max().item())
+        return estimate
 
-    monkeypatch.setattr(core.Edit, "step", watched)
+    monkeypatch.setattr(GuidedDenoiser, "__call__", watched)
     image, mask = scene_image()
     sample(image, mask, clamp=False)
     loose, estimates[:] = max(estimates), []
