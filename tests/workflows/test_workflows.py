@@ -274,7 +274,9 @@ def test_the_baseline_differs_from_the_method_by_its_dials_alone_and_keeps_the_b
 @pytest.fixture(scope="module")
 def tiny_files(server: ComfyServer, photograph: Path) -> dict[str, dict[str, Any]]:
     """Random checkpoints of the published layouts on the server; gives the inputs that choose them."""
-    from blendswap.models.clip.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
+    from blendswap.models.clip.loading import build_demo_clip
+    from blendswap.models.clip.tokens import CompactTokenizer, compact_vocabulary
+    from blendswap.tools.training.clip import save_demo_clip
 
     models = server.log_path.parent / "models"
     for folder in ("guided_diffusion", "clip_guidance"):
