@@ -30,7 +30,8 @@ from ..demo import files
 from ..diffusion.schedule import Schedule
 from ..hosts.diffusers.host import DiffusersHost
 from ..models.adm.network import GuidedDiffusionUNet
-from ..models.clip.guide import ClipGuide, load_clip_guide
+from ..models.clip.guide import ClipGuide
+from ..models.clip.loading import load_clip_guide
 from .options import Parser, processor
 
 

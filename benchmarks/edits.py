@@ -37,7 +37,8 @@ from ..images.canvas import Canvas
 from ..images.paste import exact_paste
 from ..images.window import window_for
 from ..models.clip.combined import CombinedGuide
-from ..models.clip.guide import ClipGuide, load_clip_guide
+from ..models.clip.guide import ClipGuide
+from ..models.clip.loading import load_clip_guide
 from ..models.lpips import Perceptual
 from .options import Parser, add_json
 

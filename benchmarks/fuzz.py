@@ -199,7 +199,7 @@ class Parts:
     @cache
     def guide() -> Any:
         from ..hosts.comfy.guide import ComfyGuide
-        from ..models.clip.guide import load_clip_guide
+        from ..models.clip.loading import load_clip_guide
 
         with torch.inference_mode():
             return ComfyGuide.wrap(load_clip_guide(files.CLIP, "auto", "cpu", torch.float32))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..weights.files import read_safetensors
+from ..weights.files import read_safetensors, replacement
 
 FORMAT = "blendswap concept training 1"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,16 +64,12 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     tensors |= {"losses": checkpoint.losses, "probe": checkpoint.probe}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "step": str(checkpoint.step), "identity": json.dumps(checkpoint.identity)}
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata=metadata)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        # One name for all, so that a killed process leaves one file at most, which the next write takes the place of.
+        with replacement(path, path.with_name(path.name + ".partial")) as partial:
+            save_file(tensors, partial, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
         kept = f" The one of an earlier step is still there: {path}." if path.exists() else ""
         what = (

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..weights.precision import as_float32, as_stored
 from ..weights.read import read_weights
 
 BACKBONE_FILES = {
@@ -75,11 +76,11 @@ class DemoBackbone(nn.Module):
 
 def save_demo_backbone(backbone: DemoBackbone, path: str | Path) -> None:
     """Write `backbone` as the one-file safetensors (fp16) that `Perceptual("demo", path)` reads."""
-    weights = {
-        key: value.detach().cpu().to(torch.float16 if value.is_floating_point() else value.dtype).contiguous()
-        for key, value in backbone.state_dict().items()
-    }
-    save_file(weights, str(path), metadata={DEMO_METADATA: json.dumps({"channels": backbone.channels})})
+    save_file(
+        as_stored(backbone.state_dict()),
+        str(path),
+        metadata={DEMO_METADATA: json.dumps({"channels": backbone.channels})},
+    )
 
 
 class Perceptual(nn.Module):
@@ -182,9 +183,7 @@ def _demo_network(path: Path) -> nn.Module:
         raise ValueError(f"{path} is not a demo LPIPS backbone: its metadata has no '{DEMO_METADATA}'. {cure}")
     backbone = DemoBackbone(json.loads(metadata[DEMO_METADATA])["channels"])
     try:
-        backbone.load_state_dict(
-            {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
-        )
+        backbone.load_state_dict(as_float32(weights))
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights its metadata describes ({error}). {cure}") from error
     with warnings.catch_warnings():

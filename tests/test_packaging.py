@@ -118,7 +118,7 @@ def test_the_wheel_works_by_itself_and_holds_no_tests(tmp_path):
         assert not path.is_file() or f"blendswap/{path.relative_to(ROOT).as_posix()}" in names
     code = (
         "import blendswap, pkgutil, sys; assert blendswap.__path__[0].startswith(sys.argv[1]), blendswap.__path__\n"
-        "from blendswap.models.clip.guide import load_clip_guide; from blendswap.demo import files\n"
+        "from blendswap.models.clip.loading import load_clip_guide; from blendswap.demo import files\n"
         "from blendswap.attention_swap import capture, sweep, swapper; from blendswap.concepts import trainer\n"
         "load_clip_guide(files.CLIP).embed_text(['a red star'])"
     )

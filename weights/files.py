@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`; after an error, or a power cut, what was there before is there still.
+@contextlib.contextmanager
+def replacement(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Give a path to write to, and put what is there in the place of `path` at the end of the `with` block.
 
-    The folder must exist. Raises OSError where it cannot be written (disk full, no permission).
+    After an error, or a power cut, what was at `path` before is there still. The folder must exist. `temporary` is a
+    path beside it, of a name of its own where None is given. Raises OSError where it cannot be written (disk full, no
+    permission).
     """
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary or path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all; see `replacement`."""
+    with replacement(path) as temporary, open(temporary, "xb") as file:
+        file.write(content)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...weights.precision import as_float32
 from .. import files, world
 
 CROP = 48
@@ -86,9 +87,7 @@ class Finding:
 def _network() -> Network:
     with torch.inference_mode(False):
         network = Network()
-        network.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in load_file(files.JUDGE).items()}
-        )
+        network.load_state_dict(as_float32(load_file(files.JUDGE)))
     return network.eval()
 
 

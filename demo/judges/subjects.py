@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...weights.precision import as_float32
 from .. import files, world
 from ..subjects import SUBJECTS, Subject, coverage, paint
 from . import shapes as judge
@@ -64,9 +65,7 @@ class Finding:
 def _network() -> Network:
     with torch.inference_mode(False):
         network = Network()
-        network.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in load_file(files.SUBJECT_JUDGE).items()}
-        )
+        network.load_state_dict(as_float32(load_file(files.SUBJECT_JUDGE)))
     return network.eval()
 
 

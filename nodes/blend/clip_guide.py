@@ -89,7 +89,7 @@ class CLIPGuideLoader(io.ComfyNode):
     @classmethod
     def execute(cls, clip_name: str, architecture: str = "auto", dtype: str = "auto") -> io.NodeOutput:
         from ...hosts.comfy.guide import ComfyGuide
-        from ...models.clip.guide import load_clip_guide
+        from ...models.clip.loading import load_clip_guide
 
         guide = load_clip_guide(
             guide_path(clip_name),

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from blendswap.models.clip.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
+from blendswap.models.clip.guide import ClipGuide
+from blendswap.models.clip.loading import build_demo_clip
+from blendswap.models.clip.tokens import CompactTokenizer, compact_vocabulary
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ from blendswap.blending.ranking import (
     table,
 )
 from blendswap.models.clip.combined import CombinedGuide
-from blendswap.models.clip.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
+from blendswap.models.clip.guide import ClipGuide
+from blendswap.models.clip.loading import build_demo_clip
+from blendswap.models.clip.tokens import CompactTokenizer, compact_vocabulary
 
 
 @pytest.fixture(scope="module")

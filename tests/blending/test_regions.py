@@ -14,7 +14,9 @@ from blendswap.blending.settings import BlendSettings
 from blendswap.blending.shrink import Shrink
 from blendswap.images.masks import editable
 from blendswap.models.clip.combined import CombinedGuide
-from blendswap.models.clip.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
+from blendswap.models.clip.guide import ClipGuide
+from blendswap.models.clip.loading import build_demo_clip
+from blendswap.models.clip.tokens import CompactTokenizer, compact_vocabulary
 
 SIZE = 20
 WORDS = ("a red star", "a blue ring")

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from blendswap.blending.report import AMPLIFICATION, EditReport, edit_report, picture, to_8_bit
-from blendswap.models.clip.guide import ClipGuide, CompactTokenizer, build_demo_clip, compact_vocabulary
+from blendswap.models.clip.guide import ClipGuide
+from blendswap.models.clip.loading import build_demo_clip
+from blendswap.models.clip.tokens import CompactTokenizer, compact_vocabulary
 from blendswap.models.lpips import DemoBackbone, Perceptual, save_demo_backbone
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from blendswap.demo import files, world
-from blendswap.models.clip.guide import ClipGuide, load_clip_guide
+from blendswap.models.clip.guide import ClipGuide
+from blendswap.models.clip.loading import load_clip_guide
 
 COUNT = 96
 

@@ -326,7 +326,7 @@ def guided(of: SimpleNamespace) -> torch.Tensor:
     from blendswap.blending.settings import BlendSettings
     from blendswap.demo import files
     from blendswap.hosts.comfy.guide import ComfyGuide
-    from blendswap.models.clip.guide import load_clip_guide
+    from blendswap.models.clip.loading import load_clip_guide
     from blendswap.nodes.blend.blend_guider import BlendGuider
 
     mask = torch.zeros(1, 1, 64, 64)

@@ -161,7 +161,7 @@ def parts(comfy):
     """The pixel prior, its VAE and the demo CLIP, loaded in inference mode as ComfyUI does."""
     from blendswap.hosts.comfy import adm as adm_comfy
     from blendswap.hosts.comfy.guide import ComfyGuide
-    from blendswap.models.clip.guide import load_clip_guide
+    from blendswap.models.clip.loading import load_clip_guide
 
     with torch.inference_mode():
         model = adm_comfy.load_native_model(files.PRIOR, dtype=torch.float32)
@@ -173,7 +173,9 @@ def parts(comfy):
 def other(parts):
     """A second CLIP, of the same vocabulary, another size of vectors and random weights."""
     from blendswap.hosts.comfy.guide import ComfyGuide
-    from blendswap.models.clip.guide import ClipGuide, CompactTokenizer, build_demo_clip
+    from blendswap.models.clip.guide import ClipGuide
+    from blendswap.models.clip.loading import build_demo_clip
+    from blendswap.models.clip.tokens import CompactTokenizer
     from blendswap.tools.training.clip import GUIDE
 
     tokenizer = CompactTokenizer(GUIDE.vocabulary(), context_length=16)

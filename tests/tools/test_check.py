@@ -38,7 +38,9 @@ def test_the_users_name_is_left_out(monkeypatch):
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     """A user's models: a CLIP, and a file among the priors that is none."""
-    from blendswap.models.clip.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
+    from blendswap.models.clip.loading import build_demo_clip
+    from blendswap.models.clip.tokens import CompactTokenizer, compact_vocabulary
+    from blendswap.tools.training.clip import save_demo_clip
 
     for folder in ("clip_guidance", "guided_diffusion"):
         (tmp_path / folder).mkdir()

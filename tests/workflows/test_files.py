@@ -17,7 +17,9 @@ def any_server(request: pytest.FixtureRequest) -> ComfyServer:
 
 def write_clip(path: Path, seed: int) -> None:
     """A small CLIP with random weights."""
-    from blendswap.models.clip.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
+    from blendswap.models.clip.loading import build_demo_clip
+    from blendswap.models.clip.tokens import CompactTokenizer, compact_vocabulary
+    from blendswap.tools.training.clip import save_demo_clip
 
     tokenizer = CompactTokenizer(compact_vocabulary(["a red star"]), 16)
     config = {

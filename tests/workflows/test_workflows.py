@@ -278,7 +278,9 @@ def test_the_baseline_differs_from_the_method_by_its_dials_alone_and_keeps_the_b
 @pytest.fixture(scope="module")
 def tiny_files(server: ComfyServer, photograph: Path) -> dict[str, dict[str, Any]]:
     """Random checkpoints of the published layouts on the server; gives the inputs that choose them."""
-    from blendswap.models.clip.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
+    from blendswap.models.clip.loading import build_demo_clip
+    from blendswap.models.clip.tokens import CompactTokenizer, compact_vocabulary
+    from blendswap.tools.training.clip import save_demo_clip
 
     models = server.log_path.parent / "models"
     for folder in ("guided_diffusion", "clip_guidance"):
@@ -315,7 +317,7 @@ def tiny_files(server: ComfyServer, photograph: Path) -> dict[str, dict[str, Any
 
 def published_weights(spec: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Random weights in the published layout, from the ADM loader's own tests."""
-    where = ROOT / "tests" / "hosts" / "test_adm.py"
+    where = ROOT / "tests" / "models" / "test_adm.py"
     module_spec = importlib.util.spec_from_file_location("adm_layout", where)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)

@@ -13,17 +13,25 @@ them apart where it is asked to.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import open_clip
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...blending.augment import ExtendingAugmentations
 from ...demo import world
 from ...models.clip.fit import fit_to_square
-from ...models.clip.guide import CompactTokenizer, build_demo_clip, compact_vocabulary, save_demo_clip
+from ...models.clip.loading import DEMO_METADATA, build_demo_clip
+from ...models.clip.tokens import CompactTokenizer, compact_vocabulary
+from ...weights.precision import as_stored
 from .common import Pictures, Run, fit, write_json
 
 SHAPES, COLOURS, PATTERNS = world.SHAPES, tuple(world.COLOURS), world.PATTERNS
@@ -235,3 +243,26 @@ def train_kind(run: Run, kind: Kind) -> nn.Module:
     torch.manual_seed(run.seed)
     clip = build_demo_clip(config).to(memory_format=torch.channels_last)
     return fit(kind.name, run, clip, len(pictures), loss, export, average=0.998, weight_decay=0.05)
+
+
+def save_demo_clip(
+    model: open_clip.CLIP,
+    model_cfg: dict[str, Any],
+    tokenizer: CompactTokenizer,
+    path: str | Path,
+    architecture: str = "demo",
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a CLIP with a compact vocabulary as one safetensors file that `load_clip_guide` reads.
+
+    `model_cfg` is open_clip's (embed_dim, vision_cfg, text_cfg, …): `model` is `open_clip.CLIP(**model_cfg)`.
+    """
+    description = {
+        "architecture": architecture,
+        "model_cfg": model_cfg,
+        "preprocess": {"mean": list(mean), "std": list(std)},
+        "vocabulary": tokenizer.vocabulary,
+    }
+    save_file(as_stored(model.state_dict(), dtype), str(path), metadata={DEMO_METADATA: json.dumps(description)})

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...demo import world
+from ...weights.files import replacement, write_whole
+from ...weights.precision import as_float32, as_stored
 
 logger = logging.getLogger(__name__)
 
@@ -212,27 +214,21 @@ def fit(
 
 def half(module: nn.Module) -> dict[str, Tensor]:
     """A module's weights in fp16, ready for safetensors."""
-    return {
-        key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
-        for key, value in module.state_dict().items()
-    }
+    return as_stored(module.state_dict())
 
 
 def read_weights(module: nn.Module, path: Path) -> None:
     """Loads what `write_weights` wrote of `half(module)`."""
-    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    module.load_state_dict(as_float32(load_file(path)))
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
+    with replacement(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -143,7 +143,7 @@ def poison(module: torch.nn.Module) -> None:
 
 def test_gradients_flow_through_weights_loaded_in_inference_mode(parts):
     from blendswap.hosts.comfy.guide import ComfyGuide
-    from blendswap.models.clip.guide import load_clip_guide
+    from blendswap.models.clip.loading import load_clip_guide
 
     model, vae, *_ = parts
     clean = run(parts, differentiate)

@@ -17,7 +17,7 @@ from blendswap.blending.sampler import blended_diffusion
 from blendswap.blending.settings import BlendSettings
 from blendswap.demo import files
 from blendswap.hosts.diffusers.host import DiffusersHost
-from blendswap.models.clip.guide import load_clip_guide
+from blendswap.models.clip.loading import load_clip_guide
 
 PROMPT, NEGATIVE, CFG = "a red striped star", "a blue circle", 2.5
 

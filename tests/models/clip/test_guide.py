@@ -19,14 +19,10 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from blendswap.models.clip.architectures import match_architecture
-from blendswap.models.clip.guide import (
-    ClipGuide,
-    CompactTokenizer,
-    build_demo_clip,
-    compact_vocabulary,
-    load_clip_guide,
-    save_demo_clip,
-)
+from blendswap.models.clip.guide import ClipGuide
+from blendswap.models.clip.loading import build_demo_clip, load_clip_guide
+from blendswap.models.clip.tokens import CompactTokenizer, compact_vocabulary
+from blendswap.tools.training.clip import save_demo_clip
 
 CAPTIONS = ["a red striped star on a white ground", "a blue circle"]
 VISION = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}

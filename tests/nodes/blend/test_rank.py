@@ -18,7 +18,7 @@ GROUNDS = "\n".join(f"a {colour} background" for colour in world.GROUND_COLOURS)
 @pytest.fixture(scope="module")
 def guide(comfy):
     from blendswap.hosts.comfy.guide import ComfyGuide
-    from blendswap.models.clip.guide import load_clip_guide
+    from blendswap.models.clip.loading import load_clip_guide
 
     with torch.inference_mode():
         return ComfyGuide.wrap(load_clip_guide(files.CLIP, "auto", "cpu", torch.float32))
