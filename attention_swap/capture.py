@@ -124,7 +124,7 @@ def estimate(needs: Needs, layout: Layout, batch: int) -> Estimate:
 
 
 def size_text(count: int) -> str:
-    """Bytes for people."""
+    """Write a number of bytes as users read it."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -167,12 +167,23 @@ def capture(
     start = _start(host, source)
     x = start.trajectory[0].to(host.device, torch.float32)
     layout = probe(host, x, float(start.sigmas[0]))
-    needs = needed(wanted, layout, start.steps, branches_of(host))
+    needs = needed(wanted, layout, len(start.sigmas) - 1, branches_of(host))
     expected = estimate(needs, layout, len(x))
     storage = _choose(storage, expected, budget)
     facts = {**start.facts, **(facts or {})}
-    made = dataclasses.replace(
-        start, storage=storage, layout=layout, needs=needs, estimate=expected, facts=facts, cfg=float(host.cfg)
+    made = Capture(
+        sigmas=start.sigmas,
+        trajectory=start.trajectory,
+        corrections=None,
+        null=start.null,
+        cfg=float(host.cfg),
+        method=start.method,
+        storage=storage,
+        layout=layout,
+        needs=needs,
+        tape=Tape() if storage == "tape" else None,
+        estimate=expected,
+        facts=facts,
     )
     if storage == "replay":
         if made.sampled or not sample:
@@ -180,16 +191,16 @@ def capture(
         run = SourceRun(made, host, Needs({}))
     else:
         logger.info("The source's attention is kept on a tape of %s.", expected)
-        made = dataclasses.replace(made, tape=Tape())
         run = SourceRun(made, host, needs, made.tape)
     path, corrections = [made.trajectory[0]], []
     for index in range(made.steps):
-        x, x0, correction = run.advance(index)
-        path.append(x.cpu())
-        if correction is not None:
-            corrections.append(correction.cpu())
+        step = run.advance(index)
+        path.append(step.x.cpu())
+        if step.correction is not None:
+            corrections.append(step.correction.cpu())
         if on_step is not None:
-            on_step(StepReport("source", index, made.steps, x, x0, None, len(branches_of(host)) * len(x)))
+            rows = len(branches_of(host)) * len(x)
+            on_step(StepReport("source", index, made.steps, step.x, step.x0, None, rows))
     if run.recorder.passed:
         facts["passes left out"] = run.recorder.passed
     return dataclasses.replace(
@@ -225,6 +236,16 @@ def evaluate(host: TextHost, x: Tensor, sigma: float, null: Tensor | None, proxi
     return proximal.guide(host.branch(x, sigma, "cond"), host.branch(x, sigma, "uncond", null), host.cfg)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class SourceStep:
+    """A step of the source's run: x [B, C, h, w] after it, the model's x0 where it was run, and with method "direct"
+    the correction of the step, both like x."""
+
+    x: Tensor
+    x0: Tensor | None
+    correction: Tensor | None
+
+
 class SourceRun:
     """A source's run step by step, whatever its storage: after `advance(i)`, `tape` has the attention of step i.
 
@@ -244,18 +265,14 @@ class SourceRun:
         self.evaluations = 0
         self._x = made.noise
 
-    def advance(self, index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Step `index`, once each and in order.
-
-        Returns x after it, the model's x0 where it was run, and with method "direct" the correction of the step, all
-        [B, C, h, w].
-        """
+    def advance(self, index: int) -> SourceStep:
+        """Take step `index`, once each and in order."""
         made = self.made
         if not self.reads and not self.keeps:
             self.tape.clear()
         if not self._runs(index):
             known = made.trajectory[index + 1]
-            return known, None, None if made.corrections is None else made.corrections[index]
+            return SourceStep(known, None, None if made.corrections is None else made.corrections[index])
         x = self.before(index)
         null = None if made.null is None else made.null[index].to(self.host.device)
         self.recorder.step = index
@@ -279,8 +296,8 @@ class SourceRun:
         x = self.made.trajectory[index] if self.made.sampled else self._x
         return x.to(self.host.device, torch.float32)
 
-    def after(self, index: int, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ends step `index` from the model's x0 at x. Returns as `advance` does."""
+    def after(self, index: int, x: Tensor, x0: Tensor) -> SourceStep:
+        """End step `index` from the model's x0 at x."""
         made = self.made
         known = made.trajectory[index + 1] if made.sampled else None
         self.evaluations += 1
@@ -291,12 +308,22 @@ class SourceRun:
             known = known.to(after)
             correction = known - after
         self._x = after if known is None else known
-        return self._x, x0, correction
+        return SourceStep(self._x, x0, correction)
 
 
-def _start(host: TextHost, source: Inversion | Noise) -> Capture:
-    """A capture of which nothing has been run yet."""
-    nothing = Layout((), (), (0, 0, 0))
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Start:
+    """What a source's run starts from; the fields are those of `Capture`."""
+
+    sigmas: Tensor
+    trajectory: Tensor
+    null: Tensor | None
+    method: str
+    facts: Facts
+
+
+def _start(host: TextHost, source: Inversion | Noise) -> _Start:
+    """Check a source, and take from it what its run starts from."""
     if isinstance(source, Inversion):
         if source.method == "null_text" and len(branches_of(host)) == 1:
             raise ValueError(
@@ -317,20 +344,7 @@ def _start(host: TextHost, source: Inversion | Noise) -> Capture:
             raise ValueError("sigmas must be a falling sequence of at least two levels that are not negative")
         path, null, method, facts = noise.detach().float().cpu()[None], None, "noise", {}
         sigmas = sigmas.detach().float().cpu()
-    return Capture(
-        sigmas,
-        path,
-        None,
-        null,
-        float(host.cfg),
-        method,
-        "replay",
-        nothing,
-        Needs({}),
-        None,
-        estimate(Needs({}), nothing, 0),
-        facts,
-    )
+    return _Start(sigmas, path, null, method, facts)
 
 
 def _choose(storage: str, expected: Estimate, budget: int | None) -> str:

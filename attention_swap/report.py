@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..protocols.text import Branch
-from .alignment.align import Alignment
 from .capture import Capture
 from .layout import Layout, layers_named, steps_text
 from .settings import Plan
-from .swapper import Region, SwapStats, planned
+from .swapper import AttentionSwapController, planned
 
 KINDS = {
     "self_output": "self outputs (φ)",
@@ -87,10 +86,8 @@ class SwapReport:
 
 def swap_report(
     capture: Capture,
-    regions: Sequence[Region],
-    stats: SwapStats,
+    swapper: AttentionSwapController,
     halves: Sequence[Branch],
-    alignment: Alignment | None,
     kept: Sequence[float],
     source_evaluations: int,
     notes: Sequence[str],
@@ -102,6 +99,7 @@ def swap_report(
     Raises RuntimeError where something was to be done and nothing was.
     """
     layout, steps = capture.layout, capture.steps
+    regions, stats, alignment = swapper.regions, swapper.stats, swapper.alignment
     expected = planned(regions)
     if expected and not stats.calls:
         raise RuntimeError(_why_nothing(stats.seen, stats.passed))

@@ -18,7 +18,7 @@ from ..diffusion.ddim import ddim_step, from_level
 from ..images.masks import resize_mask
 from ..protocols.text import Branch, TextHost
 from .alignment.align import Alignment
-from .capture import Capture, SourceRun, branches_of, evaluate, size_text
+from .capture import Capture, SourceRun, SourceStep, branches_of, evaluate, size_text
 from .layout import Needs, naming_channels, steps_text
 from .local_blend import WordBlend, blend, blend_layers
 from .report import SwapReport, swap_report
@@ -103,52 +103,22 @@ def attention_swap(
     for index in range(total):
         null = None if capture.null is None else capture.null[index].to(device)
         if run.both is not None and run.source.shows(index):
-            z_source, correction, x0 = _step_together(run, x, index, null)
+            source, x0 = run.step_together(x, index, null)
         else:
-            z_source, _, correction = run.source.advance(index)
-            run.swapper.step = index
-            x0 = _evaluate(run, host, x, levels[index], null)
+            source = run.source.advance(index)
+            x0 = run.evaluate(host, x, index, null)
         x = ddim_step(x, x0, levels[index], levels[index + 1])
-        if correction is not None:
+        if source.correction is not None:
             # Ju et al. 2023: what sets the source back on its path moves the target along.
-            x = x + correction.to(x)
+            x = x + source.correction.to(x)
         check_finite(x, f"step {index + 1} of the target")
+        z_source = source.x
         x = run.blended(x, z_source, index)
         if on_step is not None:
             on_step(StepReport("target", index, total, x, x0, None, len(branches_of(host)) * len(x)))
-    report = swap_report(
-        capture,
-        run.regions,
-        run.swapper.stats,
-        branches_of(host),
-        alignment,
-        run.kept,
-        run.source.evaluations,
-        run.notes,
-    )
+    report = swap_report(capture, run.swapper, branches_of(host), run.kept, run.source.evaluations, run.notes)
     end = levels[-1]
     return SwapResult(from_level(x, end).cpu(), from_level(z_source, end).cpu(), report)
-
-
-def _evaluate(run: _Run, host: TextHost, x: Tensor, sigma: float, null: Tensor | None) -> Tensor:
-    watching = host.attention(run.swapper) if run.swapper.active else contextlib.nullcontext()
-    with watching, naming_channels(x):
-        return evaluate(host, x, sigma, null, run.capture.proximal)
-
-
-def _step_together(run: _Run, x: Tensor, index: int, null: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Step `index` of the source beside the target's evaluation at x, in the same passes.
-
-    Returns what `SourceRun.advance` does of the source, without its x0, and the target's x0.
-    """
-    z = run.source.before(index)
-    handler = PairedController(run.source.recorder, run.swapper)
-    handler.step = index
-    with run.both.attention(handler), naming_channels(x):
-        made = run.both.guided(torch.cat([z, x]), run.source.levels[index], null)
-    x0_source, x0 = made.chunk(2)
-    z_source, _, correction = run.source.after(index, z, x0_source)
-    return z_source, correction, x0
 
 
 @dataclasses.dataclass
@@ -166,6 +136,25 @@ class _Run:
     mask: Tensor | None  # where the picture may change at all
     notes: list[str]
     kept: list[float] = dataclasses.field(default_factory=list)
+
+    def evaluate(self, host: TextHost, x: Tensor, index: int, null: Tensor | None) -> Tensor:
+        """Return the target's x0 of step `index` at x, with the source's attention swapped in."""
+        self.swapper.step = index
+        watching = host.attention(self.swapper) if self.swapper.active else contextlib.nullcontext()
+        with watching, naming_channels(x):
+            return evaluate(host, x, self.source.levels[index], null, self.capture.proximal)
+
+    def step_together(self, x: Tensor, index: int, null: Tensor | None) -> tuple[SourceStep, Tensor]:
+        """Take step `index` of the source beside the target's evaluation at x, in the same passes.
+
+        Returns the source's step and the target's x0.
+        """
+        z = self.source.before(index)
+        controller = PairedController(self.source.recorder, self.swapper)
+        controller.step = index
+        with self.both.attention(controller), naming_channels(x):
+            x0_source, x0 = self.both.guided(torch.cat([z, x]), self.source.levels[index], null).chunk(2)
+        return self.source.after(index, z, x0_source), x0
 
     def blended(self, x: Tensor, z_source: Tensor, index: int) -> Tensor:
         """x with the source's latents where nothing may change."""

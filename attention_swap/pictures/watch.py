@@ -66,7 +66,8 @@ def watch(
     with host.attention(eyes):
         for index in range(made.steps):
             eyes.begin(index)
-            x, x0, _ = run.advance(index)
+            step = run.advance(index)
+            x, x0 = step.x, step.x0
             eyes.end()
             if on_step is not None:
                 on_step(StepReport("source", index, made.steps, x, x0, None, 0))

@@ -134,7 +134,8 @@ def test_a_replay_gives_each_step_what_a_tape_has(method: str) -> None:
     taped, replayed = (capture(owner, source, settings, storage, sample=False) for storage in ("tape", "replay"))
     reader, runner = SourceRun(taped, None, taped.needs), SourceRun(replayed, owner, taped.needs)
     for index in range(STEPS):
-        (x, _, correction), (other, _, again) = reader.advance(index), runner.advance(index)
+        read, ran = reader.advance(index), runner.advance(index)
+        (x, correction), (other, again) = (read.x, read.correction), (ran.x, ran.correction)
         assert torch.equal(x, other)
         assert (correction is None) == (again is None) == (method != "direct")
         if correction is not None:
@@ -150,7 +151,7 @@ def test_a_replay_runs_the_source_only_while_it_is_looked_at() -> None:
     made = capture(owner, noise(), SwapSettings(), "replay")
     run = SourceRun(made, owner, made.needs)
     for index in range(STEPS):
-        assert torch.equal(run.advance(index)[0], made.trajectory[index + 1])
+        assert torch.equal(run.advance(index).x, made.trajectory[index + 1])
     assert run.evaluations == 2
 
 
