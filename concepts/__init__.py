@@ -1,1 +1,1 @@
-"""Concept learning: DreamBooth and Textual Inversion on any model behind `hosts.learning.Learner`."""
+"""Concept learning: DreamBooth and Textual Inversion on any model behind `protocols.learner.Learner`."""

@@ -199,10 +199,9 @@ def test_the_pack_asks_an_existing_comfyui_for_no_torch_and_no_numpy():
 
 
 def test_every_package_of_the_checkout_is_installed_with_it():
-    folders = [
-        path.parent.relative_to(ROOT).parts for path in (*ROOT.glob("*/__init__.py"), *ROOT.glob("*/*/__init__.py"))
-    ]
-    apart = ("benchmarks", "build", "tests", ".venv", ".comfyui")
+    depths = ("*", "*/*", "*/*/*")
+    folders = [path.parent.relative_to(ROOT).parts for depth in depths for path in ROOT.glob(f"{depth}/__init__.py")]
+    apart = ("benchmarks", "build", "tests", "tools", ".venv", ".comfyui")
     inside = [parts for parts in folders if parts[0] not in apart]
     found = {"blendswap", *(".".join(("blendswap", *parts)) for parts in inside)}
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

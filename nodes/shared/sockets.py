@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 ClipGuideIO = io.Custom("CLIP_GUIDE")
-"""A `hosts.comfy_guide.ComfyGuide`: an open_clip model under ComfyUI's memory management."""
+"""A `hosts.comfy.guide.ComfyGuide`: an open_clip model under ComfyUI's memory management."""
 
 AugmentIO = io.Custom("AUGMENT")
 """A `blending.augment.ExtendingAugmentations`."""
@@ -21,10 +21,10 @@ GuideScheduleIO = io.Custom("GUIDE_SCHEDULE")
 """A `blending.schedule.GuideSchedule`."""
 
 InversionIO = io.Custom("INVERSION")
-"""An `attention_swap.inversion.Inversion`."""
+"""An `attention_swap.inversion.inversion.Inversion`."""
 
 AttentionIO = io.Custom("ATTENTION")
-"""A `nodes.swap_run.Attention`: what a source's run left for swaps."""
+"""A `nodes.swap.run.Attention`: what a source's run left for swaps."""
 
 SwapTokensIO = io.Custom("SWAP_TOKENS")
 """An `attention_swap.prompts.PromptPair`."""
@@ -42,4 +42,4 @@ TrainingOptionsIO = io.Custom("CONCEPT_TRAINING_OPTIONS")
 """A `nodes.concept.options.TrainingOptions`."""
 
 ConceptReferencesIO = io.Custom("CONCEPT_REFERENCES")
-"""A tuple of `nodes.concept_training.Reference`."""
+"""A tuple of `nodes.concept.training.Reference`."""

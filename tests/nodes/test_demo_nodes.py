@@ -104,7 +104,7 @@ def test_every_schema_is_accepted_by_comfyui():
 
 
 def test_the_prior_loader_offers_the_demo_prior():
-    from blendswap.nodes.blend.sampler import guided_diffusion
+    from blendswap.nodes.blend import guided_diffusion
     from blendswap.nodes.shared import folders
 
     folders.register()
@@ -114,7 +114,7 @@ def test_the_prior_loader_offers_the_demo_prior():
 
 
 def test_without_the_demo_prior_the_prior_loader_offers_what_is_in_its_folder(tmp_path: Path, monkeypatch):
-    from blendswap.nodes.blend.sampler import guided_diffusion
+    from blendswap.nodes.blend import guided_diffusion
     from blendswap.nodes.shared import folders
 
     folders.register()
