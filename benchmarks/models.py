@@ -128,14 +128,14 @@ def vae(count: int) -> dict:
 @torch.no_grad()
 def prior(count: int) -> dict:
     """How many unconditional samples (DDIM, 50 steps) hold an object that the judge names with certainty."""
-    from ..diffusion.schedule import Schedule, ddim_step
+    from ..diffusion.schedule import Schedule, guided_ddim_step
     from ..hosts.diffusers.host import DiffusersHost
 
     host = DiffusersHost.from_prior(files.PRIOR)
     schedule = Schedule.respaced(host.train_sigmas, 50)
     x = torch.randn(count, 3, world.SIZE, world.SIZE, generator=torch.Generator().manual_seed(SEED))
     for index in reversed(range(50)):
-        x = ddim_step(
+        x = guided_ddim_step(
             schedule, x, host.predict(x / schedule.alpha(index) ** 0.5, schedule.sigma(index)).x0, None, index
         )
     everywhere = np.ones((world.SIZE, world.SIZE), bool)

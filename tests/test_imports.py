@@ -217,3 +217,33 @@ def inside(arrow: Arrow, circle: frozenset[str]) -> bool:
     """Whether the arrow is a part of the circle, of files or of rooms."""
     one, other = (name if name in circle else name.split("/")[0] for name in (arrow.file, arrow.target))
     return one != other and {one, other} <= circle
+
+
+def names_of(file: Path) -> set[str]:
+    """What a module has at its top: functions, classes, values, imports; those under an `if` too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def test_every_name_that_is_imported_is_there():
+    """Of benchmarks and tools too, whose imports inside functions no type checker sees."""
+    missing = []
+    for file in files():
+        for node in imports_of(file):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            for alias in node.names:
+                one = ast.ImportFrom(node.module, [alias], node.level)
+                missing += [
+                    f"{file.relative_to(ROOT)}:{node.lineno}: no {alias.name} in {target.relative_to(ROOT)}"
+                    for target in imported(one, file)
+                    if target.stem not in (alias.name, "__init__") and alias.name not in names_of(target)
+                ]
+    assert not missing, "; ".join(missing)
