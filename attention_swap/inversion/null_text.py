@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...diffusion.cfg import guided
 from ...diffusion.ddim import ddim_step, from_level
 from ...protocols.text import TextHost
 from ..steps import StepReport, check_finite
@@ -78,7 +79,7 @@ class _Step:
         return self.host.branch(self.x, self.sigma, "uncond", embedding)
 
     def x0(self, uncond: Tensor) -> Tensor:
-        return uncond + self.host.cfg * (self.cond - uncond)
+        return guided(self.cond, uncond, self.host.cfg)
 
     def error(self, uncond: Tensor) -> Tensor:
         """Difference of the step's result to the goal, in variance-preserving space."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...diffusion.cfg import guided
 from ...protocols.diffusion import PREDICTIONS, Prediction
 
 if TYPE_CHECKING:
@@ -174,11 +175,6 @@ def guided_network(unet: UNet2DConditionModel, context: Tensor, cfg: float) -> N
         if len(context) == 1:
             return output, None
         conditional, unconditional = output.chunk(2)
-        return guidance(conditional, unconditional, cfg), None
+        return guided(conditional, unconditional, cfg), None
 
     return network
-
-
-def guidance(conditional: Tensor, unconditional: Tensor, cfg: float) -> Tensor:
-    """Classifier-free guidance of a network's outputs (Ho and Salimans 2022)."""
-    return unconditional + cfg * (conditional - unconditional)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...diffusion.cfg import guided
 from ...protocols.diffusion import PREDICTIONS
 from ...protocols.learner import DTYPES, FullWeights, Learned, LowRank, Precision, Text, TokenVectors, autocast
 
@@ -191,7 +192,7 @@ class DiffusersLearner:
             output = self.denoise(x, rows, cond)
             if cfg != 1:
                 without = self.denoise(x, rows, uncond)
-                output = without + cfg * (output - without)
+                output = guided(output, without, cfg)
             x = self._scheduler.step(output, t, x).prev_sample
         return torch.cat([self.decode(row[None]) for row in x])
 

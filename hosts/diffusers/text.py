@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...diffusion.cfg import guided
 from ...protocols.text import (
     AttentionCall,
     AttentionHandler,
@@ -23,7 +24,7 @@ from ...protocols.text import (
     TextHost,
     layer_table,
 )
-from .host import DiffusersHost, guidance, load_pipeline
+from .host import DiffusersHost, load_pipeline
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -151,7 +152,7 @@ class DiffusersTextHost(DiffusersHost):
             outputs = [self._outputs(x, t, {branch: part})[0] for branch, part in embeddings.items()]
         else:
             outputs = self._outputs(x, t, embeddings)
-        return outputs[0] if len(outputs) == 1 else guidance(outputs[1], outputs[0], self.cfg), None
+        return outputs[0] if len(outputs) == 1 else guided(outputs[1], outputs[0], self.cfg), None
 
     def _outputs(self, x: Tensor, t: Tensor, embeddings: dict[Branch, Tensor]) -> Sequence[Tensor]:
         """The network's output for every branch, from one run of the UNet."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_api.latest import io, ui
 
+from ...diffusion.sigmas import SCHEDULERS
 from ..shared.inputs import LARGEST_SEED, aliases, dial, running_node, source_kind
 from ..shared.sockets import AttentionIO, SwapSettingsIO, SwapSubjectsIO
 from .invert import WITHOUT_NEGATIVE, check_fits, say
@@ -65,7 +66,7 @@ class AttentionCapture(io.ComfyNode):
                 io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the source."),
                 io.Combo.Input(
                     "scheduler",
-                    options=["ddim_uniform", "simple", "official"],
+                    options=list(SCHEDULERS),
                     default="ddim_uniform",
                     tooltip="Noise levels of the steps. official: the published code's, which ends a little "
                     "above zero noise.",

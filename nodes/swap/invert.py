@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from comfy_api.latest import io, ui
 
+from ...diffusion.sigmas import SCHEDULERS
 from ..blend.report import NONE, load_perceptual, lpips_choices, lpips_path
 from ..shared import folders
 from ..shared.frame import Frame
@@ -81,7 +82,7 @@ class NullTextInvert(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "scheduler",
-                    options=["ddim_uniform", "simple", "official"],
+                    options=list(SCHEDULERS),
                     default="ddim_uniform",
                     tooltip="That of the sampling to come. official: the published code's, which ends a little above "
                     "zero noise; for AttentionSwapSampler's preset official, no stock sampler has it.",

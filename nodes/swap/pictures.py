@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_api.latest import io, ui
 
+from ...diffusion.sigmas import SCHEDULERS
 from ..shared.inputs import LARGEST_SEED, PIXELS_PER_CELL, aliases, dial, source_kind
 from ..shared.sockets import SwapTokensIO
 from .capture import check_null, made_up, negative_for, of_inversion
@@ -45,7 +46,7 @@ def _inputs(own: list[Any], more: list[Any]) -> list[Any]:
         io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the source."),
         io.Combo.Input(
             "scheduler",
-            options=["ddim_uniform", "simple", "official"],
+            options=list(SCHEDULERS),
             default="ddim_uniform",
             tooltip="Noise levels of the steps, as in AttentionCapture.",
         ),

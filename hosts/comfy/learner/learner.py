@@ -22,6 +22,7 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
+from ....diffusion.cfg import guided as guided_output
 from ....protocols.learner import (
     DTYPES,
     FullWeights,
@@ -310,7 +311,7 @@ class ComfyLearner:
             answer = self.denoise(rows, torch.full((len(rows),), t, device=self.device), text, [size] * len(rows))
             if guided:
                 conditional, unconditional = answer.chunk(2)
-                answer = unconditional + cfg * (conditional - unconditional)
+                answer = guided_output(conditional, unconditional, cfg)
             eps, x0 = self._both(x, answer, alpha)
             x = before**0.5 * x0 + (1 - before) ** 0.5 * eps
         return x
